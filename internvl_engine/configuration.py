@@ -1,0 +1,230 @@
+"""Configurations of the InternVL-14B family, and the translation of published `config.json` files.
+
+A published directory says `model_type: "internvl"`, which transformers keeps for another
+architecture, so ours is "internvl_14b": `InternVLConfig.from_pretrained` reads either, and
+`save_pretrained` writes ours, which `AutoConfig` then serves. Fields: OpenGVLab/InternVL,
+configuration_internvl.py and configuration_intern_vit.py.
+"""
+
+import copy
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+PUBLISHED_MODEL_TYPE = "internvl"
+
+
+class InternVisionConfig(PretrainedConfig):
+    """Configuration of InternViT; the defaults are InternViT-6B at 224 px.
+
+    Args:
+        num_channels: stored only; the patch convolution reads three.
+        patch_size: side of a patch, in pixels.
+        image_size: side of the image the position table was made for, in pixels.
+        qkv_bias: whether the fused qkv projection has a bias; the other linears always have.
+        hidden_size: width C, a multiple of num_attention_heads.
+        num_attention_heads: heads, of hidden_size / num_attention_heads each.
+        intermediate_size: width of the MLP.
+        qk_normalization: RMSNorm of q and k over all heads together.
+        num_hidden_layers: encoder layers.
+        use_flash_attn: read and kept, never needed.
+        hidden_act: activation of the MLP.
+        norm_type: "rms_norm" or "layer_norm" (chat variants).
+        layer_norm_eps: epsilon of every norm.
+        dropout: after the attention's output projection.
+        attention_dropout: on the attention probabilities.
+        drop_path_rate: stochastic depth of the last layer, rising linearly from 0.
+        initializer_range: standard deviation of new weights.
+        initializer_factor: initial value of both layer scales.
+
+    Raises:
+        ValueError: hidden_size is not a multiple of num_attention_heads, or norm_type is unknown.
+    """
+
+    model_type = "intern_vit_6b"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        patch_size: int = 14,
+        image_size: int = 224,
+        qkv_bias: bool = False,
+        hidden_size: int = 3200,
+        num_attention_heads: int = 25,
+        intermediate_size: int = 12800,
+        qk_normalization: bool = True,
+        num_hidden_layers: int = 48,
+        use_flash_attn: bool = True,
+        hidden_act: str = "gelu",
+        norm_type: str = "rms_norm",
+        layer_norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        initializer_factor: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.pop("model_type", None)
+        super().__init__(**kwargs)
+        self.num_channels = num_channels
+        self.patch_size = patch_size
+        self.image_size = image_size
+        self.qkv_bias = qkv_bias
+        self.hidden_size = hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.qk_normalization = qk_normalization
+        self.num_hidden_layers = num_hidden_layers
+        self.use_flash_attn = use_flash_attn
+        self.hidden_act = hidden_act
+        self.norm_type = norm_type
+        self.layer_norm_eps = layer_norm_eps
+        self.dropout = dropout
+        self.drop_path_rate = drop_path_rate
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.initializer_factor = initializer_factor
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"InternVisionConfig: hidden_size must be a multiple of num_attention_heads, "
+                f"got {hidden_size} and {num_attention_heads}"
+            )
+        if norm_type not in ("rms_norm", "layer_norm"):
+            raise ValueError(
+                f"InternVisionConfig: norm_type must be rms_norm or layer_norm, got {norm_type!r}"
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
+        """As transformers', and takes the `vision_config` out of a composite file."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config = config.get("vision_config", config)
+        config["model_type"] = cls.model_type  # copies of the family name it differently
+        return config, kwargs
+
+
+class InternVLConfig(PretrainedConfig):
+    """Configuration of InternVL-14B: vision tower, QLLaMA, queries and poolers.
+
+    Args:
+        vision_config: InternVisionConfig or its dict; None is InternViT-6B.
+        qllama_config: LlamaConfig or its dict; None is QLLaMA-8B. `num_query_token`,
+            `cross_attention_frequency` and `vision_hidden_size` are written into it.
+        clip_embed_dim: width E of the embeddings.
+        attn_pool_num_heads: heads of both attention poolers.
+        num_query_token: learned queries Q.
+        label_smoothing: of the contrastive loss in training.
+        cross_attention_frequency: every how many QLLaMA layers cross-attention stands, from layer 0.
+            None takes the nested value, else 2 (published files keep it in the nested dict only).
+        use_backbone_lora: LoRA rank of the vision tower, 0 for none.
+        use_qllama_lora: LoRA rank of QLLaMA, 0 for none.
+        force_image_size: side in pixels to which the position table is resized at construction.
+        initializer_range: standard deviation of new weights outside the vision tower.
+    """
+
+    model_type = "internvl_14b"
+    is_composition = True
+    sub_configs = {"vision_config": InternVisionConfig, "qllama_config": LlamaConfig}
+
+    def __init__(
+        self,
+        vision_config: InternVisionConfig | dict | None = None,
+        qllama_config: LlamaConfig | dict | None = None,
+        clip_embed_dim: int = 768,
+        attn_pool_num_heads: int = 16,
+        num_query_token: int = 96,
+        label_smoothing: float = 0.0,
+        cross_attention_frequency: int | None = None,
+        use_backbone_lora: int = 0,
+        use_qllama_lora: int = 0,
+        force_image_size: int | None = None,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        for key in ("model_type", "hidden_size", "auto_map"):  # published copies of what we derive
+            kwargs.pop(key, None)
+        # transformers' default is True, which would make LM head and embedding one tensor.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+        self.vision_config = _sub_config(InternVisionConfig, vision_config, {})
+        self.qllama_config = _sub_config(LlamaConfig, qllama_config, _QLLAMA_8B)
+        if cross_attention_frequency is None:
+            cross_attention_frequency = getattr(self.qllama_config, "cross_attention_frequency", 2)
+        self.clip_embed_dim = clip_embed_dim
+        self.attn_pool_num_heads = attn_pool_num_heads
+        self.num_query_token = num_query_token
+        self.label_smoothing = label_smoothing
+        self.cross_attention_frequency = cross_attention_frequency
+        self.use_backbone_lora = use_backbone_lora
+        self.use_qllama_lora = use_qllama_lora
+        self.force_image_size = force_image_size
+        self.initializer_range = initializer_range
+        self.qllama_config.num_query_token = num_query_token
+        self.qllama_config.cross_attention_frequency = cross_attention_frequency
+        self.qllama_config.vision_hidden_size = self.vision_config.hidden_size
+        self.qllama_config.tie_word_embeddings = False
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of QLLaMA, which transformers' tools look for at the top level."""
+        return self.qllama_config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images the model takes, in pixels."""
+        return self.force_image_size or self.vision_config.image_size
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
+        """As transformers', and reads a published `model_type: "internvl"` file as ours."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") == PUBLISHED_MODEL_TYPE and "qllama_config" in config:
+            config["model_type"] = cls.model_type
+        return config, kwargs
+
+    @classmethod
+    def from_preset(cls, name: str) -> "InternVLConfig":
+        """One of `PRESETS`.
+
+        Raises:
+            ValueError: there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"InternVLConfig: presets are {', '.join(PRESETS)}, got {name!r}")
+        return cls(**copy.deepcopy(PRESETS[name]))
+
+
+def _sub_config(kind: type, given: PretrainedConfig | dict | None, default: dict) -> Any:
+    if isinstance(given, PretrainedConfig):
+        return given
+    values = dict(default if given is None else given)
+    values.pop("model_type", None)
+    return kind(**values)
+
+
+_QLLAMA_8B: dict[str, Any] = dict(
+    vocab_size=49954, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048,
+    rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "14b-224px": {},
+    "14b-ft-364px": {"force_image_size": 364},
+    "nano": {
+        "vision_config": dict(
+            hidden_size=64, num_attention_heads=4, intermediate_size=192, num_hidden_layers=3,
+            image_size=28, patch_size=7,
+        ),
+        "qllama_config": dict(
+            vocab_size=128, hidden_size=96, num_attention_heads=6, num_key_value_heads=6,
+            intermediate_size=256, num_hidden_layers=4, max_position_embeddings=128,
+            rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        "clip_embed_dim": 48, "attn_pool_num_heads": 4, "num_query_token": 8,
+    },
+}  # fmt: skip
+
+AutoConfig.register(InternVisionConfig.model_type, InternVisionConfig, exist_ok=True)
+AutoConfig.register(InternVLConfig.model_type, InternVLConfig, exist_ok=True)
