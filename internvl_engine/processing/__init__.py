@@ -1,0 +1,41 @@
+"""What goes into the model and comes out of it: images, texts, and both together."""
+
+from typing import TYPE_CHECKING, Any
+
+from internvl_engine.processing.captions import clean_caption, encode_for_training
+from internvl_engine.processing.decoding import ImageError, load_image
+from internvl_engine.processing.images import InternVLImageProcessor
+from internvl_engine.processing.padding import (
+    TokenBatch,
+    check_right_padded,
+    last_token_index,
+    mask_from_ids,
+    repad_left,
+)
+from internvl_engine.processing.text import InternVLTokenizer
+
+if TYPE_CHECKING:
+    from internvl_engine.processing.processor import InternVLProcessor
+
+__all__ = [
+    "ImageError",
+    "InternVLImageProcessor",
+    "InternVLProcessor",
+    "InternVLTokenizer",
+    "TokenBatch",
+    "check_right_padded",
+    "clean_caption",
+    "encode_for_training",
+    "last_token_index",
+    "load_image",
+    "mask_from_ids",
+    "repad_left",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "InternVLProcessor":  # the only part that needs transformers, seconds to import
+        from internvl_engine.processing.processor import InternVLProcessor
+
+        return InternVLProcessor
+    raise AttributeError(f"module {__name__} has no attribute {name}")

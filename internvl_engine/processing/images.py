@@ -1,0 +1,209 @@
+"""Photos to the normalised tensor that InternViT reads.
+
+RGB -> one of three geometries -> (value / 255 - mean) / std, (B, 3, S, S). Pillow only: its
+bicubic resize with antialiasing is what the published scores were measured with, and the resize of
+torchvision that transformers 5 uses differs by up to 1/255. The geometries, as SPEC calls them by
+their use:
+
+- "retrieval": straight to S x S, the aspect ratio is ignored. Retrieval and captions.
+- "classification": short side to S, centre crop as torchvision rounds (half to even). ImageNet.
+- "clip": the same with the crop rounded down, as transformers' CLIP processor. The published
+  preprocessor_config.json; one pixel beside "classification" where the excess is odd.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from internvl_engine.processing.decoding import (
+    MAX_ASPECT_RATIO,
+    MAX_PIXELS,
+    ImageError,
+    load_image,
+)
+
+Geometry = Literal["retrieval", "classification", "clip"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class InternVLImageProcessor:
+    """Images in, pixel values out.
+
+    Args:
+        size: side S of the square that the model sees.
+        geometry: how a photo becomes that square, see the head of this file.
+        mean, std: of the three channels, on a scale of 0..1.
+        max_pixels, max_aspect_ratio: larger or longer images are refused, see `load_image`.
+        draft: decode JPEGs at reduced size, faster and not pixel-exact.
+
+    Raises:
+        ValueError: a size below 1, an unknown geometry, or not three channels.
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        geometry: Geometry = "retrieval",
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: float = MAX_ASPECT_RATIO,
+        draft: bool = False,
+    ) -> None:
+        name = "InternVLImageProcessor"
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: size must be a whole number of 1 or more, got {size!r}")
+        if geometry not in get_args(Geometry):
+            raise ValueError(
+                f"{name}: geometry must be one of {get_args(Geometry)}, got {geometry!r}"
+            )
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"{name}: needs three means and three positive deviations, got {mean} and {std}"
+            )
+        self.size, self.geometry, self.draft = size, geometry, draft
+        self.mean = tuple(float(m) for m in mean)
+        self.std = tuple(float(s) for s in std)
+        self.max_pixels, self.max_aspect_ratio = max_pixels, max_aspect_ratio
+
+    def __call__(
+        self, images: Any, *, dtype: torch.dtype = torch.float32, workers: int = 1
+    ) -> Tensor:
+        """Pixel values of one image or many.
+
+        Args:
+            images: anything `load_image` opens, or a list or other iterable of it; numpy
+                (B, H, W, 3) and torch (B, 3, H, W) count as B images. No images give B = 0.
+            dtype: of the result; the arithmetic is float32.
+            workers: threads that decode and resize (Pillow releases the interpreter lock).
+
+        Returns:
+            (B, 3, S, S) on the CPU.
+
+        Raises:
+            FileNotFoundError, ImageError, TypeError: as `load_image`, naming the image.
+        """
+        pixels = self.squares(images, workers=workers).permute(0, 3, 1, 2)
+        values = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels).div_(255)
+        return values.sub_(_channels(self.mean)).div_(_channels(self.std)).to(dtype)
+
+    def squares(self, images: Any, *, workers: int = 1) -> Tensor:
+        """The (B, S, S, 3) uint8 pixels that `__call__` normalises; arguments as there."""
+        sources = enumerate([images] if _is_one_image(images) else images)
+        if workers > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                arrays = list(pool.map(self._square, sources))
+        else:
+            arrays = [self._square(source) for source in sources]
+        if not arrays:
+            return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
+        return torch.from_numpy(np.stack(arrays))
+
+    def video(self, frames: Any, num_frames: int | None = None, **options: Any) -> Tensor:
+        """Pixel values of a video's frames, which the model encodes one by one and averages.
+
+        Args:
+            frames: the frames in order, each as in `__call__`.
+            num_frames: take this many, each the middle of an equal part; None takes all.
+            options: `dtype` and `workers` of `__call__`.
+
+        Returns:
+            (F, 3, S, S).
+
+        Raises:
+            ValueError: no frames, or fewer than `num_frames` asks for.
+        """
+        frames = list(frames)
+        wanted = len(frames) if num_frames is None else num_frames
+        if not 1 <= wanted <= len(frames):
+            raise ValueError(
+                f"InternVLImageProcessor.video: {wanted} frames wanted of {len(frames)}; "
+                "needs at least one, and no more than there are"
+            )
+        middles = [(2 * i + 1) * len(frames) // (2 * wanted) for i in range(wanted)]
+        return self([frames[i] for i in middles], **options)
+
+    def to_images(self, pixel_values: Tensor) -> list[Image.Image]:
+        """Undoes the normalisation, for contact sheets and for looking at what the model sees.
+
+        Args:
+            pixel_values: (B, 3, H, W) or (3, H, W), floating point, normalised.
+
+        Returns:
+            B RGB images; float32 values from `__call__` give back exactly its pixels.
+        """
+        values = pixel_values[None] if pixel_values.ndim == 3 else pixel_values
+        if values.ndim != 4 or values.shape[1] != 3 or not values.is_floating_point():
+            raise ValueError(
+                "InternVLImageProcessor.to_images: needs normalised values (B, 3, H, W), got "
+                f"{pixel_values.dtype} {tuple(pixel_values.shape)}"
+            )
+        values = values.detach().float().cpu() * _channels(self.std) + _channels(self.mean)
+        pixels = values.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything `__init__` takes, ready for JSON."""
+        return dict(vars(self))
+
+    def __repr__(self) -> str:
+        return f"InternVLImageProcessor(size={self.size}, geometry={self.geometry!r})"
+
+    def _square(self, source: tuple[int, Any]) -> np.ndarray:
+        """(S, S, 3) uint8 of one numbered image."""
+        index, image = source
+        try:
+            picture = load_image(
+                image,
+                max_pixels=self.max_pixels,
+                max_aspect_ratio=self.max_aspect_ratio,
+                draft_side=2 * self.size if self.draft else None,
+            )
+        except (ImageError, FileNotFoundError, TypeError) as error:
+            raise type(error)(f"image {index}: {error}") from error
+        return np.asarray(fit(picture, self.size, self.geometry))
+
+
+def fit(image: Image.Image, size: int, geometry: Geometry) -> Image.Image:
+    """An image as a square of `size`, bicubic, by one of the three geometries.
+
+    Args:
+        image: 8-bit image.
+        size: side of the result.
+        geometry: see the head of this file.
+    """
+    width, height = image.size
+    if geometry == "retrieval":
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    short = min(width, height)
+    # int() of the float quotient: torchvision and transformers both round the long side down so
+    width, height = (size if n == short else int(size * n / short) for n in (width, height))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if geometry == "classification":
+        left, top = round((width - size) / 2), round((height - size) / 2)
+    else:
+        left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _is_one_image(images: Any) -> bool:
+    if isinstance(images, Tensor | np.ndarray):
+        return images.ndim < 4
+    if isinstance(images, dict):
+        raise TypeError("InternVLImageProcessor: needs images, got a dict; pass its values")
+    return (
+        hasattr(images, "read")
+        or not isinstance(images, Iterable)
+        or isinstance(images, Image.Image | str | bytes | bytearray | memoryview)
+    )
+
+
+def _channels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)

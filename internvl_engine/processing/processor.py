@@ -1,0 +1,192 @@
+"""Images and texts together, as transformers' processors do it.
+
+    processor = InternVLProcessor.from_pretrained(directory_or_hub_id)
+    model(**processor(images=photos, text=["a red panda"]))       # embeddings
+    model.generate(**processor(images=photos, prompts=["English caption:"] * len(photos)))
+
+`AutoProcessor` serves what `save_pretrained` wrote. It finds a processor by its class name, and
+transformers keeps "InternVLProcessor" for another architecture, so files carry the name of the
+subclass InternVL14BProcessor.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature
+
+from internvl_engine.configuration import InternVLConfig
+from internvl_engine.processing.files import OURS, TOKENIZER, image_settings, locate
+from internvl_engine.processing.images import Geometry, InternVLImageProcessor
+from internvl_engine.processing.padding import (
+    Padding,
+    check_right_padded,
+    mask_from_ids,
+    repad_left,
+)
+from internvl_engine.processing.text import MAX_LENGTH, InternVLTokenizer
+
+FILE_CLASS = "InternVL14BProcessor"
+
+
+class InternVLProcessor:
+    """Prepares the model's inputs.
+
+    Args:
+        image_processor: for images.
+        tokenizer: for texts and prompts.
+    """
+
+    model_input_names = ["pixel_values", "input_ids", "attention_mask"]
+
+    def __init__(
+        self, image_processor: InternVLImageProcessor, tokenizer: InternVLTokenizer
+    ) -> None:
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        task: Literal["embedding", "prompt"] = "embedding",
+        padding: Padding = "longest",
+        max_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Model inputs for images, texts, or both.
+
+        Args:
+            images: one image or many, see InternVLImageProcessor.
+            text: one text or several; what for, `task` says.
+            prompts: the same as `text` with `task="prompt"`.
+            task: "embedding" (prefix, `</s>`, padded right) or "prompt" (to be continued by
+                `generate`: no `</s>`, padded left).
+            padding: of embedding texts, see `InternVLTokenizer.encode_for_embedding`.
+            max_length: the most ids in a row; None is 80 for embeddings, no limit for prompts.
+            dtype: of pixel_values. The model does not cast: give it the dtype of its weights.
+            return_tensors: "pt"; other kinds are refused.
+
+        Returns:
+            BatchFeature (a dict with `.to(device)`): pixel_values (B, 3, S, S) where there are
+            images; input_ids and attention_mask (B, L) int64 where there are texts.
+
+        Raises:
+            ValueError: nothing to prepare, both `text` and `prompts`, an unknown task, or what
+                the image processor and the tokenizer refuse.
+        """
+        if images is None and text is None and prompts is None:
+            raise ValueError("InternVLProcessor: needs images, text or prompts")
+        if text is not None and prompts is not None:
+            raise ValueError("InternVLProcessor: text and prompts both make input_ids; give one")
+        if task not in ("embedding", "prompt"):
+            raise ValueError(
+                f'InternVLProcessor: task must be "embedding" or "prompt", got {task!r}'
+            )
+        if return_tensors not in ("pt", None):
+            raise ValueError(f'InternVLProcessor: gives "pt" tensors, not {return_tensors!r}')
+        inputs: dict[str, Any] = {}
+        if images is not None:
+            inputs["pixel_values"] = self.image_processor(images, dtype=dtype)
+        if task == "prompt" and prompts is None:
+            prompts, text = text, None
+        if prompts is not None:
+            inputs.update(self.tokenizer.encode_prompt(prompts, max_length)._asdict())
+        if text is not None:
+            length = MAX_LENGTH if max_length is None else max_length
+            inputs.update(self.tokenizer.encode_for_embedding(text, length, padding)._asdict())
+        return BatchFeature(inputs)
+
+    def check_embedding_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Mask of a batch that can be embedded: padded right, every row ending in `</s>`.
+
+        Raises:
+            ValueError: see `check_right_padded`.
+        """
+        return check_right_padded(input_ids, attention_mask, self.tokenizer.eos_token_id)
+
+    def prepare_prompts(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts padded on the left, from a batch padded on either side; see `repad_left`."""
+        if attention_mask is None:  # padding is what no real token is before, or none is after
+            attention_mask = mask_from_ids(input_ids) & mask_from_ids(input_ids.flip(1)).flip(1)
+        return repad_left(input_ids, attention_mask, self.tokenizer.pad_token_id)
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """As `InternVLTokenizer.decode`."""
+        return self.tokenizer.decode(ids, skip_special_tokens)
+
+    def batch_decode(
+        self, batch: Iterable[Sequence[int]] | Tensor, skip_special_tokens: bool = True
+    ) -> list[str]:
+        """As `InternVLTokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(batch, skip_special_tokens)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        geometry: Geometry | None = None,
+        size: int | None = None,
+        **options: Any,
+    ) -> "InternVLProcessor":
+        """Reads a published directory or one that `save_pretrained` wrote.
+
+        Args:
+            source: directory, or hub id "owner/name".
+            geometry: instead of the stored one. A published directory has "clip", or "retrieval"
+                where it lacks preprocessor_config.json.
+            size: side of the image instead of the stored one.
+            options: transformers' download options (`revision`, `cache_dir`, `token`,
+                `local_files_only`, ...).
+
+        Raises:
+            FileNotFoundError: no such directory or repository, or no tokenizer.model in it.
+            ValueError: a file there is damaged or asks for what is not supported.
+        """
+        tokenizer = locate(source, TOKENIZER, **options)
+        if tokenizer is None:
+            raise FileNotFoundError(f"InternVLProcessor: {source} has no {TOKENIZER}")
+        settings = image_settings(source, **options)
+        chosen = {"geometry": geometry, "size": size}
+        settings.update({key: value for key, value in chosen.items() if value is not None})
+        try:
+            image_processor = InternVLImageProcessor(**settings)
+        except TypeError as error:
+            raise ValueError(
+                f"InternVLProcessor: {source} has image settings {settings}: {error}"
+            ) from error
+        return cls(image_processor, InternVLTokenizer(tokenizer))
+
+    def save_pretrained(self, directory: str | os.PathLike) -> list[str]:
+        """Writes processor_config.json and tokenizer.model, and returns their paths."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "processor_class": FILE_CLASS,
+            "image_processor": self.image_processor.to_dict(),
+        }
+        (folder / OURS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(folder / TOKENIZER)
+        return [str(folder / OURS), str(folder / TOKENIZER)]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.image_processor}, {len(self.tokenizer)} pieces)"
+
+
+class InternVL14BProcessor(InternVLProcessor):
+    """InternVLProcessor under the name that AutoProcessor can tell from transformers' own."""
+
+
+AutoProcessor.register(InternVLConfig, InternVL14BProcessor, exist_ok=True)
