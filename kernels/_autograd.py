@@ -1,0 +1,81 @@
+"""What an operator does under autograd and autocast where its file says nothing else."""
+
+from collections.abc import Callable
+from inspect import signature
+
+import torch
+from torch import Tensor
+
+
+def differentiate(reference: Callable) -> tuple[Callable, Callable]:
+    """(backward, setup_context) that recompute the reference and differentiate it."""
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.constants = [None if isinstance(arg, Tensor) else arg for arg in inputs]
+        ctx.is_tensor = [isinstance(arg, Tensor) for arg in inputs]
+        ctx.save_for_backward(*(arg for arg in inputs if isinstance(arg, Tensor)))
+
+    def backward(ctx, *grads):
+        saved = iter(ctx.saved_tensors)
+        args = [
+            next(saved) if is_tensor else constant
+            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        ]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def forward(*tensors: Tensor):
+            for i, tensor in zip(wanted, tensors, strict=True):
+                args[i] = tensor
+            return reference(*args)
+
+        _, vjp = torch.func.vjp(forward, *(args[i] for i in wanted))
+        by_input = dict(zip(wanted, vjp(grads if len(grads) > 1 else grads[0]), strict=True))
+        return tuple(by_input.get(i) for i in range(len(args)))
+
+    return backward, setup_context
+
+
+def cast_under_autocast(overload: torch._ops.OpOverload, device: str) -> Callable:
+    """The operator with its floating tensors cast to autocast's dtype, as matrix products are."""
+    key = torch._C.DispatchKey.__members__[f"Autocast{device.upper()}"]
+    autocast = torch._C.DispatchKeySet(key)
+
+    def cast(arg):
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+            return arg.to(torch.get_autocast_dtype(device))
+        return arg
+
+    def run(*args):
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return overload(*(cast(arg) for arg in args))
+
+    return run
+
+
+def gradient(function: Callable, wanted: tuple[int, ...]) -> Callable:
+    """The gradient of `function` with respect to arguments `wanted`, as an operator's reference.
+
+    Takes the gradient of each output of `function`, then its arguments; returns a tuple, or the
+    one tensor where one is wanted.
+    """
+
+    def run(*grads_and_args):
+        args = list(grads_and_args[-_arity(function) :])
+        grads = grads_and_args[: -len(args)]
+
+        def forward(*tensors: Tensor):
+            for i, tensor in zip(wanted, tensors, strict=True):
+                args[i] = tensor
+            return function(*args)
+
+        _, vjp = torch.func.vjp(forward, *(args[i] for i in wanted))
+        found = vjp(grads if len(grads) > 1 else grads[0])
+        # Contiguous, and none a view of another: operators must not return aliases.
+        found = tuple(g.clone(memory_format=torch.contiguous_format) for g in found)
+        return found if len(found) > 1 else found[0]
+
+    return run
+
+
+def _arity(function: Callable) -> int:
+    return len(signature(function).parameters)

@@ -1,0 +1,185 @@
+"""Compiles the kernels for GPUs that are not there, and reads what the compiler made of them.
+
+    python -m internvl_engine.kernels.triton._cross_compile [--targets sm90 ...] [--operator NAME]
+                                                            [--markdown FILE] [--json FILE]
+
+Every file of this folder contributes `cross_compile_cases(architecture)`, its default
+configurations at the model's shapes. For each the table has registers per thread, stack (spills),
+shared memory and matrix instructions. `problems()` says what is wrong with a row: stack, shared
+memory beyond the chip's limit, or a product that does not reach the matrix unit.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from ._tuning import ARCHITECTURES, OPTIONS, Config, target
+
+SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+MATRIX = {
+    "sm80": r"\bmma\.sync",
+    "sm90": r"\bwgmma\.mma_async",
+    "sm100": r"\btcgen05\.mma",
+    "gfx942": r"\bv_mfma",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one configuration.
+
+    Attributes:
+        operator: the stem of its file.
+        name: what tells it from the operator's other cases, as "forward C=3200 bf16".
+        kernel: the @triton.jit function.
+        arguments: every parameter by name. A string is the type of a run-time argument: "*bf16"
+            (aligned to 16 bytes, as torch allocates), "i32", "fp32", and "i32:16" for an integer
+            that is a multiple of 16 at the model's shapes. Anything else is the value of a
+            tl.constexpr.
+        config: the tunable tl.constexpr values with num_warps and num_stages, as DEFAULTS has them.
+        matrix: whether it must use the architecture's matrix instructions.
+    """
+
+    operator: str
+    name: str
+    kernel: object
+    arguments: dict[str, object]
+    config: Config = field(default_factory=dict)
+    matrix: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case needs on one architecture: per thread, but shared bytes per program."""
+
+    operator: str
+    case: str
+    architecture: str
+    registers: int
+    stack: int
+    shared: int
+    matrix: int
+    needs_matrix: bool
+
+    def problems(self) -> list[str]:
+        """What must not ship, in words."""
+        limit = SHARED_LIMIT[self.architecture]
+        wrong = {
+            f"{self.stack} bytes of stack": self.stack > 0,
+            f"{self.shared} bytes of shared memory, {limit} there are": self.shared > limit,
+            "no matrix instruction": self.needs_matrix and self.matrix == 0,
+        }
+        label = f"{self.operator} {self.case} on {self.architecture}"
+        return [f"{label}: {text}" for text, is_so in wrong.items() if is_so]
+
+
+def compile_case(case: Case, architecture: str) -> Row:
+    """Compiles one case; triton's disk cache makes the second time quick."""
+    import triton
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names  # type: ignore[attr-defined]
+    options = OPTIONS | {k: v for k, v in case.config.items() if k not in names}
+    values = case.arguments | {k: v for k, v in case.config.items() if k in names}
+    assert set(values) == set(names), (case.name, set(values) ^ set(names))
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        value = values[name]
+        if not isinstance(value, str):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        signature[name], _, multiple = value.partition(":")
+        if value.startswith("*") or multiple == "16":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target(architecture), options=options)
+    registers, stack = _amd(compiled) if "amdgcn" in compiled.asm else _nvidia(compiled)
+    assembly = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    matrix = len(re.findall(MATRIX[architecture], assembly))
+    return Row(
+        case.operator, case.name, architecture, registers, stack, compiled.metadata.shared,
+        matrix, case.matrix,
+    )  # fmt: skip
+
+
+def _nvidia(compiled) -> tuple[int, int]:
+    """(registers, stack) from the machine code. Spilled registers are on the stack."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tools / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore
+
+
+def _amd(compiled) -> tuple[int, int]:
+    text = compiled.asm["amdgcn"]
+    names = (r"\.vgpr_count:", r"\.private_segment_fixed_size:")
+    return tuple(int(re.search(rf"{name}\s*(\d+)", text)[1]) for name in names)  # type: ignore
+
+
+def cases(architecture: str, operator: str | None = None) -> Iterator[Case]:
+    """The cases of every file of this folder, or of one."""
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        if operator in (None, path.stem):
+            yield from import_module(f".{path.stem}", __package__).cross_compile_cases(architecture)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The table as the repository keeps it."""
+    import triton
+
+    lines = [
+        f"# Cross-compiled kernels (triton {triton.__version__})",
+        "",
+        "Default configurations, compiled without a GPU: nothing here was run. Registers and stack "
+        "bytes per thread, shared memory per program, matrix instructions in the code.",
+        "",
+        "| operator | case | target | registers | stack | shared KiB | matrix |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        shared = f"{r.shared / 1024:.1f}"
+        values = (r.operator, r.case, r.architecture, r.registers, r.stack, shared, r.matrix)
+        lines.append("| " + " | ".join(map(str, values)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel's defaults without a GPU.")
+    parser.add_argument("--targets", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--operator", help="only this one")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    rows = [
+        compile_case(case, architecture)
+        for architecture in arguments.targets
+        for case in cases(architecture, arguments.operator)
+    ]
+    rows.sort(key=lambda row: (row.operator, row.case, ARCHITECTURES.index(row.architecture)))
+    table = markdown(rows)
+    if arguments.markdown:
+        arguments.markdown.write_text(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    problems = [problem for row in rows for problem in row.problems()]
+    sys.stdout.write("\n".join([table, *problems]) + "\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,26 @@
+"""What the row-wise kernels share."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offsets(rows, inner, outer_stride, inner_stride):
+    """Where rows (int32) start, in elements: kernels/_rows.py. 64 bits: 671,089 rows of 3200."""
+    outer = (rows // inner).to(tl.int64) * outer_stride
+    return outer + (rows % inner).to(tl.int64) * inner_stride
+
+
+def tile(cols: int, elements: int) -> dict[str, int]:
+    """BLOCK_C that covers a row, and as many rows as fill about `elements`."""
+    block = triton.next_power_of_2(max(cols, 16))
+    return {"BLOCK_R": max(1, min(elements // block, 64)), "BLOCK_C": block}
+
+
+def persistent_programs(device: torch.device, tiles: int, per_processor: int) -> int:
+    """How many programs loop over the tiles; few under the interpreter, so that they do loop."""
+    if device.type == "cpu":
+        return min(tiles, 2)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, processors * per_processor)
