@@ -1,0 +1,189 @@
+"""The linear layer: a matrix product with the activation and the residual add in its epilogue.
+
+    y = residual + epilogue(x @ weight.T + bias)      epilogue: none, GELU (exact, with erf), SwiGLU
+
+Products accumulate in fp32. Where the epilogue is fused it sees that accumulator and the result is
+rounded once; eager rounds after the product, after the activation and after the add. cuBLASLt's own
+GELU epilogue is the tanh form, which is another function.
+Source: the tile order and the persistent loop follow Triton's tutorial 09, persistent matmul.
+
+x is (M, C), weight (F, C) as nn.Linear holds it; (C, F) is (3200, 9600), (3200, 3200),
+(3200, 12800) with GELU and (12800, 3200) in a layer of the vision tower; (4096, 4096),
+(4096, 22016) with SwiGLU and (11008, 4096) in QLLaMA. Bound by operations, 2 * M * C * F, from
+about 300 rows on a GPU.
+
+Training keeps the product before the activation, as eager does: one (M, F) tensor, which saves the
+backward a third product. The gradients are plain matrix products, which cuBLAS and oneDNN do best.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_engine import reference
+
+from ._library import define, triton_launcher
+
+EPILOGUES = ("none", "gelu", "swiglu")
+
+
+def activate(y: Tensor, epilogue: str) -> Tensor:
+    """The epilogue of a finished product."""
+    if epilogue == "gelu":
+        return F.gelu(y)
+    return reference.swiglu(y) if epilogue == "swiglu" else y
+
+
+def output_shape(x: Tensor, features: int, epilogue: str) -> tuple[int, ...]:
+    """The shape of the result: F wide, or F / 2 with SwiGLU."""
+    return (*x.shape[:-1], features // 2 if epilogue == "swiglu" else features)
+
+
+def linear_blas(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls PyTorch's product (cuBLAS, hipBLASLt, oneDNN), then the activation, then the add."""
+    y = activate(F.linear(x, weight, bias), epilogue)
+    return y if residual is None else residual + y
+
+
+def linear_backward_blas(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, weight and bias that are wanted; empty tensors for the others."""
+    if epilogue != "none":  # the product again: only direct calls of the operator come here
+        y = F.linear(x, weight, bias)
+        (grad,) = torch.func.vjp(lambda y: activate(y, epilogue), y)[1](grad.to(y.dtype))
+    rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows = rows.to(x.dtype)
+    empty = x.new_empty(0)
+    return (
+        (rows @ weight).view(x.shape) if wanted[0] else empty,
+        rows.t() @ x_rows if wanted[1] else empty,
+        rows.sum(0) if wanted[2] else empty,
+    )
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(output_shape(x, weight.shape[0], epilogue), dtype=dtype)
+
+
+def _linear_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    dx, dweight, dbias = (
+        x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, wanted, strict=True)
+    )
+    return dx, dweight, dbias
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.epilogue, residual = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx, grad: Tensor):
+    x, weight, bias = ctx.saved_tensors
+    needs = inputs_needing_gradient(ctx, 5)
+    wanted = needs[:3]
+    gradients = _linear_backward(grad, x, weight, bias, ctx.epilogue, wanted)
+    dx, dweight, dbias = (
+        gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)
+    )
+    dresidual = grad.to(ctx.residual_dtype) if needs[4] else None
+    return (dx, dweight, dbias, None, dresidual)[: len(ctx.needs_input_grad)]
+
+
+def inputs_needing_gradient(ctx, count: int) -> list[bool]:
+    """ctx.needs_input_grad for all `count` inputs: torch leaves out trailing defaults."""
+    needs = list(ctx.needs_input_grad)
+    return needs + [False] * (count - len(needs))
+
+
+_linear = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, str epilogue='none', "
+    "Tensor? residual=None) -> Tensor",
+    reference=reference.linear,
+    fake=_linear_fake,
+    # cuBLAS until a measurement on a GPU says otherwise: none was made yet.
+    cuda={"cublas": linear_blas, "triton": triton_launcher("linear")},
+    backward=(_backward, _save),
+    lower_in_autocast=True,
+)
+
+_linear_backward = define(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str epilogue, "
+    "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    reference=linear_backward_blas,
+    fake=_linear_backward_fake,
+)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """residual + epilogue(x @ weight.T + bias).
+
+    Args:
+        x: (..., C), any strides.
+        weight: (F, C), the dtype of x, but under autocast, which casts both.
+        bias: (F,), or None.
+        epilogue: "none", "gelu" (exact, with erf) or "swiglu": weight rows are [gate; up] and the
+            result is silu(gate) * up.
+        residual: the shape of the result, added last, or None.
+
+    Returns:
+        (..., F), or (..., F / 2) with "swiglu", of the dtype to which x and residual promote.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, or an unknown epilogue.
+    """
+    check_operands("linear", x, weight.shape, weight.dtype, bias, epilogue, residual)
+    needs_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
+    )
+    if epilogue != "none" and needs_gradient:  # keeps the product for the activation's gradient
+        y = activate(_linear(x, weight, bias), epilogue)
+        return y if residual is None else residual + y
+    return _linear(x, weight, bias, epilogue, residual)
+
+
+def check_operands(
+    operator: str, x: Tensor, shape: torch.Size, dtype: torch.dtype, bias: Tensor | None,
+    epilogue: str, residual: Tensor | None,
+) -> None:  # fmt: skip
+    """Raises ValueError where x, bias and residual do not go with a weight of this shape."""
+    features, channels = shape
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if x.shape[-1:] != shape[1:] or (x.dtype != dtype and not autocast):
+        raise ValueError(
+            f"{operator}: x must be {dtype} of shape (..., {channels}) for a weight of shape "
+            f"{tuple(shape)}, got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    if bias is not None and (bias.shape != shape[:1] or (bias.dtype != dtype and not autocast)):
+        raise ValueError(
+            f"{operator}: bias must be {dtype} of shape ({features},), got {bias.dtype} of shape "
+            f"{tuple(bias.shape)}"
+        )
+    if epilogue not in EPILOGUES or (epilogue == "swiglu" and features % 2):
+        raise ValueError(
+            f"{operator}: epilogue must be none, gelu or, for an even number of features, swiglu; "
+            f"got {epilogue!r} for {features} features"
+        )
+    if residual is not None and residual.shape != output_shape(x, features, epilogue):
+        raise ValueError(
+            f"{operator}: residual must have the shape of the output, "
+            f"{output_shape(x, features, epilogue)}, got {tuple(residual.shape)}"
+        )
