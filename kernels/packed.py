@@ -36,8 +36,8 @@ from .linear import (
 def can_pack(weight: Tensor) -> bool:
     """Whether this machine has a packed layout for such a weight: (F, C), dense, on the CPU.
 
-    bfloat16 and float16 where the processor computes in them. Not float32, for which oneDNN adds the
-    products of a whole row in one chain: 2.5 times the error of F.linear at 3,200 channels.
+    bfloat16 and float16 where the processor computes in them. Not float32, for which oneDNN adds
+    the products of a whole row in one chain: 2.5 times F.linear's error at 3,200 channels.
     """
     if weight.device.type != "cpu" or weight.layout != torch.strided or weight.dim() != 2:
         return False

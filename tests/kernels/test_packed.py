@@ -38,7 +38,7 @@ def test_gives_the_dense_weight_back(shape, dtype):
 
 
 def test_a_copy_has_its_own_weight_and_the_dense_one_is_not_kept():
-    weight = torch.randn(96, 64)
+    weight = torch.randn(96, 64).bfloat16()
     expected = weight.clone()
     packed = PackedWeight(weight)
     weight.zero_()
