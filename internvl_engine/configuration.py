@@ -115,10 +115,13 @@ class InternVLConfig(PretrainedConfig):
         attn_pool_num_heads: heads of both attention poolers.
         num_query_token: learned queries Q.
         label_smoothing: of the contrastive loss in training.
-        cross_attention_frequency: every how many QLLaMA layers cross-attention stands, from layer 0.
-            None takes the nested value, else 2 (published files keep it in the nested dict only).
+        cross_attention_frequency: cross-attention stands in every how many QLLaMA layers, from 0
+            on. None takes the nested value, else 2 (published files keep it in the nested dict
+            only).
         use_backbone_lora: LoRA rank of the vision tower, 0 for none.
         use_qllama_lora: LoRA rank of QLLaMA, 0 for none.
+        backbone_lora_alpha, qllama_lora_alpha: their alphas; None is twice the rank. Published
+            files do not store them.
         force_image_size: side in pixels to which the position table is resized at construction.
         initializer_range: standard deviation of new weights outside the vision tower.
     """
@@ -138,6 +141,8 @@ class InternVLConfig(PretrainedConfig):
         cross_attention_frequency: int | None = None,
         use_backbone_lora: int = 0,
         use_qllama_lora: int = 0,
+        backbone_lora_alpha: int | None = None,
+        qllama_lora_alpha: int | None = None,
         force_image_size: int | None = None,
         initializer_range: float = 0.02,
         **kwargs: Any,
@@ -158,6 +163,8 @@ class InternVLConfig(PretrainedConfig):
         self.cross_attention_frequency = cross_attention_frequency
         self.use_backbone_lora = use_backbone_lora
         self.use_qllama_lora = use_qllama_lora
+        self.backbone_lora_alpha = backbone_lora_alpha
+        self.qllama_lora_alpha = qllama_lora_alpha
         self.force_image_size = force_image_size
         self.initializer_range = initializer_range
         self.qllama_config.num_query_token = num_query_token
@@ -203,28 +210,45 @@ def _sub_config(kind: type, given: PretrainedConfig | dict | None, default: dict
     return kind(**values)
 
 
-_QLLAMA_8B: dict[str, Any] = dict(
-    vocab_size=49954, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048,
-    rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-)  # fmt: skip
+_QLLAMA_8B: dict[str, Any] = {
+    "vocab_size": 49954,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "14b-224px": {},
     "14b-ft-364px": {"force_image_size": 364},
     "nano": {
-        "vision_config": dict(
-            hidden_size=64, num_attention_heads=4, intermediate_size=192, num_hidden_layers=3,
-            image_size=28, patch_size=7,
-        ),
-        "qllama_config": dict(
-            vocab_size=128, hidden_size=96, num_attention_heads=6, num_key_value_heads=6,
-            intermediate_size=256, num_hidden_layers=4, max_position_embeddings=128,
-            rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-        "clip_embed_dim": 48, "attn_pool_num_heads": 4, "num_query_token": 8,
+        "vision_config": {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "image_size": 28,
+            "patch_size": 7,
+        },
+        "qllama_config": {
+            **_QLLAMA_8B,
+            "vocab_size": 128,
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "max_position_embeddings": 128,
+        },
+        "clip_embed_dim": 48,
+        "attn_pool_num_heads": 4,
+        "num_query_token": 8,
     },
-}  # fmt: skip
+}
 
 AutoConfig.register(InternVisionConfig.model_type, InternVisionConfig, exist_ok=True)
 AutoConfig.register(InternVLConfig.model_type, InternVLConfig, exist_ok=True)

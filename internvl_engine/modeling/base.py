@@ -1,0 +1,49 @@
+"""What every model of the family shares: initialisation, recomputation switches, loading."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration import InternVLConfig
+
+
+class InternVLPreTrainedModel(PreTrainedModel):
+    """Base of all models. Loading is our own: a missing or damaged weight is an error, never a
+    guess.
+
+    `gradient_checkpointing_enable()` and `..._disable()` switch recomputation of the layers in
+    every module that has the attribute `gradient_checkpointing` (vision encoder and QLLaMA).
+    """
+
+    config_class = InternVLConfig
+    base_model_prefix = "internvl"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = None  # LM head and embedding are two tensors in every checkpoint
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises one module by its type; `self` is the nearest model around it."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm) or hasattr(module, "variance_epsilon"):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_extra_parameters"):
+            module.reset_extra_parameters(std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a checkpoint; see `internvl_engine.checkpoint.load_pretrained`."""
+        from ..checkpoint import load_pretrained
+
+        return load_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)

@@ -1,0 +1,408 @@
+"""InternVL-14B: vision tower, QLLaMA with learned queries, poolers, heads.
+
+    C embedding of an image   pooler1(vision)
+    G embedding of an image   unit(pooler2(queries)) + unit(pooler1(vision))
+    embedding of a text       last token of QLLaMA run as a plain LLaMA, times text_projection
+    captions                  [queries | prompt] through QLLaMA with the image, then its LM head
+
+Source: OpenGVLab/InternVL, modeling_internvl.py; Chen et al., InternVL, CVPR 2024.
+
+    B images, N vision tokens of C_v = 3200, Q = 96 queries of C = 4096, L text tokens, E = 768
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from ..configuration import InternVLConfig
+from .base import InternVLPreTrainedModel
+from .masks import AttentionMask
+from .pooling import AttentionPoolingBlock
+from .qllama import LlamaForCausalLM, LlamaModel
+from .vision import InternVisionModel
+
+__all__ = ["InternVLModel", "InternVLPreTrainedModel", "InternVL_C", "InternVL_G"]
+
+VISION_LORA = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+QLLAMA_LORA = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
+PUBLISHED_MAX_LENGTH = 20  # of `generate` without a length: one BOS and 19 new tokens
+
+
+@dataclass
+class ImageFeatures(ModelOutput):
+    """backbone_embeds (B, N, C_v), query_embeds (B, Q, C), and the towers' own outputs."""
+
+    backbone_embeds: Tensor | None = None
+    query_embeds: Tensor | None = None
+    vision_outputs: BaseModelOutputWithPooling | None = None
+    query_outputs: BaseModelOutputWithPast | None = None
+
+
+@dataclass
+class ContrastiveOutput(ModelOutput):
+    """Logits (B, texts) and (texts, B), and the unit embeddings (B, E) and (texts, E)."""
+
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+class InternVLModel(InternVLPreTrainedModel):
+    """The whole model; `mode` chooses "InternVL-C" or "InternVL-G" where the two differ."""
+
+    config_class = InternVLConfig
+    main_input_name = "pixel_values"
+    _no_split_modules = ["InternVisionEncoderLayer", "LlamaDecoderLayer", "AttentionPoolingBlock"]
+    default_mode = "InternVL-C"
+
+    def __init__(self, config: InternVLConfig) -> None:
+        super().__init__(config)
+        width, embed_dim = config.hidden_size, config.clip_embed_dim
+        self.vision_model = InternVisionModel(config.vision_config)
+        self.qllama = LlamaForCausalLM(config.qllama_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, width))
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        heads = config.attn_pool_num_heads
+        self.clip_projector = AttentionPoolingBlock(
+            config.vision_config.hidden_size, heads, qkv_bias=True, out_dim=embed_dim
+        )
+        self.clip_projector2 = AttentionPoolingBlock(width, heads, qkv_bias=True, out_dim=embed_dim)
+        self.itm_head = nn.Linear(width, 2)
+        self.post_init()
+        self.reset_extra_parameters(config.initializer_range)
+        if config.force_image_size:
+            vision = config.vision_config
+            self.vision_model.resize_pos_embeddings(
+                vision.image_size, config.force_image_size, vision.patch_size
+            )
+        if config.use_backbone_lora:
+            self.wrap_backbone_lora(config.use_backbone_lora, config.backbone_lora_alpha)
+        if config.use_qllama_lora:
+            self.wrap_qllama_lora(config.use_qllama_lora, config.qllama_lora_alpha)
+
+    def reset_extra_parameters(self, std: float) -> None:
+        nn.init.zeros_(self.query_tokens)
+        nn.init.normal_(self.text_projection, std=self.config.hidden_size**-0.5)
+        nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        text: Tensor | None = None,
+        mode: str | None = None,
+        *,
+        image: Tensor | None = None,
+        output_hidden_states: bool | None = True,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Similarities of images and texts, or the features of images alone.
+
+        Args:
+            pixel_values: (B, 3, height, width); `image` is the published name for it.
+            text: (texts, L) ids as `encode_text` takes; None asks for features.
+            mode: "InternVL-C" or "InternVL-G"; only with text.
+            output_hidden_states: of the vision tower; only without text.
+            return_dict: True returns a ContrastiveOutput or ImageFeatures.
+
+        Returns:
+            With text (logits_per_image (B, texts), logits_per_text); without, (vision_outputs,
+            query_outputs) whose first entries are (B, N, C_v) and (B, Q, C).
+        """
+        pixel_values = image if pixel_values is None else pixel_values
+        if text is None:
+            features = self._image_features(pixel_values, output_hidden_states)
+            return features if return_dict else (features.vision_outputs, features.query_outputs)
+        image_embeds = _unit(self.encode_image(pixel_values, mode or self.default_mode))
+        text_embeds = _unit(self.encode_text(text))
+        logits = self.logit_scale.exp() * image_embeds @ text_embeds.t()
+        output = ContrastiveOutput(logits, logits.t(), image_embeds, text_embeds)
+        return output if return_dict else output.to_tuple()[:2]
+
+    def encode_image(self, image: Tensor, mode: str | None = None) -> Tensor:
+        """Embeds images; not normalised, and the G embedding has lengths from 0 to 2.
+
+        Args:
+            image: (B, 3, height, width). mode: "InternVL-C" or "InternVL-G".
+
+        Returns:
+            (B, E).
+
+        Raises:
+            NotImplementedError: mode is neither.
+        """
+        mode = mode or self.default_mode
+        if mode == "InternVL-C":
+            return self.clip_projector(self.vision_model(pixel_values=image).last_hidden_state)
+        if mode == "InternVL-G":
+            backbone_embeds, query_embeds = self.get_image_features(image)
+            image_embeds = self.clip_projector(backbone_embeds)
+            return _unit(self.clip_projector2(query_embeds)) + _unit(image_embeds)
+        raise NotImplementedError(f"mode must be 'InternVL-C' or 'InternVL-G', got {mode!r}")
+
+    def encode_text(self, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embeds texts by the state of their last token; not normalised.
+
+        Args:
+            text: (B, L) ids of "summarize:" + text with BOS and EOS, padded on the right with 0.
+            attention_mask: (B, L), 1 for tokens; the last token is then the last 1, whatever the
+                padding. None takes ids > 0 and, as published, their count for the place of the
+                last.
+
+        Returns:
+            (B, E).
+        """
+        if attention_mask is None:
+            attention_mask = (text > 0).long()
+            last = attention_mask.sum(1) - 1
+            _warn_of_inner_padding(attention_mask)
+        else:
+            places = torch.arange(text.shape[1], device=text.device)
+            last = (attention_mask.to(text.device) * places).argmax(1)
+        features = self.get_text_features(input_ids=text, attention_mask=attention_mask)
+        rows = torch.arange(features.shape[0], device=features.device)
+        return features[rows, last.to(features.device)] @ self.text_projection
+
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor | BaseModelOutputWithPast:
+        """States (B, L, C) of QLLaMA run as a plain causal LLaMA over ids (B, L), after its last
+        norm."""
+        length = input_ids.shape[1]
+        outputs = self._decoder.forward_train(
+            input_ids=input_ids,
+            attention_mask=AttentionMask("causal", length, length, padding=attention_mask),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        return outputs if return_dict else outputs.last_hidden_state
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple[Tensor, Tensor] | ImageFeatures:
+        """(vision states (B, N, C_v), query states (B, Q, C)), or ImageFeatures."""
+        features = self._image_features(pixel_values, output_hidden_states)
+        return features if return_dict else (features.backbone_embeds, features.query_embeds)
+
+    def _image_features(
+        self, pixel_values: Tensor | None, hidden_states: bool | None
+    ) -> ImageFeatures:
+        vision = self.vision_model(
+            pixel_values=pixel_values, output_hidden_states=hidden_states, return_dict=True
+        )
+        states = vision.last_hidden_state
+        queries = self.query_tokens.expand(states.shape[0], -1, -1)
+        size = queries.shape[1]
+        outputs = self._decoder.forward_train(
+            inputs_embeds=queries,
+            vision_hidden_states=states,
+            attention_mask=AttentionMask("full", size, size),
+        )
+        return ImageFeatures(states, outputs.last_hidden_state, vision, outputs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        align_prompts: bool = True,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Continues prompts that follow the image's queries.
+
+        Args:
+            pixel_values: (B, 3, height, width), or visual_features: (B, N, C_v) of the vision
+                tower.
+            input_ids: (B, L) prompt ids without EOS; (1, L) serves every image.
+            attention_mask: (B, L), 0 where a prompt is padded; None is all ones. Padding is moved
+                to the left, where it must be, unless align_prompts is False (the published
+                behaviour).
+            generation_config, generate_kwargs: as transformers' `generate`. Without a length, 19
+                new tokens. `max_length` and `min_length` count the BOS, not the prompt.
+
+        Returns:
+            (B, 1 + new tokens) ids as the published code gives them: one BOS, which was never fed
+            to the model, then the new tokens without the prompt. Or transformers' output object.
+
+        Raises:
+            ValueError: no image, no prompt, or batches that do not fit.
+        """
+        if (pixel_values is None) == (visual_features is None) or input_ids is None:
+            raise ValueError("generate: give input_ids, and either pixel_values or visual_features")
+        if visual_features is None:
+            visual_features = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        batch = visual_features.shape[0]
+        if input_ids.shape[0] not in (1, batch):
+            raise ValueError(
+                f"generate: input_ids must have 1 or {batch} rows for {batch} images, "
+                f"got {input_ids.shape[0]}"
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if align_prompts:
+            input_ids, mask = align_left(input_ids, mask)
+        return self.language_model.generate(
+            generation_config=generation_config,
+            **self._prompt(visual_features, input_ids, mask, generation_config, generate_kwargs),
+            **_published_lengths(generation_config, generate_kwargs),
+        )
+
+    def _prompt(
+        self,
+        visual_features: Tensor,
+        input_ids: Tensor,
+        mask: Tensor,
+        generation_config: GenerationConfig | None,
+        arguments: dict[str, Any],
+    ) -> dict[str, Any]:
+        """[queries | prompt] for `generate`; where rows will be repeated, already run once."""
+        batch = visual_features.shape[0]
+        embeds = self.language_model.get_input_embeddings()(input_ids).expand(batch, -1, -1)
+        embeds = torch.cat((self.query_tokens.expand(batch, -1, -1).to(embeds), embeds), dim=1)
+        mask = mask.expand(batch, -1)
+        mask = torch.cat((mask.new_ones(batch, self.query_tokens.shape[1]), mask), dim=1)
+        bos = self.config.qllama_config.bos_token_id
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids.new_full((batch, 1), 1 if bos is None else bos),
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "vision_hidden_states": visual_features,
+            "use_zero_attention_mask": True,
+        }
+        copies = max(
+            arguments.get(name) or getattr(generation_config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        )
+        if copies > 1 and arguments.get("past_key_values") is None:
+            positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, :-1]
+            cache = self._decoder(
+                inputs_embeds=embeds[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions,
+                vision_hidden_states=visual_features,
+                use_zero_attention_mask=True,
+                use_cache=True,
+            ).past_key_values
+            cache.batch_repeat_interleave(copies)
+            inputs["past_key_values"] = cache
+            del inputs["vision_hidden_states"]  # the queries have read it
+        return inputs
+
+    @property
+    def language_model(self) -> LlamaForCausalLM:
+        """QLLaMA, out of its LoRA wrapper where it has one."""
+        qllama = self.qllama
+        return qllama.get_base_model() if hasattr(qllama, "get_base_model") else qllama
+
+    @property
+    def _decoder(self) -> LlamaModel:
+        return self.language_model.model
+
+    def wrap_backbone_lora(
+        self, r: int = 128, lora_alpha: int | None = 256, lora_dropout: float = 0.05
+    ) -> None:
+        """Freezes the vision tower and puts LoRA of rank r on its attention and MLP linears.
+
+        lora_alpha None is 2 * r. Needs peft.
+        """
+        self.config.use_backbone_lora = r
+        self.config.backbone_lora_alpha = lora_alpha or 2 * r
+        self.vision_model = _wrap_lora(
+            self.vision_model, r, self.config.backbone_lora_alpha, lora_dropout, VISION_LORA
+        )
+
+    def wrap_qllama_lora(
+        self, r: int = 128, lora_alpha: int | None = 256, lora_dropout: float = 0.05
+    ) -> None:
+        """Freezes QLLaMA and puts LoRA of rank r on its self-attention and MLP linears.
+
+        Cross-attention, LM head and embeddings are not adapted. lora_alpha None is 2 * r. Needs
+        peft.
+        """
+        self.config.use_qllama_lora = r
+        self.config.qllama_lora_alpha = lora_alpha or 2 * r
+        self.qllama = _wrap_lora(
+            self.qllama, r, self.config.qllama_lora_alpha, lora_dropout, QLLAMA_LORA
+        )
+
+
+class InternVL_C(InternVLModel):
+    """InternVL-C: contrastive embeddings from the vision tower alone."""
+
+    default_mode = "InternVL-C"
+
+
+class InternVL_G(InternVLModel):
+    """InternVL-G: embeddings from the vision tower and from QLLaMA's queries."""
+
+    default_mode = "InternVL-G"
+
+
+def align_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves the padding of every row to its left, keeping the order of the tokens; (B, L) each."""
+    order = attention_mask.bool().long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True)  # without an epsilon, as published
+
+
+def _published_lengths(
+    generation_config: GenerationConfig | None, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """The published meaning of lengths (BOS and new tokens) in terms of new tokens."""
+
+    def asked(name: str) -> Any:
+        return arguments.pop(name, None) or getattr(generation_config, name, None)
+
+    arguments = dict(arguments)
+    new, longest = asked("max_new_tokens"), asked("max_length")
+    least, shortest = asked("min_new_tokens"), asked("min_length")
+    arguments["max_new_tokens"] = new or (longest or PUBLISHED_MAX_LENGTH) - 1
+    if least or shortest:
+        arguments["min_new_tokens"] = least or shortest - 1
+    return arguments
+
+
+def _warn_of_inner_padding(mask: Tensor) -> None:
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        warnings.warn(
+            "encode_text: an id 0 stands before another token (left padding, or an unknown piece); "
+            "without an attention_mask the published rule then pools the wrong token",
+            stacklevel=3,
+        )
+
+
+def _wrap_lora(tower: nn.Module, r: int, alpha: int, dropout: float, targets: list[str]) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'internvl-engine[train]'") from error
+    return get_peft_model(
+        tower,
+        LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets),
+    )
