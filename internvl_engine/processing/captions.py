@@ -64,6 +64,8 @@ def encode_for_training(
     Raises:
         ValueError: the two lists differ in length, unknown `labels`, or a prompt that fills L.
     """
+    if isinstance(captions, str) or isinstance(negatives, str):
+        raise TypeError("encode_for_training: needs lists of captions, got one string")
     if len(captions) != len(negatives):
         raise ValueError(
             f"encode_for_training: {len(captions)} captions but {len(negatives)} negatives"

@@ -15,37 +15,41 @@ CLIP_STYLE = "preprocessor_config.json"
 MODEL = "config.json"
 TOKENIZER = "tokenizer.model"
 BICUBIC = 3  # Pillow's number
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def locate(source: str | os.PathLike, name: str, **options: Any) -> Path | None:
-    """Path of one file of a directory or hub repository, None where that has no such file.
+def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
+    """The directory with a processor's files, downloaded from the hub where it is not one.
+
+    All of them come in one call: a file that fails to arrive must not pass for one that is not
+    there, because the others would then be read without it.
 
     Args:
         source: directory, or hub id "owner/name".
-        name: file.
-        options: transformers' download options; others are ignored.
+        options: `subfolder`, and the download options of huggingface_hub; others, which
+            transformers' Auto classes pass along, are ignored.
 
     Raises:
-        FileNotFoundError: the directory does not exist, or the repository can not be reached.
+        FileNotFoundError: no such directory, or a repository that can not be read and is not in
+            the cache.
     """
-    options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    text, subfolder = os.fspath(source), options.get("subfolder") or ""
     if os.path.isdir(source):
-        path = Path(source, options.get("subfolder") or "", name)
-        return path if path.is_file() else None
-    text = os.fspath(source)
+        return Path(source, subfolder)
     if text.count("/") != 1 or text[0] in "/.~":
         raise FileNotFoundError(f"InternVLProcessor: no directory {text}")
-    from transformers.utils import cached_file
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
+    names = [os.path.join(subfolder, name) for name in (OURS, CLIP_STYLE, MODEL, TOKENIZER)]
+    options = {key: value for key, value in options.items() if key in DOWNLOAD_OPTIONS}
     try:
-        found = cached_file(text, name, _raise_exceptions_for_missing_entries=False, **options)
-    except OSError as error:
+        return Path(snapshot_download(text, allow_patterns=names, **options), subfolder)
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"InternVLProcessor: {text} is no directory here and could not be read from the hub: "
             f"{error}"
         ) from error
-    return None if found is None else Path(found)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,34 +63,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def image_settings(source: str | os.PathLike, **options: Any) -> dict[str, Any]:
-    """Arguments of InternVLImageProcessor that a directory or repository asks for.
+def image_settings(folder: Path) -> dict[str, Any]:
+    """Arguments of InternVLImageProcessor that a directory asks for.
 
     Raises:
         ValueError: nothing there says the size, or it asks for what we would not do alike.
     """
     settings: dict[str, Any] = {}
-    ours = locate(source, OURS, **options)
-    clip = locate(source, CLIP_STYLE, **options) if ours is None else None
-    if ours is not None:
+    ours, clip, model = folder / OURS, folder / CLIP_STYLE, folder / MODEL
+    if ours.is_file():
         stored = read_json(ours).get("image_processor")
         if not isinstance(stored, dict):
             raise ValueError(f"InternVLProcessor: {ours} has no image_processor settings")
         if {"geometry", "size"} <= set(stored):
             return stored
         settings = _from_clip(stored, ours)  # transformers 5 keeps CLIP's settings in there
-    elif clip is not None:
+    elif clip.is_file():
         settings = _from_clip(read_json(clip), clip)
-    model = locate(source, MODEL, **options)
-    if model is not None:
+    if model.is_file():
         config = read_json(model)
-        vision = config.get("vision_config", config)
+        vision = config.get("vision_config")
+        vision = vision if isinstance(vision, dict) else config
         side = config.get("force_image_size") or vision.get("image_size")
         if side is not None:  # the model decides: its position table has that many patches
             settings["size"] = side
     if "size" not in settings:
         raise ValueError(
-            f"InternVLProcessor: {source} has neither {OURS}, nor {CLIP_STYLE} with a size, nor "
+            f"InternVLProcessor: {folder} has neither {OURS}, nor {CLIP_STYLE} with a size, nor "
             f"{MODEL} with an image size"
         )
     return settings
@@ -125,7 +128,9 @@ def _from_clip(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _side(size: Any, path: Path) -> int | None:
     """The one number in 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
-    sides = set(size.values()) if isinstance(size, dict) else {size}
-    if len(sides) > 1:
-        raise ValueError(f"InternVLProcessor: {path} has size {size}; images must be square")
-    return sides.pop() if sides else None
+    sides = list(size.values()) if isinstance(size, dict) else [size]
+    if size is None:
+        return None
+    if not sides or not all(isinstance(n, int) and n == sides[0] for n in sides):
+        raise ValueError(f"InternVLProcessor: {path} has size {size}; needs one side of a square")
+    return sides[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature
 
 from internvl_engine.configuration import InternVLConfig
-from internvl_engine.processing.files import OURS, TOKENIZER, image_settings, locate
+from internvl_engine.processing.files import OURS, TOKENIZER, image_settings, processor_folder
 from internvl_engine.processing.images import Geometry, InternVLImageProcessor
 from internvl_engine.processing.padding import (
     Padding,
@@ -148,17 +148,18 @@ class InternVLProcessor:
             geometry: instead of the stored one. A published directory has "clip", or "retrieval"
                 where it lacks preprocessor_config.json.
             size: side of the image instead of the stored one.
-            options: transformers' download options (`revision`, `cache_dir`, `token`,
-                `local_files_only`, ...).
+            options: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`,
+                `force_download`.
 
         Raises:
             FileNotFoundError: no such directory or repository, or no tokenizer.model in it.
             ValueError: a file there is damaged or asks for what is not supported.
         """
-        tokenizer = locate(source, TOKENIZER, **options)
-        if tokenizer is None:
+        folder = processor_folder(source, **options)
+        tokenizer = folder / TOKENIZER
+        if not tokenizer.is_file():
             raise FileNotFoundError(f"InternVLProcessor: {source} has no {TOKENIZER}")
-        settings = image_settings(source, **options)
+        settings = image_settings(folder)
         chosen = {"geometry": geometry, "size": size}
         settings.update({key: value for key, value in chosen.items() if value is not None})
         try:
