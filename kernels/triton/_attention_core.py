@@ -1,0 +1,118 @@
+"""What the attention kernels share: loading tiles and one key block of the online softmax.
+
+Scores are kept in units of log2, so that every exponential is one exp2: with L = log2(e),
+
+    p_ij = 2 ** (L * score_ij - lse_i)        lse_i = log2 sum_j 2 ** (L * score_ij)
+
+Launchers hand log-sum-exps on in natural units, as PyTorch's own operators do.
+Sources: Dao, FlashAttention-2 (arXiv 2307.08691); Milakov and Gimelshein (arXiv 1805.02867).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Where a running maximum starts: finite, so that 2 ** (-inf - m) is 0 and never NaN.
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def load_tile(
+    ptr, rows, row_stride, num_rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(rows, BLOCK_D) of a head: columns past D are 0 and, where MASKED, so are rows past num_rows."""
+    columns = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[:, None] * row_stride + columns[None, :]
+    if MASKED:
+        if D == BLOCK_D:
+            return tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
+        return tl.load(
+            ptrs, mask=(rows < num_rows)[:, None] & (columns < D)[None, :], other=0.0
+        )
+    if D == BLOCK_D:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, rows, row_stride, num_rows, tile, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Stores the rows below num_rows and columns below D of a tile, cast to the output's dtype."""
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < num_rows)[:, None] & (columns < D)[None, :]
+    ptrs = ptr + rows[:, None] * row_stride + columns[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row of D values in fp32, 0 past D."""
+    columns = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def product(a, b):
+    """a @ b with fp32 accumulation; fp32 operands are multiplied as fp32, not as tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def softmax_block(scores, scale, v, largest, total, acc):
+    """Takes one key block into the running (maximum, sum, weighted values) of every query row.
+
+    scores (BLOCK_M, BLOCK_N) times scale > 0 are in units of log2; -inf where a key is not seen.
+    """
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+    p = tl.exp2(scores * scale - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_largest, total, acc
+
+
+@triton.jit
+def score_gradient(scores, scale, v, d_out, lse, delta):
+    """d loss / d score, (BLOCK_M, BLOCK_N), of one tile of queries and one block of keys.
+
+    lse (in log2 units) and delta = sum(d_out * out) are per query.
+    """
+    p = tl.exp2(scores * scale - lse[:, None])
+    return p * (product(d_out, v.T) - delta[:, None])
+
+
+@triton.jit
+def score_gradient_by_key(scores, scale, v, d_out, lse, delta, dv):
+    """The same transposed, (BLOCK_N, BLOCK_M), for one tile of keys; also adds to their dv."""
+    p = tl.exp2(scores * scale - lse[None, :])
+    dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
+    return p * (product(v, d_out.T) - delta[None, :]), dv
+
+
+def tail(rows: int, block: int) -> int:
+    """The smallest tile for the rows that whole blocks leave over, 0 where a whole one is as good.
+
+    257 rows in tiles of 128 are two whole tiles and one row: a third whole tile would be 49 % waste.
+    """
+    smallest = max(16, triton.next_power_of_2(rows % block))  # tl.dot takes 16 rows or more
+    return smallest if 0 < rows % block and smallest < block else 0
+
+
+def supported(dtype: torch.dtype, D: int) -> bool:
+    """Whether the attention kernels compute in this dtype at this head size."""
+    return dtype in (torch.bfloat16, torch.float16, torch.float32) and D <= 128
+
+
+def width_class(D: int, dtype: torch.dtype) -> str:
+    """Whose default configurations serve: what a tile costs depends on D and the bytes of a value."""
+    if dtype == torch.float32:
+        return "fp32"
+    return "wide" if D > 64 else "narrow"
+
+
+def length_class(length: int) -> int:
+    """A length rounded up to a power of two, up to 2048: the tuner's key, not one a length."""
+    return min(triton.next_power_of_2(length), 2048)
