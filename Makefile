@@ -7,8 +7,8 @@
 #   make clean    removes build products; `make distclean` removes .venv too
 #
 #   PYTHON=python3.12     the interpreter for .venv
-#   INTERNVL_CUDA=1 or 0  builds the CUDA kernels or leaves them out (minutes of nvcc);
-#                         the default builds them where there is an NVIDIA GPU
+#   INTERNVL_CUDA=1 or 0  insists on the CUDA kernels or leaves them out (minutes of nvcc); else
+#                         they are built where there are both an NVIDIA GPU and nvcc
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test bench lint clean distclean
@@ -16,7 +16,7 @@ SHELL := /bin/sh
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
             $$p -c "$(NEW_ENOUGH)" 2>/dev/null && echo $$p && break; done)
-export INTERNVL_CUDA ?= $(if $(wildcard /dev/nvidiactl),1,0)
+export INTERNVL_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 
 BIN := .venv/bin
 READY := .venv/.ready
