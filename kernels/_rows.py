@@ -13,6 +13,10 @@ class Rows(NamedTuple):
     outer_stride: int
     inner_stride: int
 
+    def pointer(self) -> tuple[int, int, int, int]:
+        """As csrc/ takes it. The tensor must outlive the call: x may be a copy."""
+        return self.x.data_ptr(), self.inner, self.outer_stride, self.inner_stride
+
 
 def as_rows(x: Tensor) -> Rows:
     """The rows (the last dimension) of x, in order.

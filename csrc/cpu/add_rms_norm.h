@@ -1,0 +1,60 @@
+// Layer scale, residual add and RMSNorm in one pass, on the CPU: kernels/add_rms_norm.py.
+#pragma once
+
+#include "rms_norm.h"
+
+namespace internvl::ISA {
+
+// scale may be null, for 1. residual_out is rounded to T before the norm reads it.
+template <typename T>
+void add_rms_norm_row(const T* x, const T* residual, const T* scale, const T* weight, T* y,
+                      T* residual_out, int64_t cols, float eps) {
+  Sum squares;
+  for_each_vec(cols, [&](int64_t c, auto count) {
+    const Vec v = load(x + c, count), r = load(residual + c, count);
+    const Vec sum = round_to<T>(scale ? r + v * load(scale + c, count) : r + v);
+    store(sum, residual_out + c, count);
+    squares.add(c, sum * sum);
+  });
+  const double rstd = 1.0 / std::sqrt(squares.total() / cols + eps);
+  normalise_row(residual_out, static_cast<float>(rstd), weight, y, cols);
+}
+
+template <typename T>
+void add_rms_norm(Rows<const T> x, Rows<const T> residual, const T* scale, const T* weight, T* y,
+                  T* residual_out, int64_t rows, int64_t cols, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; ++r)
+    add_rms_norm_row(x[r], residual[r], scale, weight, y + r * cols, residual_out + r * cols, cols,
+                     eps);
+}
+
+// dresidual = passed + the norm's gradient; dx = dresidual * scale, and dscale sums dresidual * x, both
+// only where there is a scale. sums and totals: (threads, 2, cols) zeros for dweight and dscale.
+template <typename T>
+void add_rms_norm_backward(Rows<const T> grad, Rows<const T> passed, Rows<const T> x,
+                           const T* residual_out, const T* scale, const T* weight, T* dx,
+                           T* dresidual, float* sums, double* totals, int64_t rows, int64_t cols,
+                           float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t) {
+    const int64_t first = rows * t / threads, last = rows * (t + 1) / threads;
+    float *dweight = sums + t * 2 * cols, *dscale = dweight + cols;
+    for (int64_t r = first; r < last; ++r) {
+      T* row = dresidual + r * cols;
+      rms_norm_backward_row<T>(grad[r], residual_out + r * cols, weight, passed[r], row, dweight,
+                               cols, eps);
+      if (scale)
+        for_each_vec(cols, [&](int64_t c, auto count) {
+          const Vec d = load(row + c, count);
+          store(d * load(scale + c, count), dx + r * cols + c, count);
+          store(load(dscale + c, count) + d * load(x[r] + c, count), dscale + c, count);
+        });
+      if ((r - first) % kRowsPerSum == kRowsPerSum - 1)
+        flush(dweight, totals + t * 2 * cols, 2 * cols);
+    }
+    flush(dweight, totals + t * 2 * cols, 2 * cols);
+  }
+}
+
+}  // namespace internvl::ISA

@@ -1,0 +1,24 @@
+// Every CPU operator, compiled for the instruction set that ISA names. One isa_<set>.cpp per set
+// includes this; the flags are in CMakeLists.txt.
+
+#include "add_rms_norm.h"
+#include "operators.h"
+#include "rms_norm.h"
+#include "rotary.h"
+#include "swiglu.h"
+
+namespace internvl::ISA {
+
+template <typename T>
+const cpu::Operators<T>& operators() {
+  static constexpr cpu::Operators<T> table = {
+      rms_norm<T>, rms_norm_backward<T>, add_rms_norm<T>, add_rms_norm_backward<T>,
+      rotary<T>,   rotary_append<T>,     swiglu<T>,       swiglu_backward<T>,
+  };
+  return table;
+}
+
+template const cpu::Operators<float>& operators();
+template const cpu::Operators<bf16>& operators();
+
+}  // namespace internvl::ISA

@@ -1,0 +1,40 @@
+// The CPU operators as a table of functions, one table per instruction set and storage type.
+#pragma once
+
+#include "heads.h"
+#include "rows.h"
+
+namespace internvl::cpu {
+
+// What each computes and the shapes it takes: the header of its name.
+template <typename T>
+struct Operators {
+  void (*rms_norm)(Rows<const T> x, const T* weight, T* y, int64_t rows, int64_t cols, float eps,
+                   int threads);
+  void (*rms_norm_backward)(Rows<const T> grad, Rows<const T> x, const T* weight, T* dx, float* sums,
+                            double* totals, int64_t rows, int64_t cols, float eps, int threads);
+  void (*add_rms_norm)(Rows<const T> x, Rows<const T> residual, const T* scale, const T* weight,
+                       T* y, T* residual_out, int64_t rows, int64_t cols, float eps, int threads);
+  void (*add_rms_norm_backward)(Rows<const T> grad, Rows<const T> passed, Rows<const T> x,
+                                const T* residual_out, const T* scale, const T* weight, T* dx,
+                                T* dresidual, float* sums, double* totals, int64_t rows,
+                                int64_t cols, float eps, int threads);
+  void (*rotary)(Heads<const T> x, Heads<T> y, const T* cos, const T* sin, const int64_t* positions,
+                 int64_t positions_stride, float sign, Extent n, int threads);
+  void (*rotary_append)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y,
+                        Heads<T> k_cache, Heads<T> v_cache, const T* cos, const T* sin,
+                        const int64_t* positions, int64_t positions_stride, const int64_t* slots,
+                        Extent n, int threads);
+  void (*swiglu)(Rows<const T> gate_up, T* y, int64_t rows, int64_t cols, int threads);
+  void (*swiglu_backward)(Rows<const T> grad, Rows<const T> gate_up, T* d, int64_t rows,
+                          int64_t cols, int threads);
+};
+
+// The name of the best instruction set that was compiled and that this processor has, or of the one
+// named by the environment variable INTERNVL_ISA.
+const char* instruction_set();
+
+template <typename T>
+const Operators<T>& best();  // of instruction_set(), chosen at the first call
+
+}  // namespace internvl::cpu

@@ -1,0 +1,25 @@
+// The types that the operators' callers know: storage types and rows of a tensor. Holds no code that
+// an instruction set would compile differently.
+#pragma once
+
+#include <cstdint>
+
+namespace internvl {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// Row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride elements: a slice of a packed
+// projection, or the first tokens of every sequence, is read where it lies. Its elements are adjacent.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t inner, outer_stride, inner_stride;
+
+  [[gnu::always_inline]] T* operator[](int64_t r) const {
+    return data + r / inner * outer_stride + r % inner * inner_stride;
+  }
+};
+
+}  // namespace internvl

@@ -1,0 +1,145 @@
+// Vectors of float as wide as the instruction set, loaded from and stored to float or bfloat16.
+//
+// They are the vector extensions of gcc and clang: ordinary operators, no intrinsics but one. Everything
+// is in namespace ISA, and no template of the standard library is used here or in an operator: the
+// linker keeps one copy of a shared function, perhaps the one that this processor cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "rows.h"
+
+namespace internvl::ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;  // SSE2 and NEON
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef double WideVec __attribute__((vector_size(8 * kWidth)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t HalfBits __attribute__((vector_size(2 * kWidth)));
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec load(const bf16* from) {
+  HalfBits half;
+  std::memcpy(&half, from, sizeof half);
+  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+}
+
+// The nearest bfloat16, ties to even, in the low halves; NaN stays NaN.
+inline Bits rounded_bits(Vec v) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits is_nan = (Bits)(v != v);
+  return (is_nan & 0x7fc0u) | (~is_nan & rounded);
+}
+
+inline HalfBits to_bf16(Vec v) {
+#ifdef __AVX512BF16__
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)v);  // flushes subnormals, below 1.2e-38
+#else
+  return __builtin_convertvector(rounded_bits(v), HalfBits);
+#endif
+}
+
+inline void store(Vec v, float* to) { std::memcpy(to, &v, sizeof v); }
+inline void store(Vec v, bf16* to) {
+  const HalfBits half = to_bf16(v);
+  std::memcpy(to, &half, sizeof half);
+}
+
+// v as it is after a store to T.
+template <typename T>
+inline Vec round_to(Vec v);
+template <>
+inline Vec round_to<float>(Vec v) {
+  return v;
+}
+template <>
+inline Vec round_to<bf16>(Vec v) {
+#ifdef __AVX512BF16__
+  return (Vec)(__builtin_convertvector(to_bf16(v), Bits) << 16);
+#else
+  return (Vec)(rounded_bits(v) << 16);
+#endif
+}
+
+// The first `count` elements only; the rest of a loaded vector is 0.
+template <typename T>
+inline Vec load(const T* from, int64_t count) {
+  T padded[kWidth] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+template <typename T>
+inline void store(Vec v, T* to, int64_t count) {
+  T padded[kWidth];
+  store(v, padded);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
+struct Full {};  // a count that is kWidth, known when compiling
+template <typename T>
+inline Vec load(const T* from, Full) {
+  return load(from);
+}
+template <typename T>
+inline void store(Vec v, T* to, Full) {
+  store(v, to);
+}
+
+// Calls body(start, count) for every vector of a row; the last count may be smaller than kWidth.
+template <typename Body>
+inline void for_each_vec(int64_t cols, Body body) {
+  int64_t c = 0;
+  for (; c + kWidth <= cols; c += kWidth) body(c, Full{});
+  if (c < cols) body(c, cols - c);
+}
+
+// A running sum with four independent chains, so that additions overlap and none has many terms.
+struct Sum {
+  Vec chains[4] = {};
+
+  void add(int64_t c, Vec term) { chains[c / kWidth % 4] += term; }
+  double total() const {
+    WideVec lanes = __builtin_convertvector((chains[0] + chains[1]) + (chains[2] + chains[3]), WideVec);
+    double sums[kWidth];
+    std::memcpy(sums, &lanes, sizeof sums);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+  }
+};
+
+// e**x to 1 unit in the last place (Cephes' expf); arguments beyond float's range are clamped.
+inline Vec exp(Vec x) {
+  x = x > 88.0f ? x - x + 88.0f : x;  // comparisons are false for NaN, which passes through
+  x = x < -87.0f ? x - x - 87.0f : x;
+  const Vec shift = x - x + 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer
+  const Vec n = (x * 1.44269504088896341f + shift) - shift;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
+}
+
+}  // namespace internvl::ISA
