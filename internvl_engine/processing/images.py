@@ -96,7 +96,7 @@ class InternVLImageProcessor:
 
     def squares(self, images: Any, *, workers: int = 1) -> Tensor:
         """The (B, S, S, 3) uint8 pixels that `__call__` normalises; arguments as there."""
-        sources = enumerate([images] if _is_one_image(images) else images)
+        sources = enumerate([images] if is_one_image(images) else images)
         if workers > 1:
             with ThreadPoolExecutor(workers) as pool:
                 arrays = list(pool.map(self._square, sources))
@@ -193,7 +193,7 @@ def fit(image: Image.Image, size: int, geometry: Geometry) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _is_one_image(images: Any) -> bool:
+def is_one_image(images: Any) -> bool:
     if isinstance(images, Tensor | np.ndarray):
         return images.ndim < 4
     if isinstance(images, dict):

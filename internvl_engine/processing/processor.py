@@ -164,7 +164,7 @@ class InternVLProcessor:
         settings.update({key: value for key, value in chosen.items() if value is not None})
         try:
             image_processor = InternVLImageProcessor(**settings)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"InternVLProcessor: {source} has image settings {settings}: {error}"
             ) from error
