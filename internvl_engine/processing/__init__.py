@@ -2,20 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-from internvl_engine.processing.captions import clean_caption, encode_for_training
-from internvl_engine.processing.decoding import ImageError, load_image
-from internvl_engine.processing.images import InternVLImageProcessor
-from internvl_engine.processing.padding import (
+from .captions import clean_caption, encode_for_training
+from .decoding import ImageError, load_image
+from .images import InternVLImageProcessor
+from .padding import (
     TokenBatch,
     check_right_padded,
     last_token_index,
     mask_from_ids,
     repad_left,
 )
-from internvl_engine.processing.text import InternVLTokenizer
+from .text import InternVLTokenizer
 
 if TYPE_CHECKING:
-    from internvl_engine.processing.processor import InternVLProcessor
+    from .processor import InternVLProcessor
 
 __all__ = [
     "ImageError",
@@ -35,7 +35,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "InternVLProcessor":  # the only part that needs transformers, seconds to import
-        from internvl_engine.processing.processor import InternVLProcessor
+        from .processor import InternVLProcessor
 
         return InternVLProcessor
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from internvl_engine.processing.padding import TokenBatch, pad_rows
-from internvl_engine.processing.text import (
+from .padding import TokenBatch, pad_rows
+from .text import (
     CAPTION_PROMPT,
     EMBEDDING_PREFIX,
     MAX_LENGTH,

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from internvl_engine.processing.decoding import (
+from .decoding import (
     MAX_ASPECT_RATIO,
     MAX_PIXELS,
     ImageError,
@@ -74,7 +74,12 @@ class InternVLImageProcessor:
         self.max_pixels, self.max_aspect_ratio = max_pixels, max_aspect_ratio
 
     def __call__(
-        self, images: Any, *, dtype: torch.dtype = torch.float32, workers: int = 1
+        self,
+        images: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        workers: int = 1,
+        first: int = 0,
     ) -> Tensor:
         """Pixel values of one image or many.
 
@@ -83,6 +88,7 @@ class InternVLImageProcessor:
                 (B, H, W, 3) and torch (B, 3, H, W) count as B images. No images give B = 0.
             dtype: of the result; the arithmetic is float32.
             workers: threads that decode and resize (Pillow releases the interpreter lock).
+            first: the number of the first image in errors, where this is a part of a longer list.
 
         Returns:
             (B, 3, S, S) on the CPU.
@@ -90,13 +96,13 @@ class InternVLImageProcessor:
         Raises:
             FileNotFoundError, ImageError, TypeError: as `load_image`, naming the image.
         """
-        pixels = self.squares(images, workers=workers).permute(0, 3, 1, 2)
+        pixels = self.squares(images, workers=workers, first=first).permute(0, 3, 1, 2)
         values = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels).div_(255)
         return values.sub_(_channels(self.mean)).div_(_channels(self.std)).to(dtype)
 
-    def squares(self, images: Any, *, workers: int = 1) -> Tensor:
+    def squares(self, images: Any, *, workers: int = 1, first: int = 0) -> Tensor:
         """The (B, S, S, 3) uint8 pixels that `__call__` normalises; arguments as there."""
-        sources = enumerate([images] if is_one_image(images) else images)
+        sources = enumerate([images] if is_one_image(images) else images, first)
         if workers > 1:
             with ThreadPoolExecutor(workers) as pool:
                 arrays = list(pool.map(self._square, sources))
@@ -194,6 +200,7 @@ def fit(image: Image.Image, size: int, geometry: Geometry) -> Image.Image:
 
 
 def is_one_image(images: Any) -> bool:
+    """Whether this is a single image in one of its forms, and not several."""
     if isinstance(images, Tensor | np.ndarray):
         return images.ndim < 4
     if isinstance(images, dict):

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature
 
-from internvl_engine.configuration import InternVLConfig
-from internvl_engine.processing.files import OURS, TOKENIZER, image_settings, processor_folder
-from internvl_engine.processing.images import Geometry, InternVLImageProcessor
-from internvl_engine.processing.padding import (
+from ..configuration import InternVLConfig
+from .files import OURS, TOKENIZER, image_settings, processor_folder
+from .images import Geometry, InternVLImageProcessor
+from .padding import (
     Padding,
     check_right_padded,
     mask_from_ids,
     repad_left,
 )
-from internvl_engine.processing.text import MAX_LENGTH, InternVLTokenizer
+from .text import MAX_LENGTH, InternVLTokenizer
 
 FILE_CLASS = "InternVL14BProcessor"
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from internvl_engine.processing.padding import Padding, TokenBatch, pad_rows
+from .padding import Padding, TokenBatch, pad_rows
 
 EMBEDDING_PREFIX = "summarize:"
 CAPTION_PROMPT = "English caption:"
