@@ -237,16 +237,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "qllama_config": {
             **_QLLAMA_8B,
-            "vocab_size": 128,
-            "hidden_size": 96,
-            "num_attention_heads": 6,
-            "intermediate_size": 256,
+            "vocab_size": 256,
+            "hidden_size": 80,
+            "num_attention_heads": 5,
+            "intermediate_size": 192,
             "num_hidden_layers": 4,
             "max_position_embeddings": 128,
         },
         "clip_embed_dim": 48,
         "attn_pool_num_heads": 4,
-        "num_query_token": 8,
+        "num_query_token": 6,
     },
 }
 
