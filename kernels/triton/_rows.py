@@ -12,6 +12,17 @@ def row_offsets(rows, inner, outer_stride, inner_stride):
     return outer + (rows % inner).to(tl.int64) * inner_stride
 
 
+@triton.jit
+def add_exactly(total, lost, term):
+    """Kahan's sum: (total + term, what its rounding lost), so that thousands of rows cost one rounding.
+
+    A plain fp32 sum over the rows of a large batch has several times the error of eager PyTorch.
+    """
+    term -= lost
+    new_total = total + term
+    return new_total, (new_total - total) - term
+
+
 def tile(cols: int, elements: int) -> dict[str, int]:
     """BLOCK_C that covers a row, and as many rows as fill about `elements`."""
     block = triton.next_power_of_2(max(cols, 16))

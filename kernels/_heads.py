@@ -1,0 +1,52 @@
+"""Checks and pointers that the rotary operators share. Shapes as in reference.rotary."""
+
+import torch
+from torch import Tensor
+
+
+def pointer(x: Tensor) -> tuple[int, int, int, int]:
+    """x (B, H, S, D) with adjacent elements, as csrc/cpu/heads.h takes it."""
+    batch, head, token, _ = x.stride()
+    return x.data_ptr(), batch, head, token
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """x, or a copy where the elements of a head are not next to each other."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def positions_stride(positions: Tensor) -> int:
+    """From one sequence to the next; 0 where all share the positions. positions: (B or 1, S)."""
+    return positions.shape[1] if positions.shape[0] > 1 else 0
+
+
+def check_rotary(
+    operator: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> None:
+    """Raises ValueError where shapes or dtypes do not go together."""
+    batch, _, tokens, dim = q.shape
+    if k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
+        raise ValueError(
+            f"{operator}: q and k must be (B, H, S, D) of one dtype and differ in H only, got "
+            f"{tuple(q.shape)} {q.dtype} and {tuple(k.shape)} {k.dtype}"
+        )
+    half = (dim // 2,)
+    if dim % 2 or cos.shape[1:] != half or sin.shape != cos.shape:
+        raise ValueError(
+            f"{operator}: cos and sin must be (P, D / 2) with D = {dim}, got {tuple(cos.shape)} "
+            f"and {tuple(sin.shape)}"
+        )
+    if cos.dtype != q.dtype or sin.dtype != q.dtype:
+        raise ValueError(
+            f"{operator}: cos and sin must be {q.dtype} as q is, got {cos.dtype}, {sin.dtype}"
+        )
+    if positions.shape not in ((batch, tokens), (1, tokens)) or positions.is_floating_point():
+        raise ValueError(
+            f"{operator}: positions must be integers of shape {(batch, tokens)} or {(1, tokens)}, "
+            f"got {positions.dtype} of shape {tuple(positions.shape)}"
+        )
+
+
+def as_int64(x: Tensor) -> Tensor:
+    """Contiguous 64-bit integers, as the native kernels read them."""
+    return x.to(torch.int64).contiguous()
