@@ -128,13 +128,13 @@ def test_unreadable_exif_leaves_the_photo_as_it_is():
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
 def test_the_first_frame_of_several(kind):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    opened = Image.open(io.BytesIO(data))
-    assert opened.n_frames == 3
     difference = np.asarray(load_image(data)).astype(int) - np.array([255, 0, 0])
     assert abs(difference).max() <= 2  # JPEG and WebP round
-    opened.seek(2)  # who gives an opened image has chosen the frame
+    opened = Image.open(io.BytesIO(data))
+    assert opened.n_frames == 2
+    opened.seek(1)  # who gives an opened image has chosen the frame
     assert abs(np.asarray(load_image(opened)).astype(int) - np.array([0, 0, 255])).max() <= 2
 
 
