@@ -14,7 +14,7 @@ def row_offsets(rows, inner, outer_stride, inner_stride):
 
 @triton.jit
 def add_exactly(total, lost, term):
-    """Kahan's sum: (total + term, what its rounding lost), so that thousands of rows cost one rounding.
+    """Kahan's sum: (total + term, what rounding lost); thousands of rows cost one rounding.
 
     A plain fp32 sum over the rows of a large batch has several times the error of eager PyTorch.
     """
