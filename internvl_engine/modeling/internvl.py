@@ -23,19 +23,14 @@ from transformers.utils import ModelOutput
 
 from ..configuration import InternVLConfig
 from .base import InternVLPreTrainedModel
+from .lora import QLLAMA_LORA, VISION_LORA, wrap_lora
 from .masks import AttentionMask
 from .pooling import AttentionPoolingBlock
+from .prompting import align_left, copies_asked, lengths_in_new_tokens, prompt_inputs
 from .qllama import LlamaForCausalLM, LlamaModel
 from .vision import InternVisionModel
 
 __all__ = ["InternVLModel", "InternVLPreTrainedModel", "InternVL_C", "InternVL_G"]
-
-VISION_LORA = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-QLLAMA_LORA = [
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-]
-PUBLISHED_MAX_LENGTH = 20  # of `generate` without a length: one BOS and 19 new tokens
 
 
 @dataclass
@@ -262,52 +257,20 @@ class InternVLModel(InternVLPreTrainedModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if align_prompts:
             input_ids, mask = align_left(input_ids, mask)
+        inputs = prompt_inputs(
+            self.language_model,
+            self.query_tokens,
+            visual_features,
+            input_ids,
+            mask,
+            generate_kwargs.pop("past_key_values", None),
+            copies_asked(generation_config, generate_kwargs),
+        )
         return self.language_model.generate(
             generation_config=generation_config,
-            **self._prompt(visual_features, input_ids, mask, generation_config, generate_kwargs),
-            **_published_lengths(generation_config, generate_kwargs),
+            **inputs,
+            **lengths_in_new_tokens(generation_config, generate_kwargs),
         )
-
-    def _prompt(
-        self,
-        visual_features: Tensor,
-        input_ids: Tensor,
-        mask: Tensor,
-        generation_config: GenerationConfig | None,
-        arguments: dict[str, Any],
-    ) -> dict[str, Any]:
-        """[queries | prompt] for `generate`; where rows will be repeated, already run once."""
-        batch = visual_features.shape[0]
-        embeds = self.language_model.get_input_embeddings()(input_ids).expand(batch, -1, -1)
-        embeds = torch.cat((self.query_tokens.expand(batch, -1, -1).to(embeds), embeds), dim=1)
-        mask = mask.expand(batch, -1)
-        mask = torch.cat((mask.new_ones(batch, self.query_tokens.shape[1]), mask), dim=1)
-        bos = self.config.qllama_config.bos_token_id
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids.new_full((batch, 1), 1 if bos is None else bos),
-            "inputs_embeds": embeds,
-            "attention_mask": mask,
-            "vision_hidden_states": visual_features,
-            "use_zero_attention_mask": True,
-        }
-        copies = max(
-            arguments.get(name) or getattr(generation_config, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        )
-        if copies > 1 and arguments.get("past_key_values") is None:
-            positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, :-1]
-            cache = self._decoder(
-                inputs_embeds=embeds[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions,
-                vision_hidden_states=visual_features,
-                use_zero_attention_mask=True,
-                use_cache=True,
-            ).past_key_values
-            cache.batch_repeat_interleave(copies)
-            inputs["past_key_values"] = cache
-            del inputs["vision_hidden_states"]  # the queries have read it
-        return inputs
 
     @property
     def language_model(self) -> LlamaForCausalLM:
@@ -328,7 +291,7 @@ class InternVLModel(InternVLPreTrainedModel):
         """
         self.config.use_backbone_lora = r
         self.config.backbone_lora_alpha = lora_alpha or 2 * r
-        self.vision_model = _wrap_lora(
+        self.vision_model = wrap_lora(
             self.vision_model, r, self.config.backbone_lora_alpha, lora_dropout, VISION_LORA
         )
 
@@ -342,7 +305,7 @@ class InternVLModel(InternVLPreTrainedModel):
         """
         self.config.use_qllama_lora = r
         self.config.qllama_lora_alpha = lora_alpha or 2 * r
-        self.qllama = _wrap_lora(
+        self.qllama = wrap_lora(
             self.qllama, r, self.config.qllama_lora_alpha, lora_dropout, QLLAMA_LORA
         )
 
@@ -359,31 +322,8 @@ class InternVL_G(InternVLModel):
     default_mode = "InternVL-G"
 
 
-def align_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the padding of every row to its left, keeping the order of the tokens; (B, L) each."""
-    order = attention_mask.bool().long().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
-
-
 def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)  # without an epsilon, as published
-
-
-def _published_lengths(
-    generation_config: GenerationConfig | None, arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """The published meaning of lengths (BOS and new tokens) in terms of new tokens."""
-
-    def asked(name: str) -> Any:
-        return arguments.pop(name, None) or getattr(generation_config, name, None)
-
-    arguments = dict(arguments)
-    new, longest = asked("max_new_tokens"), asked("max_length")
-    least, shortest = asked("min_new_tokens"), asked("min_length")
-    arguments["max_new_tokens"] = new or (longest or PUBLISHED_MAX_LENGTH) - 1
-    if least or shortest:
-        arguments["min_new_tokens"] = least or shortest - 1
-    return arguments
 
 
 def _warn_of_inner_padding(mask: Tensor) -> None:
@@ -395,14 +335,3 @@ def _warn_of_inner_padding(mask: Tensor) -> None:
             "without an attention_mask the published rule then pools the wrong token",
             stacklevel=3,
         )
-
-
-def _wrap_lora(tower: nn.Module, r: int, alpha: int, dropout: float, targets: list[str]) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'internvl-engine[train]'") from error
-    return get_peft_model(
-        tower,
-        LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets),
-    )

@@ -51,13 +51,22 @@ class AttentionMask:
     keys: int
     prefix: int = 0
     padding: Tensor | None = None
-    _additive: dict = field(default_factory=dict, repr=False)
+    _tensors: dict = field(default_factory=dict, repr=False)
 
     @property
     def is_open(self) -> bool:
         """Whether everybody sees everything, so that no mask is needed."""
         last_row_sees_all = self.queries == 1 and self.kind != "block"
         return self.padding is None and (self.kind == "full" or last_row_sees_all)
+
+    @property
+    def visible(self) -> Tensor | None:
+        """padding as the fused operators take it: (B, T) bool, or None."""
+        if self.padding is None or self.padding.dtype == torch.bool:
+            return self.padding
+        if "visible" not in self._tensors:
+            self._tensors["visible"] = self.padding.bool()
+        return self._tensors["visible"]
 
     def additive(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The mask as published: padding and structure *summed*, then the prefix opened.
@@ -67,7 +76,7 @@ class AttentionMask:
         """
         if self.is_open:
             return None
-        if (dtype, device) not in self._additive:
+        if (dtype, device) not in self._tensors:
             seen = reference.attention_mask(
                 self.kind, self.queries, self.keys, self.prefix, None, device
             )
@@ -77,8 +86,8 @@ class AttentionMask:
                 mask = mask + padding
                 if self.kind in ("prefix", "block"):
                     self._set_prefix(mask)
-            self._additive[dtype, device] = mask
-        return self._additive[dtype, device]
+            self._tensors[dtype, device] = mask
+        return self._tensors[dtype, device]
 
     def _set_prefix(self, mask: Tensor) -> None:
         rows = max(self.prefix - (self.keys - self.queries), 0)
@@ -86,6 +95,11 @@ class AttentionMask:
         if self.kind == "block":
             mask[:, :, :rows, self.prefix :] = torch.finfo(mask.dtype).min
             mask[:, :, rows:, : self.prefix] = torch.finfo(mask.dtype).min
+
+
+def count_positions(mask: Tensor) -> Tensor:
+    """Positions that count real tokens from 0, and 1 where a row is padded: (B, T) to (B, T)."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)
 
 
 def stage2_mask(

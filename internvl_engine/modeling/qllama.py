@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .base import InternVLPreTrainedModel
-from .masks import AttentionMask, _expand_mask, _make_causal_mask
+from .masks import AttentionMask, _expand_mask, _make_causal_mask, count_positions
 from .qllama_layers import (
     FixedLlamaRotaryEmbedding,
     LlamaAttention,
@@ -169,8 +169,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         if attention_mask is None:  # transformers 5 drops a mask of ones
             positions = torch.arange(past, past + new, device=input_ids.device)[None]
         else:
-            positions = attention_mask.long().cumsum(-1) - 1
-            positions = positions.masked_fill(attention_mask == 0, 1)[:, -new:]
+            positions = count_positions(attention_mask)[:, -new:]
         if past < num_query_token(self.config):
             inputs["vision_hidden_states"] = vision_hidden_states
         return inputs | {
