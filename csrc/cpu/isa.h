@@ -2,6 +2,7 @@
 // includes this; the flags are in CMakeLists.txt.
 
 #include "add_rms_norm.h"
+#include "linear.h"
 #include "operators.h"
 #include "rms_norm.h"
 #include "rotary.h"
@@ -14,6 +15,7 @@ const cpu::Operators<T>& operators() {
   static constexpr cpu::Operators<T> table = {
       rms_norm<T>, rms_norm_backward<T>, add_rms_norm<T>, add_rms_norm_backward<T>,
       rotary<T>,   rotary_append<T>,     swiglu<T>,       swiglu_backward<T>,
+      packed_elements<T>, pack_linear<T>, unpack_linear<T>, linear_workspace<T>, linear<T>,
   };
   return table;
 }

@@ -7,7 +7,7 @@
 // of at most kTileRows rows: (tile, steps, rows) words. The sums of a tile and a panel fill the registers;
 // each step loads two vectors of weights and broadcasts the tile's words. The order is that of Goto and
 // van de Geijn, Anatomy of High-Performance Matrix Multiplication: a block of x stays in L2 while panels
-// stream past it. Sums run over 256 steps and are then added up: in fp32 a single chain over 3,200
+// stream past it. Sums run over kChain steps and are then added up: in fp32 one chain over 3,200
 // products has 2.5 times the error of eager PyTorch.
 //
 // No bit of a row depends on the other rows of the batch or on the number of threads.
@@ -26,16 +26,17 @@ constexpr int kTileRows = 14;  // 28 of 32 registers hold sums
 #else
 constexpr int kTileRows = 6;  // 12 of 16
 #endif
-constexpr int64_t kBlockTiles = 252 / kTileRows;  // tiles of x that stay in L2 together
-constexpr int64_t kBlockSteps = 256;              // of one chain of sums; the panel's 32 KiB fit L1
+constexpr int64_t kBlockTiles = 168 / kTileRows;  // tiles of x that stay in L2 together
 constexpr int64_t kGroupPanels = 8;               // panels whose sums stay in L2 together
 constexpr int64_t kPackedRows = 1024;             // rows of x packed at a time: bounds the workspace
 constexpr int64_t kFewTiles = 8;                  // below this, reading the weights takes the time
 
-// How T is multiplied: kDepth columns of C a step, Word what a panel holds of them.
+// How T is multiplied: kDepth columns of C a step, Word what a panel holds of them, kChain the steps of
+// one chain of sums, which a block of x and of a panel spans.
 template <typename T>
 struct Step {
   static constexpr int kDepth = 1;
+  static constexpr int64_t kChain = 256;
   typedef T Word;
   static Vec weights(const Word* from) { return load(from); }
   static uint32_t pack(const T* from) {
@@ -59,6 +60,7 @@ struct Step {
 template <>
 struct Step<bf16> {
   static constexpr int kDepth = 2;
+  static constexpr int64_t kChain = 512;
   struct Word {
     bf16 pair[2];
   };
@@ -87,15 +89,22 @@ struct Split {
   int64_t size(int64_t part) const { return total / parts + (part < total % parts); }
 };
 
+// Elements of T that a packed weight takes.
+template <typename T>
+int64_t packed_elements(int64_t features, int64_t cols) {
+  constexpr int64_t kDepth = Step<T>::kDepth;
+  return parts_of(features, kPanel) * kPanel * parts_of(cols, kDepth) * kDepth;
+}
+
 // Packs weight (features, cols), rows `stride` apart, by panels; absent rows and columns are 0.
 template <typename T>
-void pack_linear(const T* weight, int64_t stride, void* packed, int64_t features, int64_t cols,
+void pack_linear(const T* weight, int64_t stride, T* packed, int64_t features, int64_t cols,
                  int threads) {
   using S = Step<T>;
   const int64_t steps = parts_of(cols, S::kDepth);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t panel = 0; panel < parts_of(features, kPanel); ++panel) {
-    T* to = static_cast<T*>(packed) + panel * steps * kPanel * S::kDepth;
+    T* to = packed + panel * steps * kPanel * S::kDepth;
     for (int64_t step = 0; step < steps; ++step)
       for (int64_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row)
         for (int64_t c = step * S::kDepth; c < (step + 1) * S::kDepth; ++c)
@@ -105,13 +114,12 @@ void pack_linear(const T* weight, int64_t stride, void* packed, int64_t features
 
 // The inverse: weight (features, cols), contiguous.
 template <typename T>
-void unpack_linear(const void* packed, T* weight, int64_t features, int64_t cols, int threads) {
+void unpack_linear(const T* packed, T* weight, int64_t features, int64_t cols, int threads) {
   using S = Step<T>;
   const int64_t steps = parts_of(cols, S::kDepth);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < features; ++row) {
-    const T* from = static_cast<const T*>(packed) +
-                    ((row / kPanel) * steps * kPanel + row % kPanel) * S::kDepth;
+    const T* from = packed + ((row / kPanel) * steps * kPanel + row % kPanel) * S::kDepth;
     for (int64_t c = 0; c < cols; ++c)
       weight[row * cols + c] = from[(c / S::kDepth) * kPanel * S::kDepth + c % S::kDepth];
   }
@@ -213,7 +221,7 @@ LinearPlan plan_linear(int64_t rows, int64_t cols, int64_t features, int64_t set
   return plan;
 }
 
-// Multiplies all tiles of a block with one panel, kBlockSteps steps from step `from` on.
+// Multiplies all tiles of a block with one panel, for one chain of steps from step `from` on.
 template <typename T>
 void multiply_panel(const LinearPlan& plan, int64_t block, const uint32_t* x,
                     const typename Step<T>::Word* panel, const typename Step<T>::Word* next,
@@ -223,7 +231,7 @@ void multiply_panel(const LinearPlan& plan, int64_t block, const uint32_t* x,
   static constexpr Multiply kShared[] = {INTERNVL_TILES(false)};
   static constexpr Multiply kStream[] = {INTERNVL_TILES(true)};
   constexpr int64_t kAhead = 24;  // steps, 3 KiB of bf16: what memory delivers in its latency
-  const int64_t steps = smaller(kBlockSteps, plan.steps - from);
+  const int64_t steps = smaller(Step<T>::kChain, plan.steps - from);
   const int64_t first_tile = plan.blocks.start(block), first_row = plan.tiles.start(first_tile);
   const char* soon = reinterpret_cast<const char*>(next);
   for (int64_t t = first_tile; t < first_tile + plan.blocks.size(block); ++t) {
@@ -243,8 +251,8 @@ void multiply_panel(const LinearPlan& plan, int64_t block, const uint32_t* x,
 // Rows `block` of the product with the panels of `group`, into the output.
 template <typename T>
 void linear_task(const LinearPlan& plan, int64_t block, int64_t group, const uint32_t* x,
-                 const void* packed, float* sums, const Output<T>& out, int64_t row_offset) {
-  const auto* weights = static_cast<const typename Step<T>::Word*>(packed);
+                 const T* packed, float* sums, const Output<T>& out, int64_t row_offset) {
+  const auto* weights = reinterpret_cast<const typename Step<T>::Word*>(packed);
   const int64_t first = plan.groups.start(group), panels = plan.groups.size(group);
   const int64_t up = plan.width() / kPanel, count = panels * plan.sets;
   const auto panel_at = [&](int64_t i, int64_t from) {
@@ -254,11 +262,11 @@ void linear_task(const LinearPlan& plan, int64_t block, int64_t group, const uin
   const int64_t first_row = plan.tiles.start(plan.blocks.start(block));
   const int64_t end_tile = plan.blocks.start(block) + plan.blocks.size(block);
   const int64_t rows = plan.tiles.start(end_tile) - first_row;
-  for (int64_t from = 0; from < plan.steps; from += kBlockSteps)
+  for (int64_t from = 0; from < plan.steps; from += Step<T>::kChain)
     for (int64_t i = 0; i < count; ++i) {
-      const bool last = from + kBlockSteps >= plan.steps;
+      const bool last = from + Step<T>::kChain >= plan.steps;
       const auto* next = i + 1 < count ? panel_at(i + 1, from)
-                                       : panel_at(0, last ? from : from + kBlockSteps);
+                                       : panel_at(0, last ? from : from + Step<T>::kChain);
       multiply_panel<T>(plan, block, x, panel_at(i, from), next, sums + i * rows * kPanel, from);
     }
   for (int64_t i = 0; i < panels; ++i) {
@@ -279,7 +287,7 @@ int64_t linear_workspace(int64_t rows, int64_t cols, int threads) {
 // x: rows of `cols`. packed: by pack_linear, from (features, cols). y: (rows, features), or half as wide
 // with SwiGLU, where features / 2 is a multiple of kPanel. bias and residual.data may be null.
 template <typename T>
-void linear(Rows<const T> x, const void* packed, const T* bias, Rows<const T> residual, T* y,
+void linear(Rows<const T> x, const T* packed, const T* bias, Rows<const T> residual, T* y,
             int64_t rows, int64_t cols, int64_t features, Epilogue epilogue, void* workspace,
             int threads) {
   const int64_t sets = epilogue == Epilogue::swiglu ? 2 : 1;

@@ -1,13 +1,10 @@
 // What a linear layer does to its finished sums: kernels/linear.py.
 #pragma once
 
+#include "epilogue.h"
 #include "vec.h"
 
-namespace internvl {
-
-enum class Epilogue { none, gelu, swiglu };
-
-namespace ISA {
+namespace internvl::ISA {
 
 // x * Phi(x), the exact GELU. Phi comes from erfc by the Chebyshev fit of Press et al., Numerical
 // Recipes, section 6.2: relative error below 1.2e-7, so small values of the negative tail are right too,
@@ -70,5 +67,4 @@ void finish_panel(const Output<T>& out, const float* sums, const float* ups, int
     }
 }
 
-}  // namespace ISA
-}  // namespace internvl
+}  // namespace internvl::ISA

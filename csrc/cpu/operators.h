@@ -1,6 +1,7 @@
 // The CPU operators as a table of functions, one table per instruction set and storage type.
 #pragma once
 
+#include "epilogue.h"
 #include "heads.h"
 #include "rows.h"
 
@@ -28,6 +29,14 @@ struct Operators {
   void (*swiglu)(Rows<const T> gate_up, T* y, int64_t rows, int64_t cols, int threads);
   void (*swiglu_backward)(Rows<const T> grad, Rows<const T> gate_up, T* d, int64_t rows,
                           int64_t cols, int threads);
+  int64_t (*packed_elements)(int64_t features, int64_t cols);
+  void (*pack_linear)(const T* weight, int64_t stride, T* packed, int64_t features, int64_t cols,
+                      int threads);
+  void (*unpack_linear)(const T* packed, T* weight, int64_t features, int64_t cols, int threads);
+  int64_t (*linear_workspace)(int64_t rows, int64_t cols, int threads);
+  void (*linear)(Rows<const T> x, const T* packed, const T* bias, Rows<const T> residual, T* y,
+                 int64_t rows, int64_t cols, int64_t features, Epilogue epilogue, void* workspace,
+                 int threads);
 };
 
 // The name of the best instruction set that was compiled and that this processor has, or of the one
