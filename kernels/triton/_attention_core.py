@@ -75,19 +75,41 @@ def softmax_block(scores, scale, v, largest, total, acc):
 
 
 @triton.jit
-def score_gradient(scores, scale, v, d_out, lse, delta):
+def store_lse(ptr, rows, num_rows, largest, total):
+    """Stores the natural log-sum-exp of 2 ** (log2 scores).
+
+    float64 for fp32 inputs: at a log-sum-exp of 8, half a unit in the last place of an fp32 one is
+    4 times the rounding of the probabilities that the backward pass computes from it.
+    """
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    lse = (largest.to(dtype) + tl.log2(total.to(dtype))) / LOG2E
+    tl.store(ptr + rows, lse, mask=rows < num_rows)
+
+
+@triton.jit
+def load_lse(ptr, rows, num_rows):
+    """(lse, what fp32 rounds off it) in log2 units; past num_rows so large that p is 0."""
+    lse = tl.load(ptr + rows, mask=rows < num_rows, other=1.0e30) * LOG2E
+    high = lse.to(tl.float32)
+    if ptr.dtype.element_ty == tl.float64:
+        return high, (lse - high).to(tl.float32)
+    return high, tl.zeros_like(high)
+
+
+@triton.jit
+def score_gradient(scores, scale, v, d_out, lse, lse_low, delta):
     """d loss / d score, (BLOCK_M, BLOCK_N), of one tile of queries and one block of keys.
 
     lse (in log2 units) and delta = sum(d_out * out) are per query.
     """
-    p = tl.exp2(scores * scale - lse[:, None])
+    p = tl.exp2(scores * scale - lse[:, None] - lse_low[:, None])
     return p * (product(d_out, v.T) - delta[:, None])
 
 
 @triton.jit
-def score_gradient_by_key(scores, scale, v, d_out, lse, delta, dv):
+def score_gradient_by_key(scores, scale, v, d_out, lse, lse_low, delta, dv):
     """The same transposed, (BLOCK_N, BLOCK_M), for one tile of keys; also adds to their dv."""
-    p = tl.exp2(scores * scale - lse[None, :])
+    p = tl.exp2(scores * scale - lse[None, :] - lse_low[None, :])
     dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
     return p * (product(v, d_out.T) - delta[None, :]), dv
 

@@ -15,6 +15,7 @@ from ._attention_core import (
     load_tile,
     product,
     softmax_block,
+    store_lse,
     store_tile,
     supported,
     tail,
@@ -45,8 +46,8 @@ FORWARD = {
 }  # fmt: skip
 QUERIES = {
     "wide": {
-        "sm80": _config(128, 32, 8, 2), "sm90": _config(128, 64, 8, 2),
-        "sm100": _config(128, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
+        "sm80": _config(64, 64, 8, 2), "sm90": _config(128, 64, 8, 2),
+        "sm100": _config(64, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "narrow": {
         "sm80": _config(64, 64, 4, 2), "sm90": _config(128, 64, 8, 2),
@@ -56,7 +57,7 @@ QUERIES = {
 }  # fmt: skip
 KEYS = {
     "wide": {
-        "sm80": _config(32, 64, 8, 2), "sm90": _config(32, 128, 8, 2),
+        "sm80": _config(32, 64, 8, 2), "sm90": _config(32, 64, 8, 2),
         "sm100": _config(32, 128, 8, 2), "gfx942": _config(32, 64, 4, 1),
     },
     "narrow": {
@@ -145,14 +146,14 @@ def _forward_tile(
             q, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale, largest, total, acc,
             D, BLOCK_D, BLOCK_N, NORM, MASKED=False,
         )  # fmt: skip
-    if not PEEL:
-        if whole < N:
+    if not PEEL:  # at most once; as a loop it needs fewer registers than as an `if`
+        for start in range(whole, N, BLOCK_N):
             largest, total, acc = _key_block(
-                q, k_ptr, v_ptr, k_rstd_ptr, whole, N, token_stride, scale, largest, total, acc,
+                q, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale, largest, total, acc,
                 D, BLOCK_D, BLOCK_N, NORM, MASKED=True,
             )  # fmt: skip
     store_tile(out_ptr, rows, out_stride, N, acc / total[:, None], D, BLOCK_D)
-    tl.store(lse_ptr + rows, (largest + tl.log2(total)) / LOG2E, mask=rows < N)
+    store_lse(lse_ptr, rows, N, largest, total)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "tiles"])
@@ -226,10 +227,10 @@ def qk_norm_attention_triton(
         return NotImplemented
     qkv = _heads_together(qkv)
     out = qkv.new_empty((B, N, H, D))
-    lse = qkv.new_empty((B, H, N), dtype=torch.float32)
+    lse = qkv.new_empty((B, H, N), dtype=torch.float64 if qkv.dtype==torch.float32 else torch.float32)
     if out.numel() == 0:
-        return out, lse, lse.new_empty((2, B, N))
-    rstd = _statistics(qkv, eps) if norm else lse.new_empty((2, B, N))
+        return out, lse, qkv.new_empty((2, B, N), dtype=torch.float32)
+    rstd = _statistics(qkv, eps) if norm else qkv.new_empty((2, B, N), dtype=torch.float32)
     config = config or launch_config(
         "qk_norm_attention", (width_class(D, qkv.dtype), length_class(N)),
         FORWARD[width_class(D, qkv.dtype)], CANDIDATES,
@@ -255,7 +256,8 @@ def qk_norm_attention_backward_triton(
         return NotImplemented
     qkv, grad = _heads_together(qkv), grad.contiguous()
     d_qkv = qkv.new_empty(qkv.shape)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse, dtype=torch.float32)
+    folded = torch.empty_like(out) if norm else out
     if grad.numel() == 0:
         return d_qkv, *(qkv.new_zeros(H * D if norm else 0) for _ in range(2))
     kind = width_class(D, qkv.dtype)
@@ -266,15 +268,14 @@ def qk_norm_attention_backward_triton(
     def queries(config: Config) -> None:
         tiles, constants = _tiles(config, "BLOCK_M", "BLOCK_N", N)
         queries_kernel[(tiles * H * B,)](
-            qkv, q_weight, k_weight, rstd, out, grad, lse, delta, d_qkv, *sizes, tiles,
-            **shape, **constants, **config,
+            qkv, q_weight, k_weight, rstd, out, grad, lse, delta, d_qkv, folded,
+            *sizes, tiles, **shape, **constants, **config,
         )  # fmt: skip
 
     def keys(config: Config) -> None:
         tiles, constants = _tiles(config, "BLOCK_N", "BLOCK_M", N)
         keys_kernel[(tiles * H * B,)](
-            qkv, q_weight, k_weight, rstd, grad, lse, delta, d_qkv, *sizes, tiles,
-            **shape, **constants, **config,
+            qkv, folded, rstd, grad, lse, delta, d_qkv, *sizes, tiles, **shape, **constants, **config
         )  # fmt: skip
 
     device = qkv.get_device()
@@ -287,7 +288,7 @@ def qk_norm_attention_backward_triton(
     if not norm:
         return d_qkv, qkv.new_empty(0), qkv.new_empty(0)
     block = triton.next_power_of_2(H * D)
-    d_weights = lse.new_empty((2, min(B * N, 256), H * D))  # a row a program, summed below
+    d_weights = delta.new_empty((2, min(B * N, 256), H * D))  # a row a program, summed below
     norm_kernel[(d_weights.shape[1], 2)](
         qkv, q_weight, k_weight, rstd, d_qkv, d_weights, *qkv.stride()[:3], B, N, H * D, block,
         num_warps=min(16, max(1, block // 512)),
