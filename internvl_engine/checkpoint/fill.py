@@ -1,0 +1,123 @@
+"""Gives every parameter of a model on the meta device its tensor, one at a time."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .contents import Contents
+from .files import open_weights
+from .merge import Reader
+from .names import LORA
+from .placement import DISK, Placement, attach
+from .plan import stored
+
+
+@dataclass
+class Plan:
+    """Where the weights of a model come from.
+
+    Args:
+        names: name in the model to published name.
+        contents: the checkpoint.
+        reader: reads it.
+        resize: side in pixels to which the position table is resized once it is there.
+    """
+
+    names: dict[str, str]
+    contents: Contents
+    reader: Reader
+    resize: int | None
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight by its name in the model; mapped where it is stored in that dtype."""
+        published = self.names[name]
+        if LORA.match(published):
+            return stored(self.contents, published).read().to(dtype)
+        return self.reader.read(published, dtype)
+
+
+def fill(
+    model: nn.Module,
+    plan: Plan,
+    placement: Placement,
+    dtype: torch.dtype,
+    offload_folder: str | Path | None,
+    progress: bool | None,
+) -> None:
+    """Reads every weight, puts it on its device, and hooks the offloaded ones.
+
+    Raises:
+        ValueError: weights must be written to disk and there is no offload_folder.
+    """
+    kept: dict[str, Tensor] = {}
+    for name in track(plan.names, progress):
+        device, storage = placement.of(name)
+        tensor = plan.read(name, dtype)
+        if storage is None:
+            _assign(model, name, tensor.to(device))
+        elif storage == DISK and not _is_mapped(plan, name, dtype):
+            kept[name] = _on_disk(tensor, name, offload_folder)
+        else:
+            kept[name] = tensor
+    if plan.resize:
+        _resize(model, plan.resize)
+    attach(model, placement, kept)
+    model.offloaded = kept
+    left = [name for name, p in model.state_dict().items() if p.is_meta and name not in kept]
+    assert not left, f"nothing was loaded into {left}"
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        requires_grad = module._parameters[leaf].requires_grad
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _is_mapped(plan: Plan, name: str, dtype: torch.dtype) -> bool:
+    published = plan.names[name]
+    return stored(plan.contents, published).dtype == dtype and not plan.reader.is_computed(
+        published
+    )
+
+
+def _on_disk(tensor: Tensor, name: str, folder: str | Path | None) -> Tensor:
+    if folder is None:
+        raise ValueError(
+            f"{name} goes to disk in another dtype than it is stored in: give offload_folder"
+        )
+    path = Path(folder) / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous()}, path)
+    return open_weights(path).read(name)
+
+
+def _resize(model: Any, size: int) -> None:
+    tower = getattr(model, "vision_model", model)
+    tower = tower.get_base_model() if hasattr(tower, "get_base_model") else tower
+    if tower.embeddings.position_embedding.is_meta:
+        raise ValueError("the position table cannot be resized while its block is offloaded")
+    vision = tower.config
+    tower.resize_pos_embeddings(vision.image_size, size, vision.patch_size)
+    if hasattr(model.config, "force_image_size"):
+        model.config.force_image_size = size
+
+
+def track(names: Iterable[str], progress: bool | None) -> Iterator[str]:
+    """The names, with a bar on stderr where it is a terminal or where asked for."""
+    names = list(names)
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from names
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(names, desc="Loading weights", unit="tensor", leave=False, file=sys.stderr)

@@ -1,0 +1,173 @@
+"""`from_pretrained`: builds a model without memory, then gives every parameter its tensor.
+
+The model is built on the meta device, all names, shapes and dtypes are compared with the headers of
+the files, and only then are weights read, one at a time, mapped where nothing has to be computed.
+Nothing is initialised at random and nothing is left out: what is missing is an error.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from ..configuration import InternVisionConfig, InternVLConfig
+from .configs import adopt_frequency, adopt_lora, adopt_positions, read_config
+from .contents import Contents
+from .dtypes import resolve_dtype
+from .fill import Plan, fill
+from .locate import Location, locate
+from .merge import Reader
+from .names import BESIDE_DECODER, BESIDE_VISION, canonical, prefix_of
+from .parts import drop_absent, needs
+from .placement import Placement, place
+from .plan import match
+
+# What transformers and published examples pass, and what changes nothing here.
+IGNORED = {
+    "_commit_hash", "_from_auto", "adapter_kwargs", "attn_implementation", "code_revision",
+    "low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only",
+}  # fmt: skip
+
+
+def load_pretrained(
+    model_class: Any,
+    source: str | Path,
+    *,
+    config: Any = None,
+    dtype: torch.dtype | str | None = "auto",
+    torch_dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    device_map: Any = None,
+    offload_folder: str | Path | None = None,
+    max_memory: Mapping[Any, int | str] | None = None,
+    parts: str | None = None,
+    merge_lora: bool = False,
+    lora_alpha: float | None = None,
+    strict: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+    subfolder: str | None = None,
+    progress: bool | None = None,
+    output_loading_info: bool = False,
+    **overrides: Any,
+) -> Any:
+    """Loads a model, in eval mode, from any layout of the family's checkpoints.
+
+    Args:
+        model_class: what to build; a tower finds its weights and configuration in a composite.
+        source: directory, weight file or hub id.
+        config: in place of the checkpoint's config.json.
+        dtype: a torch dtype or its name; "auto" is bfloat16 where the processor computes in it,
+            else float32. Weights stored in that dtype stay mapped in their file and occupy no
+            memory of their own. torch_dtype is the older name.
+        device: where the weights go; None is the CPU.
+        device_map: "auto", "balanced", "sequential", or module names to devices, "cpu" or "disk".
+        offload_folder: for weights on disk that are not stored in dtype.
+        max_memory: device number, "cpu" to bytes or "20GiB"; for device_map="auto".
+        parts: "image", "text", "c", "g", "caption" or "all" of the composite; the rest is neither
+            read nor held, and using it raises. None is what the checkpoint holds.
+        merge_lora: fold LoRA into the weights it adapts, instead of building a model with LoRA.
+        lora_alpha: LoRA's alpha, which published checkpoints do not store; None is the
+            configuration's, else twice the rank.
+        strict: False leaves out weights the model has no place for. Missing ones are always an
+            error.
+        revision, token, cache_dir, local_files_only, subfolder: as huggingface_hub.
+        progress: a bar on stderr; None shows one on a terminal.
+        output_loading_info: also return which stored names were left out.
+        overrides: fields of the configuration. force_image_size resizes the position table.
+
+    Raises:
+        CheckpointError: a file is damaged, or its weights do not fit (a ValueError).
+        CheckpointNotFoundError: something is missing (a FileNotFoundError also).
+        TypeError, ValueError: an argument is unknown or contradicts another.
+    """
+    composite = issubclass(model_class.config_class, InternVLConfig)
+    if parts not in (None, "all") and not composite:
+        raise ValueError(f"{model_class.__name__} is one part: parts must be None, got {parts!r}")
+    hub = {
+        "revision": revision, "token": token, "cache_dir": cache_dir,
+        "local_files_only": local_files_only, "subfolder": subfolder,
+    }  # fmt: skip
+    location = locate(source, _needed(model_class, parts), **hub)
+    overrides = {name: value for name, value in overrides.items() if name not in IGNORED}
+    model, plan = _prepare(
+        model_class, location, config, overrides, parts, merge_lora, lora_alpha, strict
+    )
+    dtype = dtype if torch_dtype is None else torch_dtype
+    placement = place(model, device, device_map, max_memory, dtype)
+    dtype = resolve_dtype(dtype, placement.main)
+    fill(model, plan, placement, dtype, offload_folder, progress)
+    _finish(model, location, placement, dtype)
+    if not output_loading_info:
+        return model
+    info: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return model, info | {"unexpected_keys": set(plan.contents.leftovers)}
+
+
+def _needed(model_class: Any, parts: str | None) -> Callable[[str], bool] | None:
+    """Which published names the model will ask for; None where it is everything."""
+    config_class = model_class.config_class
+    if issubclass(config_class, InternVLConfig):
+        return None if parts is None else needs(parts)
+    beside = BESIDE_VISION if issubclass(config_class, InternVisionConfig) else BESIDE_DECODER
+    return lambda name: not name.startswith(beside)
+
+
+def _prepare(
+    model_class: Any,
+    location: Location,
+    config: Any,
+    overrides: dict[str, Any],
+    parts: str | None,
+    merge_lora: bool,
+    lora_alpha: float | None,
+    strict: bool,
+) -> tuple[nn.Module, Plan]:
+    """The model on the meta device, and the plan of its weights; every check is made here."""
+    composite = issubclass(model_class.config_class, InternVLConfig)
+    if composite and parts is None:
+        stated = getattr(config, "parts", None) if config is not None else None
+        parts = stated or (location.json("config.json") or {}).get("parts")
+    contents = Contents(location, _needed(model_class, parts))
+    reading = read_config(
+        model_class.config_class, location, config, overrides, contents.standalone
+    )
+    if lora_alpha is not None:
+        if not contents.lora:
+            raise ValueError(f"{location.path}: lora_alpha came, but the checkpoint has no LoRA")
+        reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
+    adopt_frequency(reading.config, reading.states_frequency, contents)
+    asked = overrides.get("force_image_size", overrides.get("image_size"))
+    resize = adopt_positions(reading.config, contents, asked)
+    adopt_lora(reading.config, contents, merge_lora, reading.alphas)
+    with torch.device("meta"):
+        model = model_class(reading.config)
+    alphas = reading.alphas
+    if composite:
+        parts = parts or reading.parts or "all"
+        drop_absent(model, parts)
+        model.config.parts = None if parts == "all" else parts
+    else:
+        prefix = prefix_of(map(canonical, model.state_dict()), contents.names)
+        contents = contents.under(prefix)
+        alphas = {"": next((a for tower, a in alphas.items() if prefix.startswith(tower)), None)}
+    names = match(model, contents, strict, merge_lora)
+    return model, Plan(names, contents, Reader(contents, merge_lora, alphas), resize)
+
+
+def _finish(model: Any, location: Location, placement: Placement, dtype: torch.dtype) -> None:
+    """What a loaded model has beside its weights."""
+    model.eval()
+    model.config.dtype = dtype
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]
+    model.placement = placement
+    if location.json("generation_config.json") is not None:
+        generator = model if model.can_generate() else getattr(model, "language_model", None)
+        if hasattr(generator, "generation_config"):
+            generator.generation_config = GenerationConfig.from_pretrained(location.folder)
