@@ -25,6 +25,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._library import define, triton_launcher
+from .swiglu import swiglu
 
 EPILOGUES = ("none", "gelu", "swiglu")
 
@@ -33,7 +34,14 @@ def activate(y: Tensor, epilogue: str) -> Tensor:
     """The epilogue of a finished product."""
     if epilogue == "gelu":
         return F.gelu(y)
-    return reference.swiglu(y) if epilogue == "swiglu" else y
+    return swiglu(y) if epilogue == "swiglu" else y
+
+
+def activation_backward(grad: Tensor, y: Tensor, epilogue: str) -> Tensor:
+    """The gradient of the finished product y from that of activate(y)."""
+    if epilogue == "gelu":
+        return torch.ops.aten.gelu_backward(grad, y)
+    return torch.ops.internvl.swiglu_backward.default(grad, y)
 
 
 def output_shape(x: Tensor, features: int, epilogue: str) -> tuple[int, ...]:
@@ -57,7 +65,7 @@ def linear_backward_blas(
     """The gradients of x, weight and bias that are wanted; empty tensors for the others."""
     if epilogue != "none":  # the product again: only direct calls of the operator come here
         y = F.linear(x, weight, bias)
-        (grad,) = torch.func.vjp(lambda y: activate(y, epilogue), y)[1](grad.to(y.dtype))
+        grad = activation_backward(grad.to(y.dtype), y, epilogue)
     rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     rows = rows.to(x.dtype)
     empty = x.new_empty(0)

@@ -7,7 +7,7 @@
 // of at most kTileRows rows: (tile, steps, rows) words. The sums of a tile and a panel fill the registers;
 // each step loads two vectors of weights and broadcasts the tile's words. The order is that of Goto and
 // van de Geijn, Anatomy of High-Performance Matrix Multiplication: a block of x stays in L2 while panels
-// stream past it. Sums run over kChain steps and are then added up: in fp32 one chain over 3,200
+// stream past it. Sums run over a chain of steps and are then added up: in fp32 one chain over 3,200
 // products has 2.5 times the error of eager PyTorch.
 //
 // No bit of a row depends on the other rows of the batch or on the number of threads.
@@ -31,12 +31,12 @@ constexpr int64_t kGroupPanels = 8;               // panels whose sums stay in L
 constexpr int64_t kPackedRows = 1024;             // rows of x packed at a time: bounds the workspace
 constexpr int64_t kFewTiles = 8;                  // below this, reading the weights takes the time
 
-// How T is multiplied: kDepth columns of C a step, Word what a panel holds of them, kChain the steps of
-// one chain of sums, which a block of x and of a panel spans.
+// How T is multiplied: kDepth columns of C a step, Word what a panel holds of them, chain() the steps of
+// one chain of sums, which a block of x and of a panel spans. MKL has shorter ones where C is small.
 template <typename T>
 struct Step {
   static constexpr int kDepth = 1;
-  static constexpr int64_t kChain = 256;
+  static int64_t chain(int64_t steps) { return steps > 1024 ? 256 : 32; }
   typedef T Word;
   static Vec weights(const Word* from) { return load(from); }
   static uint32_t pack(const T* from) {
@@ -60,7 +60,7 @@ struct Step {
 template <>
 struct Step<bf16> {
   static constexpr int kDepth = 2;
-  static constexpr int64_t kChain = 512;
+  static int64_t chain(int64_t) { return 512; }
   struct Word {
     bf16 pair[2];
   };
@@ -201,7 +201,7 @@ void multiply_tile(const uint32_t* x, const typename Step<T>::Word* panel, float
 // The sizes of one call, and how it is cut: blocks of tiles by groups of panels.
 struct LinearPlan {
   int64_t rows, cols, features, sets;  // sets: 2 with SwiGLU, whose gate and up panels go together
-  int64_t steps;
+  int64_t steps, chain;
   Split tiles, blocks, groups;
 
   int64_t width() const { return features / sets; }
@@ -210,7 +210,8 @@ struct LinearPlan {
 
 template <typename T>
 LinearPlan plan_linear(int64_t rows, int64_t cols, int64_t features, int64_t sets, int threads) {
-  LinearPlan plan{rows, cols, features, sets, parts_of(cols, Step<T>::kDepth), {}, {}, {}};
+  const int64_t steps = parts_of(cols, Step<T>::kDepth);
+  LinearPlan plan{rows, cols, features, sets, steps, Step<T>::chain(steps), {}, {}, {}};
   plan.tiles = {rows, parts_of(rows, kTileRows)};
   plan.blocks = {plan.tiles.parts, parts_of(plan.tiles.parts, kBlockTiles)};
   const int64_t panels = parts_of(features / sets, kPanel);
@@ -231,7 +232,7 @@ void multiply_panel(const LinearPlan& plan, int64_t block, const uint32_t* x,
   static constexpr Multiply kShared[] = {INTERNVL_TILES(false)};
   static constexpr Multiply kStream[] = {INTERNVL_TILES(true)};
   constexpr int64_t kAhead = 24;  // steps, 3 KiB of bf16: what memory delivers in its latency
-  const int64_t steps = smaller(Step<T>::kChain, plan.steps - from);
+  const int64_t steps = smaller(plan.chain, plan.steps - from);
   const int64_t first_tile = plan.blocks.start(block), first_row = plan.tiles.start(first_tile);
   const char* soon = reinterpret_cast<const char*>(next);
   for (int64_t t = first_tile; t < first_tile + plan.blocks.size(block); ++t) {
@@ -262,11 +263,11 @@ void linear_task(const LinearPlan& plan, int64_t block, int64_t group, const uin
   const int64_t first_row = plan.tiles.start(plan.blocks.start(block));
   const int64_t end_tile = plan.blocks.start(block) + plan.blocks.size(block);
   const int64_t rows = plan.tiles.start(end_tile) - first_row;
-  for (int64_t from = 0; from < plan.steps; from += Step<T>::kChain)
+  for (int64_t from = 0; from < plan.steps; from += plan.chain)
     for (int64_t i = 0; i < count; ++i) {
-      const bool last = from + Step<T>::kChain >= plan.steps;
+      const bool last = from + plan.chain >= plan.steps;
       const auto* next = i + 1 < count ? panel_at(i + 1, from)
-                                       : panel_at(0, last ? from : from + Step<T>::kChain);
+                                       : panel_at(0, last ? from : from + plan.chain);
       multiply_panel<T>(plan, block, x, panel_at(i, from), next, sums + i * rows * kPanel, from);
     }
   for (int64_t i = 0; i < panels; ++i) {
