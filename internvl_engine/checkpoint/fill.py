@@ -67,10 +67,9 @@ def fill(
             kept[name] = tensor
     if plan.resize:
         _resize(model, plan.resize)
-    attach(model, placement, kept)
-    model.offloaded = kept
     left = [name for name, p in model.state_dict().items() if p.is_meta and name not in kept]
     assert not left, f"nothing was loaded into {left}"
+    attach(model, placement, kept)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

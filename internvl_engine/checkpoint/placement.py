@@ -209,6 +209,9 @@ def attach(model: nn.Module, placement: Placement, kept: Mapping[str, Tensor]) -
         hook = BlockHook(block, device, weights, output)
         block.register_forward_pre_hook(hook.before, with_kwargs=True)
         block.register_forward_hook(hook.after, always_call=True)
+        if weights:
+            block.register_state_dict_post_hook(hook.give)
+            block.register_load_state_dict_pre_hook(hook.refuse)
 
 
 class BlockHook:
@@ -229,6 +232,7 @@ class BlockHook:
         output: torch.device | None,
     ) -> None:
         self.device, self.output = device, output
+        self.weights = dict(weights)
         self.slots = []
         for name, tensor in weights.items():
             owner, _, leaf = name.rpartition(".")
@@ -244,6 +248,17 @@ class BlockHook:
         for module, leaf, _, placeholder in self.slots:
             module._parameters[leaf] = placeholder
         return output if self.output is None else _move(output, self.output)
+
+    def give(self, block: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
+        """Puts the offloaded weights into a state dict, in place of their placeholders."""
+        state.update({prefix + name: tensor for name, tensor in self.weights.items()})
+
+    def refuse(self, block: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+        """Torch would load into placeholders, that is, not at all."""
+        raise RuntimeError(
+            f"{prefix.rstrip('.')} is offloaded and cannot take a state dict; load the model "
+            "without offloading"
+        )
 
 
 def _move(value: Any, device: torch.device) -> Any:

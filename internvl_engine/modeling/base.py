@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint import load_pretrained
 from ..configuration import InternVLConfig
 
 
@@ -42,8 +43,6 @@ class InternVLPreTrainedModel(PreTrainedModel):
             module.reset_extra_parameters(std)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Loads a checkpoint; see `internvl_engine.checkpoint.load_pretrained`."""
-        from ..checkpoint import load_pretrained
-
-        return load_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return load_pretrained(cls, pretrained_model_name_or_path, **kwargs)
