@@ -1,0 +1,1 @@
+"""What people do with the model: classify, describe, ask, index and search images."""

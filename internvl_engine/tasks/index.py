@@ -1,0 +1,307 @@
+"""A searchable index of the images in a folder, kept on disk; how it lies there, shards.py says.
+
+Indexing goes on where a killed run stopped, and embeds only what is new: a file of the same size
+and time is known, and so is one of the same content under another name. Search is exact: one matrix
+product over every shard.
+"""
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..processing import ImageError, load_image
+from .batches import DECODING_THREADS
+from .embedder import Embedder, Mode, unit
+from .shards import Entry, Shards
+
+FOLDER = ".internvl_index"  # inside the folder of images, where no other place is given
+EXTENSIONS = frozenset(
+    f".{name}"
+    for name in "jpg jpeg png webp bmp gif tif tiff ppm pgm jp2 ico avif".split()
+)  # fmt: skip
+SHARD_SIZE, SHARD_SECONDS = 512, 30.0  # a shard is written at the first of the two
+PARTS_OF_MODE = {"c": ("vision", "text"), "g": ("vision", "queries", "text")}
+
+
+class Hit(NamedTuple):
+    """A file that was found, and the cosine of its image with the query."""
+
+    path: str
+    score: float
+
+
+@dataclass
+class Report:
+    """What one run did; `broken` has the reason for every file that could not be read."""
+
+    added: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class FolderIndex:
+    """An index on disk: `FolderIndex.build` makes or updates one, `FolderIndex.open` reads one.
+
+    Args:
+        shards: its files.
+        report: of the run that made it, where one did.
+    """
+
+    def __init__(self, shards: Shards, report: Report | None = None) -> None:
+        self.shards, self.report = shards, report
+
+    @classmethod
+    def build(
+        cls,
+        engine: Embedder,
+        folder: str | os.PathLike,
+        output: str | os.PathLike | None = None,
+        *,
+        mode: Mode = "c",
+        recursive: bool = True,
+        extensions: Collection[str] = EXTENSIONS,
+        batch_size: int = 32,
+        shard_size: int = SHARD_SIZE,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> "FolderIndex":
+        """Embeds the images of a folder that the index does not know yet.
+
+        Args:
+            engine: with embeddings of images.
+            folder: its files with the extensions, sorted; names that begin with a dot are left out.
+            output: folder of the index; None is `.internvl_index` in the folder.
+            mode: "c" or "g".
+            recursive: also the folders in it (links to folders are not followed).
+            extensions: in lower case, with the dot.
+            batch_size: images at a time.
+            shard_size: images between two writes, which come every 30 seconds at the latest.
+            progress: called with (files done, files in all).
+
+        Returns:
+            The index; its `report` tells what was added, unchanged, removed and broken. A file that
+            can not be read never stops the run.
+
+        Raises:
+            NotADirectoryError: there is no such folder.
+            ValueError: the index there was made by another model or in another mode.
+            BlockingIOError: another process is writing it.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise NotADirectoryError(f"index: {folder} is not a folder")
+        started = time.perf_counter()
+        output = folder / FOLDER if output is None else Path(output)
+        report = Report()
+        shards = Shards.create(output, _identity(engine, mode))
+        check_identity(shards, engine, mode)
+        with shards.writing():
+            files = dict(_files(folder, recursive, extensions))
+            report.removed = _forget(shards, files)
+            changed = [
+                (name, path) for name, path in files.items() if not _known(shards, name, path)
+            ]
+            report.unchanged = len(files) - len(changed)
+            for done in _embed_files(engine, shards, changed, batch_size, shard_size):
+                if progress is not None:
+                    progress(report.unchanged + done, len(files))
+            shards.compact()
+        report.broken = {path: e.error for path, e in shards.entries.items() if e.error}
+        report.added = len(changed) - sum(name in report.broken for name, _ in changed)
+        report.seconds = time.perf_counter() - started
+        return cls(shards, report)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> "FolderIndex":
+        """Reads an index: its own folder, or the folder of images that holds it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged.
+        """
+        inner = Path(folder) / FOLDER
+        return cls(Shards(inner if inner.is_dir() else Path(folder)))
+
+    def __len__(self) -> int:
+        return sum(not entry.error for entry in self.shards.entries.values())
+
+    def search(self, engine: Embedder, query: Any, k: int = 10) -> list[Hit]:
+        """The k nearest images, the nearest first; equal ones in the order of their names.
+
+        Args:
+            engine: of the model that made the index.
+            query: a text; an image that is not a string; or an embedding (E,).
+            k: how many.
+
+        Raises:
+            ValueError: k is below 1, the query is not one text or image, or the index is of another
+                model.
+        """
+        if k < 1:
+            raise ValueError(f"search: k must be 1 or more, got {k}")
+        mode = self.shards.identity["mode"]
+        check_identity(self.shards, engine, mode)
+        vector = _query(engine, query, mode)
+        hits: list[Hit] = []
+        for paths, embeddings in self.shards.live():
+            scores = embeddings @ vector
+            least = scores.topk(min(k, len(scores))).values[-1]
+            near = (scores >= least).nonzero().flatten()  # all of equal score: the names decide
+            found = zip(near.tolist(), scores[near].tolist(), strict=True)
+            hits += [Hit(paths[row], score) for row, score in found]
+            hits = sorted(hits, key=lambda hit: (-hit.score, hit.path))[:k]
+        return hits
+
+
+def check_identity(shards: Shards, engine: Embedder, mode: str) -> None:
+    """Raises ValueError where embeddings of the engine can not be compared with those on disk."""
+    theirs, here = shards.identity, f"index: {shards.folder}"
+    if theirs["mode"] != mode:
+        raise ValueError(
+            f"{here} holds embeddings of mode {theirs['mode']!r}, not {mode!r}; use another output "
+            "folder for a second mode"
+        )
+    ours = engine.fingerprint
+    common = [p for p in PARTS_OF_MODE[mode] if p in theirs["fingerprint"] and p in ours]
+    same = all(theirs["fingerprint"][part] == ours[part] for part in common)
+    if not same or not (common or theirs["model"] == engine.name):
+        raise ValueError(
+            f"{here} was made by {theirs['model']}, whose weights are not those of {engine.name}; "
+            "use that model, or index the folder again into another output folder"
+        )
+
+
+def _identity(engine: Embedder, mode: str) -> dict[str, Any]:
+    return {
+        "model": engine.name,
+        "fingerprint": engine.fingerprint,
+        "mode": mode,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "width": engine.model.config.clip_embed_dim,
+    }
+
+
+def _query(engine: Embedder, query: Any, mode: Mode) -> Tensor:
+    """The embedding (E,) of a query, on the CPU."""
+    if isinstance(query, str):
+        found = engine.encode_text(query)
+    elif isinstance(query, Tensor) and query.ndim == 1:
+        found = unit(query.float())[None]
+    else:
+        found = engine.encode_image(query, mode)
+    width = engine.model.config.clip_embed_dim
+    if found.shape != (1, width):
+        raise ValueError(
+            f"search: the query must be one text, one image or an embedding ({width},), got "
+            f"{tuple(found.shape)}"
+        )
+    return found[0].cpu()
+
+
+def _files(
+    folder: Path, recursive: bool, extensions: Collection[str]
+) -> Iterator[tuple[str, Path]]:
+    """(name in the index, path) of the images, sorted."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if recursive else []
+        for name in sorted(names):
+            path = Path(here, name)
+            if path.suffix.lower() in extensions and not name.startswith("."):
+                yield path.relative_to(folder).as_posix(), path
+
+
+def _forget(shards: Shards, files: Collection[str]) -> int:
+    """Drops what the index knows and the folder no longer has; how many."""
+    gone = [path for path in shards.entries if path not in files]
+    if gone:
+        shards.append([], torch.empty(0, shards.identity["width"]), gone)
+    return len(gone)
+
+
+def _known(shards: Shards, name: str, path: Path) -> bool:
+    """Whether the file is as it was when it was embedded, by size and time."""
+    entry = shards.entries.get(name)
+    try:
+        status = path.stat()
+    except OSError:
+        return False  # reported when it is read
+    return entry is not None and entry[1:3] == (status.st_size, status.st_mtime_ns)
+
+
+class _Looked(NamedTuple):
+    """A file that was read: its picture (S, S, 3), or its embedding (E,) where that is known."""
+
+    entry: Entry
+    picture: np.ndarray | None = None
+    embedding: Tensor | None = None
+
+
+def _look(engine: Embedder, shards: Shards, name: str, path: Path) -> _Looked:
+    processor = engine.processor.image_processor
+    entry = Entry(name, 0, 0, "")
+    try:
+        status = path.stat()
+        entry = entry._replace(size=status.st_size, mtime_ns=status.st_mtime_ns)
+        content = path.read_bytes()
+        entry = entry._replace(hash=hashlib.blake2b(content, digest_size=16).hexdigest())
+        known = shards.known(entry.hash)
+        if known is not None:
+            return _Looked(entry, embedding=known)
+        limits = {name: getattr(processor, name) for name in ("max_pixels", "max_aspect_ratio")}
+        image = load_image(content, name=str(path), **limits)
+        return _Looked(entry, picture=processor.squares(image)[0].numpy())
+    except (OSError, ImageError) as error:
+        return _Looked(entry._replace(error=str(error) or type(error).__name__))
+
+
+def _embed_files(
+    engine: Embedder,
+    shards: Shards,
+    files: list[tuple[str, Path]],
+    batch_size: int,
+    shard_size: int,
+) -> Iterator[int]:
+    """Embeds files and writes them; yields how many are done. The next batch is read meanwhile."""
+    entries: list[Entry] = []
+    rows: list[Tensor] = []
+    written = time.monotonic()
+    ahead: deque[list] = deque()
+    done = 0
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        for start in range(0, len(files) + batch_size, batch_size):
+            chunk = files[start : start + batch_size]
+            ahead.append([pool.submit(_look, engine, shards, *file) for file in chunk])
+            if start == 0:
+                continue
+            looked = [future.result() for future in ahead.popleft()]
+            entries += [found.entry for found in looked]
+            rows.append(_embed(engine, looked, shards.identity["mode"]))
+            done += len(looked)
+            late = time.monotonic() - written > SHARD_SECONDS
+            if entries and (len(entries) >= shard_size or late or not chunk):
+                shards.append(entries, torch.cat(rows))
+                entries, rows, written = [], [], time.monotonic()
+            yield done
+
+
+def _embed(engine: Embedder, looked: list[_Looked], mode: Mode) -> Tensor:
+    """(n, E) of the files without an error."""
+    pictures = [found.picture for found in looked if found.picture is not None]
+    fresh = iter(engine.encode_image(pictures, mode, batch_size=max(len(pictures), 1)).cpu())
+    rows = [
+        next(fresh) if found.embedding is None else found.embedding
+        for found in looked
+        if not found.entry.error
+    ]
+    return torch.stack(rows) if rows else torch.empty(0, engine.model.config.clip_embed_dim)
