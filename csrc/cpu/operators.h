@@ -2,8 +2,8 @@
 #pragma once
 
 #include "epilogue.h"
-#include "heads.h"
-#include "rows.h"
+#include "../heads.h"
+#include "../rows.h"
 
 namespace internvl::cpu {
 

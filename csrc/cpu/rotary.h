@@ -1,7 +1,7 @@
 // Rotary position embedding, on the CPU: kernels/rotary.py and kernels/rotary_append.py.
 #pragma once
 
-#include "heads.h"
+#include "../heads.h"
 #include "vec.h"
 
 namespace internvl::ISA {

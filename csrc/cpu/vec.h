@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "rows.h"
+#include "../rows.h"
 
 namespace internvl::ISA {
 

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define INTERNVL_INLINE __host__ __device__ __forceinline__
+#else
+#define INTERNVL_INLINE [[gnu::always_inline]] inline
+#endif
+
 namespace internvl {
 
 struct bf16 {
@@ -17,7 +23,7 @@ struct Rows {
   T* data;
   int64_t inner, outer_stride, inner_stride;
 
-  [[gnu::always_inline]] T* operator[](int64_t r) const {
+  INTERNVL_INLINE T* operator[](int64_t r) const {
     return data + r / inner * outer_stride + r % inner * inner_stride;
   }
 };

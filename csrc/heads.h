@@ -1,7 +1,7 @@
 // Tensors of shape (batch, heads, tokens, dim) with any strides but the last, which is 1.
 #pragma once
 
-#include <cstdint>
+#include "rows.h"
 
 namespace internvl {
 
@@ -14,7 +14,7 @@ struct Heads {
   T* data;
   int64_t batch_stride, head_stride, token_stride;
 
-  [[gnu::always_inline]] T* at(int64_t b, int64_t h, int64_t t) const {
+  INTERNVL_INLINE T* at(int64_t b, int64_t h, int64_t t) const {
     return data + b * batch_stride + h * head_stride + t * token_stride;
   }
 };
