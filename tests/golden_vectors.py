@@ -9,9 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from internvl_engine.configuration import InternVLConfig
-from internvl_engine.modeling import InternVL_G, InternVLModel
-
 GOLDEN = Path(__file__).parent / "golden"
 FP32_TOLERANCE = 2e-5  # of unit-scale tensors: GEMMs of another build sum in another order
 MIN_COSINE = 0.9999  # of 16-bit outputs against those of the same dtype
@@ -52,13 +49,6 @@ def load_golden(case: str) -> Golden:
         state={name: tensor.to(dtype) for name, tensor in state.items()},
         dtype=dtype,
     )
-
-
-def build(golden: Golden, kind: type[InternVLModel] = InternVL_G) -> InternVLModel:
-    """The case's model in its dtype, in eval mode; every weight is loaded strictly."""
-    model = kind(InternVLConfig(**golden.config)).to(golden.dtype)
-    model.load_state_dict(golden.state, strict=True)
-    return model.eval()
 
 
 def assert_golden(actual: Tensor, expected: Tensor) -> None:

@@ -1,15 +1,16 @@
-"""The eager model against the published implementation's recorded outputs."""
+"""The model, eager and accelerated, against the published implementation's recorded outputs."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from internvl_engine.configuration import InternVisionConfig
+from internvl_engine.accelerate import accelerate
+from internvl_engine.configuration import InternVisionConfig, InternVLConfig
 from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G, InternVLModel
 from internvl_engine.modeling.masks import stage2_mask
 from internvl_engine.modeling.pooling import AttentionPoolingBlock
 
-from golden_vectors import GOLDEN, assert_golden, build, load_golden
+from golden_vectors import GOLDEN, assert_golden, load_golden
 
 pytestmark = pytest.mark.golden
 
@@ -20,17 +21,45 @@ def no_grad():
         yield
 
 
-def vision_model(golden) -> InternVisionModel:
-    model = InternVisionModel(InternVisionConfig(**golden.config["vision_config"]))
-    model.to(golden.dtype).load_state_dict(golden.state, strict=True)
-    return model.eval()
+@pytest.fixture(params=["eager", "accelerated"])
+def finish(request):
+    """Leaves a loaded model as it is, or accelerates it; nothing known may stay eager."""
+
+    def finished(model):
+        if request.param == "accelerated":
+            accelerate(model, strict=True)
+        return model
+
+    return finished
+
+
+@pytest.fixture
+def build(finish):
+    """The case's model in its dtype and in eval mode; every weight is loaded strictly."""
+
+    def built(golden, kind=InternVL_G):
+        model = kind(InternVLConfig(**golden.config)).to(golden.dtype)
+        model.load_state_dict(golden.state, strict=True)
+        return finish(model.eval())
+
+    return built
+
+
+@pytest.fixture
+def vision_model(finish):
+    def built(golden):
+        model = InternVisionModel(InternVisionConfig(**golden.config["vision_config"]))
+        model.to(golden.dtype).load_state_dict(golden.state, strict=True)
+        return finish(model.eval())
+
+    return built
 
 
 @pytest.mark.parametrize(
     "case",
     ["vit_fp32", "vit_bf16", "vit_fp16", "vit_no_qknorm_qkvbias", "vit_dynamic_res_llava"],
 )
-def test_vision(case):
+def test_vision(case, vision_model):
     golden = load_golden(case)
     outputs = vision_model(golden)(golden.inputs["pixel_values"], output_hidden_states=True)
     expected = golden.listed("hidden_states")
@@ -41,19 +70,20 @@ def test_vision(case):
     assert_golden(outputs.pooler_output, golden.outputs["pooler_output"])
 
 
-def test_vision_takes_an_embedded_sequence():
+def test_vision_takes_an_embedded_sequence(vision_model):
     golden = load_golden("vit_pixel_embeds")
     outputs = vision_model(golden)(pixel_embeds=golden.inputs["pixel_embeds"])
     assert_golden(outputs.last_hidden_state, golden.outputs["last_hidden_state"])
 
 
-def test_vision_resizes_its_position_table():
+def test_vision_resizes_its_position_table(finish):
     golden = load_golden("vit_resize_pos")
     model = InternVisionModel(InternVisionConfig(**golden.config["vision_config"])).eval()
     state = golden.state | {
         "embeddings.position_embedding": golden.inputs["position_embedding_before"]
     }
     model.load_state_dict(state, strict=True)
+    finish(model)
     model.resize_pos_embeddings(28, 42, 7)
     table = model.embeddings.position_embedding
     assert_golden(table, golden.outputs["position_embedding_after"])
@@ -80,7 +110,7 @@ def test_pooler():
     ],
 )
 @pytest.mark.filterwarnings("ignore:encode_text")
-def test_text(case):
+def test_text(case, build):
     golden = load_golden(case)
     model = build(golden)
     ids = golden.inputs["text"]
@@ -88,14 +118,14 @@ def test_text(case):
     assert_golden(model.encode_text(ids), golden.outputs["text_embeds"])
 
 
-def test_trimmed_text_is_the_padded_text():
+def test_trimmed_text_is_the_padded_text(build):
     golden = load_golden("text_right_pad_fp32")
     model = build(golden)
     for ids, expected in zip(golden.inputs["text"], golden.outputs["text_embeds"], strict=True):
         assert_golden(model.encode_text(ids[ids > 0][None]), expected[None])
 
 
-def test_image_C():
+def test_image_C(build):
     golden = load_golden("encode_image_C")
     assert_golden(
         build(golden, InternVL_C).encode_image(golden.inputs["image"]),
@@ -104,7 +134,7 @@ def test_image_C():
 
 
 @pytest.mark.parametrize("letter", "CG")
-def test_image_by_mode(letter):
+def test_image_by_mode(letter, build):
     golden = load_golden(f"encode_image_mode_{letter}")
     model = build(golden, InternVLModel)
     embeds = model.encode_image(golden.inputs["image"], mode=f"InternVL-{letter}")
@@ -112,7 +142,7 @@ def test_image_by_mode(letter):
 
 
 @pytest.mark.parametrize("suffix", ["", "_bf16", "_fp16", "_freq3", "_force_size"])
-def test_image_G(suffix):
+def test_image_G(suffix, build):
     golden = load_golden(f"encode_image_G{suffix}")
     model = build(golden)
     states = {}
@@ -141,7 +171,7 @@ def test_image_G(suffix):
         ("logits_mode_G", InternVLModel),
     ],
 )
-def test_logits(case, kind):
+def test_logits(case, kind, build):
     golden = load_golden(case)
     mode = {"mode": "InternVL-G"} if kind is InternVLModel else {}
     logits = build(golden, kind)(golden.inputs["image"], golden.inputs["text"], **mode)
@@ -149,12 +179,13 @@ def test_logits(case, kind):
     assert_golden(logits[1], golden.outputs["logits_per_text"])
 
 
-def test_features_without_text():
+def test_features_without_text(finish):
     golden = load_golden("llava_forward")
     names = set(golden.state)
     model = InternVLModel(InternVLModel.config_class(**golden.config)).eval()
     missing, unexpected = model.load_state_dict(golden.state, strict=False)
     assert not unexpected and not names & set(missing)
+    finish(model)
     vision_outputs, query_outputs = model(pixel_values=golden.inputs["pixel_values"])
     for ours, theirs in zip(
         vision_outputs.hidden_states, golden.listed("hidden_states"), strict=True
@@ -164,7 +195,7 @@ def test_features_without_text():
     assert_golden(query_outputs[0], golden.outputs["query_features"])
 
 
-def test_prefill_cache_and_decoding():
+def test_prefill_cache_and_decoding(build):
     golden = load_golden("generate_prefill_logits")
     model = build(golden)
     ids, vision = golden.inputs["input_ids"], model.vision_model(golden.inputs["pixel_values"])
@@ -205,7 +236,7 @@ GENERATE = {
 
 
 @pytest.mark.parametrize("case", GENERATE)
-def test_generate(case):
+def test_generate(case, build):
     golden = load_golden(f"generate_{case}")
     model = build(golden)
     scores = golden.listed("scores")
@@ -229,7 +260,7 @@ def test_masks_of_the_training_pass():
 
 
 @pytest.mark.parametrize("alpha", [None, 256])
-def test_lora(alpha):
+def test_lora(alpha, finish):
     pytest.importorskip("peft")
     case = "lora_encode_G" if alpha is None else "lora_encode_G_llava_alpha256"
     golden = load_golden(case)
@@ -237,6 +268,7 @@ def test_lora(alpha):
     model = InternVL_G(InternVL_G.config_class(**config)).eval()
     _, unexpected = model.load_state_dict(golden.state, strict=alpha is None)
     assert not unexpected
+    finish(model)
     image = golden.inputs.get("image", golden.inputs.get("pixel_values"))
     backbone_embeds, query_embeds = model.get_image_features(image)
     expected = golden.outputs
