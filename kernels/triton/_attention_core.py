@@ -22,7 +22,7 @@ def load_tile(
     ptr, rows, row_stride, num_rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(rows, BLOCK_D) of a head: columns past D are 0 and, where MASKED, so are rows past num_rows."""
+    """(rows, BLOCK_D) of a head: 0 past D and, where MASKED, in rows past num_rows."""
     columns = tl.arange(0, BLOCK_D)
     ptrs = ptr + rows[:, None] * row_stride + columns[None, :]
     if MASKED:
@@ -37,13 +37,21 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    ptr, rows, row_stride, num_rows, tile, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Stores the rows below num_rows and columns below D of a tile, cast to the output's dtype."""
+def load_at(ptr, offsets, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, BLOCK_D), the row i at offsets[i]; 0 where not valid and past D."""
     columns = tl.arange(0, BLOCK_D)
-    mask = (rows < num_rows)[:, None] & (columns < D)[None, :]
-    ptrs = ptr + rows[:, None] * row_stride + columns[None, :]
+    ptrs = ptr + offsets[:, None] + columns[None, :]
+    if D == BLOCK_D:
+        return tl.load(ptrs, mask=valid[:, None], other=0.0)
+    return tl.load(ptrs, mask=valid[:, None] & (columns < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_at(ptr, offsets, valid, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores the valid rows of a tile, the row i at offsets[i], cast to the output's dtype."""
+    columns = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (columns < D)[None, :]
+    ptrs = ptr + offsets[:, None] + columns[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -75,23 +83,17 @@ def softmax_block(scores, scale, v, largest, total, acc):
 
 
 @triton.jit
-def store_lse(ptr, rows, num_rows, largest, total):
-    """Stores the natural log-sum-exp of 2 ** (log2 scores).
-
-    float64 for fp32 inputs: at a log-sum-exp of 8, half a unit in the last place of an fp32 one is
-    4 times the rounding of the probabilities that the backward pass computes from it.
-    """
-    dtype: tl.constexpr = ptr.dtype.element_ty
-    lse = (largest.to(dtype) + tl.log2(total.to(dtype))) / LOG2E
-    tl.store(ptr + rows, lse, mask=rows < num_rows)
+def log_sum_exp(largest, total, DTYPE: tl.constexpr):
+    """In natural units, of scores in units of log2. DTYPE: see lse_dtype."""
+    return (largest.to(DTYPE) + tl.log2(total.to(DTYPE))) / LOG2E
 
 
 @triton.jit
-def load_lse(ptr, rows, num_rows):
-    """(lse, what fp32 rounds off it) in log2 units; past num_rows so large that p is 0."""
-    lse = tl.load(ptr + rows, mask=rows < num_rows, other=1.0e30) * LOG2E
+def load_lse(ptrs, valid):
+    """(lse, what fp32 rounds off it) in log2 units; where not valid so large that p is 0."""
+    lse = tl.load(ptrs, mask=valid, other=1.0e30) * LOG2E
     high = lse.to(tl.float32)
-    if ptr.dtype.element_ty == tl.float64:
+    if lse.dtype == tl.float64:
         return high, (lse - high).to(tl.float32)
     return high, tl.zeros_like(high)
 
@@ -117,7 +119,7 @@ def score_gradient_by_key(scores, scale, v, d_out, lse, lse_low, delta, dv):
 def tail(rows: int, block: int) -> int:
     """The smallest tile for the rows that whole blocks leave over, 0 where a whole one is as good.
 
-    257 rows in tiles of 128 are two whole tiles and one row: a third whole tile would be 49 % waste.
+    257 rows in tiles of 128 are two whole tiles and one row: a third whole tile wastes 49 %.
     """
     smallest = max(16, triton.next_power_of_2(rows % block))  # tl.dot takes 16 rows or more
     return smallest if 0 < rows % block and smallest < block else 0
@@ -129,7 +131,7 @@ def supported(dtype: torch.dtype, D: int) -> bool:
 
 
 def width_class(D: int, dtype: torch.dtype) -> str:
-    """Whose default configurations serve: what a tile costs depends on D and the bytes of a value."""
+    """Whose default configurations serve: a tile's cost depends on D and the bytes of a value."""
     if dtype == torch.float32:
         return "fp32"
     return "wide" if D > 64 else "narrow"
@@ -138,3 +140,12 @@ def width_class(D: int, dtype: torch.dtype) -> str:
 def length_class(length: int) -> int:
     """A length rounded up to a power of two, up to 2048: the tuner's key, not one a length."""
     return min(triton.next_power_of_2(length), 2048)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exp that the backward pass gets: float64 for float32 inputs.
+
+    At a log-sum-exp of 8, half a unit in the last place of float32 changes the probabilities that
+    the backward pass computes from it by 4 times their own rounding.
+    """
+    return torch.float64 if dtype == torch.float32 else torch.float32

@@ -19,7 +19,7 @@ from ._attention_core import (
     product,
     score_gradient,
     score_gradient_by_key,
-    store_tile,
+    store_at,
 )
 
 
@@ -72,10 +72,10 @@ def _queries_tile(
     if NORM:
         rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
         q = (q.to(tl.float32) * rstd[:, None] * fold[None, :]).to(q.dtype)
-        store_tile(folded_ptr, rows, out_stride, N, q, D, BLOCK_D)
+        store_at(folded_ptr, rows * out_stride, rows < N, q, D, BLOCK_D)
     out = load_tile(out_ptr, rows, out_stride, N, D, BLOCK_D, MASKED=True)
     d_out = load_tile(d_out_ptr, rows, out_stride, N, D, BLOCK_D, MASKED=True)
-    lse, lse_low = load_lse(lse_ptr, rows, N)
+    lse, lse_low = load_lse(lse_ptr + rows, rows < N)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)
     tl.store(delta_ptr + rows, delta, mask=rows < N)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -101,7 +101,7 @@ def _queries_tile(
                 q, d_out, lse, lse_low, delta, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale, unit,
                 dq, D, BLOCK_D, BLOCK_N, NORM, MASKED=True,
             )  # fmt: skip
-    store_tile(dq_ptr, rows, dq_stride, N, dq * unfold, D, BLOCK_D)
+    store_at(dq_ptr, rows * dq_stride, rows < N, dq * unfold, D, BLOCK_D)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _walk_over_queries(
     rows = start + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, rows, q_stride, N, D, BLOCK_D, MASKED)
     d_out = load_tile(d_out_ptr, rows, out_stride, N, D, BLOCK_D, MASKED)
-    lse, lse_low = load_lse(lse_ptr, rows, N)
+    lse, lse_low = load_lse(lse_ptr + rows, rows < N)
     delta = tl.load(delta_ptr + rows, mask=rows < N, other=0.0)
     scores = product(k, q.T) * rstd[:, None]
     d_scores, dv = score_gradient_by_key(scores, scale, v, d_out, lse, lse_low, delta, dv)
@@ -140,7 +140,7 @@ def _keys_tile(
         last_query = load_row(q_ptr + (N - 1) * q_stride, D, BLOCK_D)
         last_d_out = load_row(d_out_ptr + (N - 1) * out_stride, D, BLOCK_D)
         score = tl.sum(k.to(tl.float32) * last_query[None, :], axis=1) * rstd * scale
-        lse, lse_low = load_lse(lse_ptr, N - 1, N)
+        lse, lse_low = load_lse(lse_ptr + N - 1, N > 0)
         p = tl.exp2(score - lse - lse_low)
         d_p = tl.sum(v.to(tl.float32) * last_d_out[None, :], axis=1)
         d_score = p * (d_p - tl.load(delta_ptr + N - 1))
@@ -158,8 +158,8 @@ def _keys_tile(
                 k, v, rstd, q_ptr, d_out_ptr, lse_ptr, delta_ptr, start, N, q_stride, out_stride,
                 scale, dk, dv, D, BLOCK_D, BLOCK_M, MASKED=True,
             )  # fmt: skip
-    store_tile(dk_ptr, keys, dk_stride, N, dk * unfold, D, BLOCK_D)
-    store_tile(dv_ptr, keys, dk_stride, N, dv, D, BLOCK_D)
+    store_at(dk_ptr, keys * dk_stride, keys < N, dk * unfold, D, BLOCK_D)
+    store_at(dv_ptr, keys * dk_stride, keys < N, dv, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "tiles"])

@@ -1,7 +1,5 @@
 """qk_norm_attention in Triton. What it computes and why it is free: kernels/qk_norm_attention.py."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -11,17 +9,17 @@ from ._attention_core import (
     LOG2E,
     LOWEST,
     length_class,
+    log_sum_exp,
+    lse_dtype,
     load_row,
     load_tile,
     product,
     softmax_block,
-    store_lse,
-    store_tile,
+    store_at,
     supported,
     tail,
     width_class,
 )
-from ._cross_compile import Case
 from ._qk_norm_attention_backward import keys_kernel, norm_kernel, queries_kernel
 from ._tuning import ARCHITECTURES, Config, launch_config
 
@@ -152,8 +150,9 @@ def _forward_tile(
                 q, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale, largest, total, acc,
                 D, BLOCK_D, BLOCK_N, NORM, MASKED=True,
             )  # fmt: skip
-    store_tile(out_ptr, rows, out_stride, N, acc / total[:, None], D, BLOCK_D)
-    store_lse(lse_ptr, rows, N, largest, total)
+    store_at(out_ptr, rows * out_stride, rows < N, acc / total[:, None], D, BLOCK_D)
+    lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
+    tl.store(lse_ptr + rows, lse, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "tiles"])
@@ -227,7 +226,7 @@ def qk_norm_attention_triton(
         return NotImplemented
     qkv = _heads_together(qkv)
     out = qkv.new_empty((B, N, H, D))
-    lse = qkv.new_empty((B, H, N), dtype=torch.float64 if qkv.dtype==torch.float32 else torch.float32)
+    lse = qkv.new_empty((B, H, N), dtype=lse_dtype(qkv.dtype))
     if out.numel() == 0:
         return out, lse, qkv.new_empty((2, B, N), dtype=torch.float32)
     rstd = _statistics(qkv, eps) if norm else qkv.new_empty((2, B, N), dtype=torch.float32)

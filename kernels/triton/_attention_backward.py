@@ -1,0 +1,206 @@
+"""The gradient of attention and cross_attention in Triton: two kernels, no atomics.
+
+One tile of queries walks over the keys it sees (delta and dq), then one tile of keys walks over the
+rows that see it (dk and dv). Rows are packed as kernels/triton/attention.py says, so the gradients
+of keys that several batches share are summed inside the walk. Probabilities are recomputed from the
+log-sum-exp; a row that sees nothing (-infinity) has 1 / T for every key.
+"""
+
+import triton
+import triton.language as tl
+
+from ._attention_core import (
+    LOG2E,
+    load_at,
+    load_lse,
+    load_tile,
+    product,
+    score_gradient,
+    score_gradient_by_key,
+    store_at,
+)
+from ._attention_masks import see, see_by_key, seen_interval
+
+
+@triton.jit
+def _lse(ptrs, valid, T, VISIBLE: tl.constexpr):
+    """(lse, its low part, whether the row sees nothing); log2(T) for a row that sees nothing."""
+    lse, low = load_lse(ptrs, valid)
+    empty = lse == float("-inf")
+    if VISIBLE:
+        lse = tl.where(empty, tl.log2(T.to(tl.float32)), lse)
+        low = tl.where(empty, 0.0, low)
+    return lse, low, empty
+
+
+@triton.jit
+def _queries_tile(
+    q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
+    batch, repeat_step, head, first_row, q_batch_stride, q_stride, k_stride, v_stride,
+    H, S, M, T, prefix, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """delta and dq of BLOCK_M packed rows of one head."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    valid = rows < M
+    batches = batch + rows // S * repeat_step
+    places = (batches * H + head) * S + rows % S
+    q = load_at(q_ptr, batches * q_batch_stride + rows % S * q_stride, valid, D, BLOCK_D)
+    d_out = load_at(d_out_ptr, places * D, valid, D, BLOCK_D)
+    delta = load_at(out_ptr, places * D, valid, D, BLOCK_D).to(tl.float32) * d_out.to(tl.float32)
+    delta = tl.sum(delta, axis=1)
+    tl.store(delta_ptr + places, delta, mask=valid)
+    lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
+    first, end = seen_interval(T - S + rows % S, prefix, T, MASK)
+    low = tl.min(tl.where(valid, first, T), axis=0)
+    high = tl.max(tl.where(valid, end, 0), axis=0)
+    if VISIBLE:  # a row that sees nothing attends to every key alike
+        some = tl.max(empty.to(tl.int32), axis=0) > 0
+        low, high = tl.where(some, 0, low), tl.where(some, T, high)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(low, high, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_ptr, keys, k_stride, T, D, BLOCK_D, MASKED=True)
+        v = load_tile(v_ptr, keys, v_stride, T, D, BLOCK_D, MASKED=True)
+        scores = see(product(q, k.T), keys, first, end, visible_ptr, T, VISIBLE)
+        if VISIBLE:
+            scores = tl.where(empty[:, None] & (keys < T)[None, :], 0.0, scores)
+        d_scores = score_gradient(scores, scale * LOG2E, v, d_out, lse, lse_low, delta)
+        dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
+    store_at(dq_ptr, places * D, valid, dq * scale, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "tiles"])
+def queries_kernel(
+    q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
+    v_batch_stride, v_head_stride, v_stride, image_step, repeat_step,
+    H, S, M, T, prefix, scale, tiles,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """One program: delta and dq of BLOCK_M, or TAIL_M, packed rows of one head."""
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % H
+    image = (tl.program_id(0) // tiles // H).to(tl.int64)
+    q_ptr += head * q_head_stride
+    k_ptr += image * k_batch_stride + head * k_head_stride
+    v_ptr += image * v_batch_stride + head * v_head_stride
+    if VISIBLE:
+        visible_ptr += image * T
+    if TAIL_M == 0 or tile < tiles - 1:
+        _queries_tile(
+            q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
+            image * image_step, repeat_step, head, tile * BLOCK_M, q_batch_stride, q_stride,
+            k_stride, v_stride, H, S, M, T, prefix, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MASK,
+            VISIBLE,
+        )  # fmt: skip
+    else:
+        _queries_tile(
+            q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
+            image * image_step, repeat_step, head, tile * BLOCK_M, q_batch_stride, q_stride,
+            k_stride, v_stride, H, S, M, T, prefix, scale, D, BLOCK_D, TAIL_M, BLOCK_N, MASK,
+            VISIBLE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rows_that_see(
+    lse_ptr, batch, head, first_key, end_key, H, S, M, T, prefix,
+    MASK: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """[low, high) of the packed rows with a key in [first_key, end_key), or that see nothing."""
+    low = 0
+    high = M
+    if MASK != "full":  # one batch: packed rows are positions, shifted by T - S
+        low = tl.maximum(first_key - (T - S), 0)
+        if MASK != "causal":
+            low = tl.where(first_key < prefix, 0, low)
+        if MASK == "block":
+            high = tl.where(end_key > prefix, S, tl.maximum(prefix - (T - S), 0))
+        if VISIBLE:
+            for start in range(0, S, 256):
+                rows = start + tl.arange(0, 256)
+                lse = tl.load(lse_ptr + (batch * H + head) * S + rows, mask=rows < S, other=0.0)
+                empty = lse == float("-inf")
+                low = tl.minimum(low, tl.min(tl.where(empty, rows, S), axis=0))
+                high = tl.maximum(high, tl.max(tl.where(empty, rows + 1, 0), axis=0))
+    return low, high
+
+
+@triton.jit
+def _keys_tile(
+    q_ptr, k_ptr, v_ptr, visible_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    batch, repeat_step, head, first_key, q_batch_stride, q_stride, k_stride, v_stride,
+    H, S, M, T, prefix, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of the keys [first_key, first_key + BLOCK_N) of one head."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr, keys, k_stride, T, D, BLOCK_D, MASKED=True)
+    v = load_tile(v_ptr, keys, v_stride, T, D, BLOCK_D, MASKED=True)
+    low, high = _rows_that_see(
+        lse_ptr, batch, head, first_key, tl.minimum(first_key + BLOCK_N, T), H, S, M, T, prefix,
+        MASK, VISIBLE,
+    )  # fmt: skip
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(low, high, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        valid = rows < high
+        batches = batch + rows // S * repeat_step
+        places = (batches * H + head) * S + rows % S
+        q = load_at(q_ptr, batches * q_batch_stride + rows % S * q_stride, valid, D, BLOCK_D)
+        d_out = load_at(d_out_ptr, places * D, valid, D, BLOCK_D)
+        delta = tl.load(delta_ptr + places, mask=valid, other=0.0)
+        lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
+        scores = product(k, q.T)
+        if MASK != "full" or VISIBLE:
+            first, end = seen_interval(T - S + rows % S, prefix, T, MASK)
+            scores = see_by_key(scores, keys, first, end, visible_ptr, T, VISIBLE)
+        if VISIBLE:
+            scores = tl.where(empty[None, :], 0.0, scores)
+        d_scores, dv = score_gradient_by_key(
+            scores, scale * LOG2E, v, d_out, lse, lse_low, delta, dv
+        )
+        dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
+    store_at(dk_ptr, keys * D, keys < T, dk * scale, D, BLOCK_D)
+    store_at(dv_ptr, keys * D, keys < T, dv, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "tiles"])
+def keys_kernel(
+    q_ptr, k_ptr, v_ptr, visible_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
+    v_batch_stride, v_head_stride, v_stride, image_step, repeat_step,
+    H, S, M, T, prefix, scale, tiles,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, MASK: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """One program: dk and dv of BLOCK_N, or TAIL_N, keys of one head of one image."""
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % H
+    image = (tl.program_id(0) // tiles // H).to(tl.int64)
+    q_ptr += head * q_head_stride
+    k_ptr += image * k_batch_stride + head * k_head_stride
+    v_ptr += image * v_batch_stride + head * v_head_stride
+    dk_ptr += (image * H + head) * T * D
+    dv_ptr += (image * H + head) * T * D
+    if VISIBLE:
+        visible_ptr += image * T
+    if TAIL_N == 0 or tile < tiles - 1:
+        _keys_tile(
+            q_ptr, k_ptr, v_ptr, visible_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+            image * image_step, repeat_step, head, tile * BLOCK_N, q_batch_stride, q_stride,
+            k_stride, v_stride, H, S, M, T, prefix, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MASK,
+            VISIBLE,
+        )  # fmt: skip
+    else:
+        _keys_tile(
+            q_ptr, k_ptr, v_ptr, visible_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+            image * image_step, repeat_step, head, tile * BLOCK_N, q_batch_stride, q_stride,
+            k_stride, v_stride, H, S, M, T, prefix, scale, D, BLOCK_D, BLOCK_M, TAIL_N, MASK,
+            VISIBLE,
+        )  # fmt: skip

@@ -1,0 +1,35 @@
+"""The masks of attention as compile-time cases: which keys a query sees (kernels/attention.py)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def seen_interval(position, prefix, T, MASK: tl.constexpr):
+    """[first, end) of the keys that a query at this position sees, before `visible`."""
+    if MASK == "full":
+        return position * 0, position * 0 + T
+    if MASK == "causal":
+        return position * 0, position + 1
+    if MASK == "prefix":
+        return position * 0, tl.where(position < prefix, tl.minimum(prefix, T), position + 1)
+    first = tl.where(position < prefix, 0, prefix)
+    return first, tl.where(position < prefix, tl.minimum(prefix, T), position + 1)
+
+
+@triton.jit
+def see(scores, keys, first, end, visible_ptr, T, VISIBLE: tl.constexpr):
+    """scores (rows, keys), -inf where the row does not see the key."""
+    seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < end[:, None])
+    if VISIBLE:
+        seen = seen & (tl.load(visible_ptr + keys, mask=keys < T, other=0) != 0)[None, :]
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def see_by_key(scores, keys, first, end, visible_ptr, T, VISIBLE: tl.constexpr):
+    """The same transposed: scores (keys, rows)."""
+    seen = (keys[:, None] >= first[None, :]) & (keys[:, None] < end[None, :])
+    if VISIBLE:
+        seen = seen & (tl.load(visible_ptr + keys, mask=keys < T, other=0) != 0)[:, None]
+    return tl.where(seen, scores, float("-inf"))
