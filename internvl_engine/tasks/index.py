@@ -108,7 +108,6 @@ class FolderIndex:
         check_identity(shards, engine, mode)
         with shards.writing():
             files = dict(_files(folder, recursive, extensions))
-            report.removed = _forget(shards, files)
             changed = [
                 (name, path) for name, path in files.items() if not _known(shards, name, path)
             ]
@@ -116,6 +115,7 @@ class FolderIndex:
             for done in _embed_files(engine, shards, changed, batch_size, shard_size):
                 if progress is not None:
                     progress(report.unchanged + done, len(files))
+            report.removed = _forget(shards, files)  # last: a moved file is known by its content
             shards.compact()
         report.broken = {path: e.error for path, e in shards.entries.items() if e.error}
         report.added = len(changed) - sum(name in report.broken for name, _ in changed)

@@ -1,0 +1,328 @@
+"""The index of a folder: exact, incremental, and whole after a kill at any moment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_engine import pictures, tiny_engine
+
+from internvl_engine.tasks.index import FolderIndex
+from internvl_engine.tasks.shards import Entry, Shards
+
+ROUNDING = 2e-6  # float32 sums of another batch shape, on unit vectors
+
+
+@pytest.fixture
+def engine():
+    return tiny_engine()
+
+
+@pytest.fixture
+def embedded(engine, monkeypatch):
+    """How many images were embedded, call by call."""
+    counts: list[int] = []
+    encode = engine.encode_image
+
+    def count(images, *arguments, **options):
+        counts.append(len(images))
+        return encode(images, *arguments, **options)
+
+    monkeypatch.setattr(engine, "encode_image", count)
+    return counts
+
+
+def fill(folder: Path, count: int = 7, seed: int = 0) -> dict[str, Path]:
+    """Pictures in a folder and one below it: name in the index -> file."""
+    (folder / "below").mkdir(parents=True, exist_ok=True)
+    names = [f"{'below/' if i % 3 == 0 else ''}{i:03}.png" for i in range(count)]
+    for name, picture in zip(names, pictures(count, seed), strict=True):
+        Image.fromarray(picture).save(folder / name)
+    return {name: folder / name for name in sorted(names)}
+
+
+def everything(index: FolderIndex) -> dict[str, torch.Tensor]:
+    return {
+        path: row
+        for paths, rows in index.shards.live()
+        for path, row in zip(paths, rows, strict=True)
+    }
+
+
+def assert_holds(index: FolderIndex, engine, files: dict[str, Path], mode: str = "c") -> None:
+    found = everything(index)
+    assert sorted(found) == sorted(files) and len(index) == len(files)
+    expected = engine.encode_image([files[name] for name in files], mode).cpu()
+    actual = torch.stack([found[name] for name in files])
+    torch.testing.assert_close(actual, expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["c", "g"])
+def test_a_folder_is_embedded_and_read_again(engine, tmp_path, mode):
+    files = fill(tmp_path / "photos")
+    index = engine.index(tmp_path / "photos", mode=mode, batch_size=2, shard_size=3)
+    assert (index.report.added, index.report.unchanged, index.report.broken) == (7, 0, {})
+    assert_holds(index, engine, files, mode)
+    for place in (tmp_path / "photos", tmp_path / "photos" / ".internvl_index"):
+        assert_holds(FolderIndex.open(place), engine, files, mode)
+
+
+@pytest.mark.parametrize("mode", ["c", "g"])
+def test_search_is_exact(engine, tmp_path, mode):
+    files = fill(tmp_path / "photos", 9)
+    index = engine.index(tmp_path / "photos", tmp_path / "out", mode=mode, shard_size=2)
+    embeddings = engine.encode_image(list(files.values()), mode)
+    text = "a red panda"
+    for query, vector in [
+        (text, engine.encode_text(text)[0]),
+        (files["004.png"], engine.encode_image(files["004.png"], mode)[0]),
+        (3 * embeddings[2], embeddings[2]),
+    ]:
+        scores = embeddings @ vector
+        order = scores.argsort(descending=True)[:4]
+        hits = engine.search(query, 4)
+        assert [hit.path for hit in hits] == [list(files)[i] for i in order]
+        assert [hit.score for hit in hits] == pytest.approx(scores[order].tolist(), abs=ROUNDING)
+    assert engine.search(files["004.png"], 1)[0].path == "004.png"
+    assert engine.search(text, 4, index=tmp_path / "out") == index.search(engine, text, 4)
+    assert len(engine.search(text, 100)) == 9
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.lists(st.integers(-2, 2), min_size=3, max_size=3), min_size=1, max_size=30),
+    st.integers(1, 8),
+    st.integers(1, 10),
+)
+def test_search_agrees_with_sorting_everything(tmp_path_factory, rows, shard, k):
+    """Many equal scores, over shards of any size: the names decide."""
+    folder = tmp_path_factory.mktemp("index")
+    identity = {"model": "m", "fingerprint": {}, "mode": "c", "width": 3}
+    shards = Shards.create(folder, identity)
+    names = [f"{(7 * i) % len(rows):02}-{i}.png" for i in range(len(rows))]
+    for start in range(0, len(rows), shard):
+        part = slice(start, start + shard)
+        entries = [Entry(name, 0, 0, name) for name in names[part]]
+        shards.append(entries, torch.tensor(rows[part], dtype=torch.float32))
+    engine = type("E", (), {"name": "m", "fingerprint": {}})
+    engine.model = tiny_engine().model
+    index = FolderIndex(Shards(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("internvl_engine.tasks.index._query", lambda *_: torch.tensor([1.0, 2, 0]))
+        hits = index.search(engine, "", k)
+    expected = sorted((-(a + 2 * b), name) for (a, b, _), name in zip(rows, names, strict=True))
+    assert [(-hit.score, hit.path) for hit in hits] == expected[:k]
+
+
+def test_only_what_changed_is_embedded_again(engine, embedded, tmp_path):
+    folder = tmp_path / "photos"
+    files = fill(folder)
+    engine.index(folder)
+    embedded.clear()
+    again = engine.index(folder)
+    assert sum(embedded) == 0 and again.report.unchanged == 7 and again.report.added == 0
+    Image.fromarray(pictures(1, seed=9)[0]).save(files["004.png"])  # another picture
+    os.utime(files["001.png"])  # the same content at another time
+    os.rename(files["002.png"], folder / "moved.png")  # and under another name
+    files["below/000.png"].unlink()
+    (folder / "new.png").write_bytes(files["005.png"].read_bytes())
+    index = engine.index(folder)
+    assert sum(embedded) == 1
+    assert (index.report.added, index.report.unchanged, index.report.removed) == (4, 3, 2)
+    now = {p.relative_to(folder).as_posix(): p for p in sorted(folder.glob("**/*.png"))}
+    assert len(now) == 7
+    assert_holds(index, engine, now)
+    assert_holds(FolderIndex.open(folder), engine, now)
+
+
+def test_an_old_index_is_compacted(engine, tmp_path):
+    folder = tmp_path / "photos"
+    files = fill(folder, 6)
+    index = engine.index(folder, shard_size=2, batch_size=2)
+    assert len(list((folder / ".internvl_index").glob("shard-*"))) == 3
+    for name in list(files)[:5]:
+        files.pop(name).unlink()
+    (folder / "bad.png").write_bytes(b"no image")
+    index = engine.index(folder)
+    assert len(list((folder / ".internvl_index").glob("shard-*"))) == 1
+    assert_holds(index, engine, files)
+    reopened = FolderIndex.open(folder)
+    assert_holds(reopened, engine, files)
+    assert "bad.png" in reopened.shards.entries
+
+
+def test_a_broken_image_is_reported_and_stops_nothing(engine, embedded, tmp_path):
+    folder = tmp_path / "photos"
+    files = fill(folder)
+    good = files["001.png"].read_bytes()
+    (folder / "000.jpg").write_bytes(b"not an image")
+    (folder / "003.png").unlink(missing_ok=True)
+    (folder / "cut.png").write_bytes(good[: len(good) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "nowhere.png").symlink_to(folder / "gone.png")
+    (folder / "folder.png").mkdir()
+    index = engine.index(folder, batch_size=2)
+    assert set(index.report.broken) == {"000.jpg", "cut.png", "empty.png", "nowhere.png"}
+    assert "not a readable image" in index.report.broken["000.jpg"]
+    assert "No such file" in index.report.broken["nowhere.png"]
+    assert index.report.added == 7
+    assert_holds(index, engine, files)
+    embedded.clear()
+    assert set(engine.index(folder).report.broken) == set(index.report.broken)
+    assert sum(embedded) == 0
+    (folder / "empty.png").write_bytes(good)  # mended
+    assert "empty.png" not in engine.index(folder).report.broken
+
+
+def test_which_files_count(engine, tmp_path):
+    files = fill(tmp_path)
+    for name in ("notes.txt", ".hidden.png", "UPPER.PNG"):
+        (tmp_path / name).write_bytes(files["001.png"].read_bytes())
+    (tmp_path / ".dots").mkdir()
+    (tmp_path / ".dots" / "a.png").write_bytes(b"")
+    assert set(everything(engine.index(tmp_path))) == {*files, "UPPER.PNG"}
+    flat = engine.index(tmp_path, tmp_path / "flat", recursive=False, extensions={".png"})
+    assert set(everything(flat)) == {n for n in files if "/" not in n} | {"UPPER.PNG"}
+    seen: list[tuple[int, int]] = []
+    engine.index(tmp_path, tmp_path / "third", batch_size=3,
+                 progress=lambda *counts: seen.append(counts))  # fmt: skip
+    assert seen == [(3, 8), (6, 8), (8, 8)] or seen[-1] == (8, 8)
+
+
+def test_another_model_is_refused(engine, tmp_path):
+    fill(tmp_path, 3)
+    engine.index(tmp_path)
+    other = tiny_engine(seed=1)
+    with pytest.raises(ValueError, match="made by tiny-0, whose weights are not those of tiny-1"):
+        other.search("a", index=tmp_path)
+    with pytest.raises(ValueError, match="use that model, or index the folder again"):
+        other.index(tmp_path)
+    with pytest.raises(ValueError, match="holds embeddings of mode 'c', not 'g'"):
+        engine.index(tmp_path, mode="g")
+
+
+def test_a_text_tower_may_search_what_a_vision_tower_indexed(engine, tmp_path, monkeypatch):
+    """Where no part is common, the name of the model must be the same."""
+    fill(tmp_path, 3)
+    prints = dict(engine.fingerprint)
+    monkeypatch.setattr(engine, "fingerprint", {"vision": prints["vision"]})
+    engine.index(tmp_path)
+    monkeypatch.setattr(engine, "fingerprint", {"text": prints["text"]})
+    assert len(engine.search("a", index=tmp_path)) == 3
+    monkeypatch.setattr(engine, "name", "another")
+    with pytest.raises(ValueError, match="not those of another"):
+        engine.search("a", index=tmp_path)
+
+
+def test_damage_and_absence_are_said(engine, tmp_path):
+    with pytest.raises(NotADirectoryError, match="is not a folder"):
+        engine.index(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no index in"):
+        engine.search("a", index=tmp_path)
+    fill(tmp_path, 3)
+    index = engine.index(tmp_path)
+    with pytest.raises(ValueError, match="k must be 1 or more"):
+        engine.search("a", 0)
+    with pytest.raises(ValueError, match="one text, one image"):
+        engine.search(pictures(2))
+    (shard,) = index.shards.folder.glob("shard-*")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        FolderIndex.open(tmp_path)
+    (index.shards.folder / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        FolderIndex.open(tmp_path)
+
+
+def test_two_writers_do_not_mix(engine, tmp_path):
+    fill(tmp_path, 3)
+    index = engine.index(tmp_path)
+    with index.shards.writing(), pytest.raises(BlockingIOError, match="another process is writing"):
+        engine.index(tmp_path)
+
+
+def test_an_empty_folder_is_an_empty_index(engine, tmp_path):
+    index = engine.index(tmp_path)
+    assert len(index) == 0 and engine.search("a") == []
+
+
+def test_names_that_are_no_unicode(engine, tmp_path):
+    source = fill(tmp_path / "source", 2)["001.png"]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9 \xff.png")
+    (folder / name).write_bytes(source.read_bytes())
+    engine.index(folder)
+    assert [hit.path for hit in engine.search("a", index=folder)] == [name]
+
+
+# Runs in a process of its own, which forks a child for every kill: a fresh interpreter has no
+# threads that a fork could lose.
+KILLED = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from tiny_engine import tiny_engine
+from internvl_engine.tasks.index import FolderIndex
+folder, engine = sys.argv[2], tiny_engine()
+
+def die_at(call):
+    left = call
+    def wrap(function):
+        def run(*arguments):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments)
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return run
+    for name in ("fsync", "replace"):
+        setattr(os, name, wrap(getattr(os, name)))
+
+kept = []
+for call in range(1, 60):
+    child = os.fork()
+    if child == 0:
+        die_at(call)
+        engine.index(folder, batch_size=2, shard_size=2)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status):
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    try:
+        kept.append(len(FolderIndex.open(folder)))
+    except FileNotFoundError:
+        kept.append(None)
+print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "kept": kept}))
+"""
+
+
+def test_killed_at_any_write_it_goes_on_from_there(engine, tmp_path):
+    """SIGKILL before and after every fsync and rename, one later in every run."""
+    files = fill(tmp_path / "photos", 24)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, Path(__file__).parents[1], tmp_path / "photos"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["exit"] == 0
+    kept = result["kept"]
+    assert None in kept and len(kept) >= 10  # killed before there was an index, and often later
+    counts = [count for count in kept if count is not None]
+    assert counts == sorted(counts)  # nothing that was written is lost
+    assert any(0 < count < 24 for count in counts)
+    assert_holds(FolderIndex.open(tmp_path / "photos"), engine, files)
+    assert not list((tmp_path / "photos").rglob("*.tmp"))
