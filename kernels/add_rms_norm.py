@@ -19,7 +19,8 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from ._library import NATIVE_TYPES, define, native, triton_launcher
+from . import _cuda
+from ._library import NATIVE_TYPES, define, native, native_cuda, triton_launcher
 from ._rows import as_rows
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,6 +42,27 @@ def add_rms_norm_native(
         weight.data_ptr(), y.data_ptr(), residual_out.data_ptr(), y.numel() // max(cols, 1), cols,
         eps, torch.get_num_threads(),
     )  # fmt: skip
+    return y, residual_out
+
+
+def add_rms_norm_cuda(
+    x: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Calls csrc/cuda/add_rms_norm.cu."""
+    dtype, x_rows, residual_rows = _cuda.TYPES.get(x.dtype), as_rows(x), as_rows(residual)
+    weight, scale = weight.contiguous(), None if scale is None else scale.contiguous()
+    vectors = [as_rows(vector) for vector in (weight, scale) if vector is not None]
+    if dtype is None or not _cuda.aligned(x_rows, residual_rows, *vectors):
+        return NotImplemented
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() > 0:
+        cols = x.shape[-1]
+        native_cuda.add_rms_norm(
+            dtype, _cuda.TYPES[weight.dtype], x_rows.pointer(), residual_rows.pointer(),
+            0 if scale is None else scale.data_ptr(), weight.data_ptr(), y.data_ptr(),
+            residual_out.data_ptr(), y.numel() // cols, cols, eps, _cuda.stream(),
+        )  # fmt: skip
     return y, residual_out
 
 
@@ -124,7 +146,7 @@ _add_rms_norm = define(
     reference=reference.add_rms_norm,
     fake=_fake,
     cpu={"native": add_rms_norm_native},
-    cuda={"triton": triton_launcher("add_rms_norm")},
+    cuda={"triton": triton_launcher("add_rms_norm"), "cuda": add_rms_norm_cuda},
     backward=(_backward, _save),
 )
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from . import _cuda
 from ._heads import adjacent, as_int64, check_rotary, pointer, positions_stride
-from ._library import NATIVE_TYPES, define, native, triton_launcher
+from ._library import NATIVE_TYPES, define, native, native_cuda, triton_launcher
 
 
 def rotary_native(
@@ -38,6 +39,24 @@ def rotary_native(
         )  # fmt: skip
         outputs.append(y)
     return outputs[0], outputs[1]
+
+
+def rotary_cuda(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Calls csrc/cuda/rotary.cu."""
+    dtype = _cuda.TYPES.get(q.dtype)
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    cos, sin, positions = cos.contiguous(), sin.contiguous(), as_int64(positions)
+    if dtype is None or not _cuda.aligned_heads(q, k, q_out, k_out):
+        return NotImplemented
+    if q.numel() > 0 or k.numel() > 0:
+        native_cuda.rotary(
+            dtype, pointer(q), pointer(k), pointer(q_out), pointer(k_out), cos.data_ptr(),
+            sin.data_ptr(), positions.data_ptr(), positions_stride(positions),
+            -1.0 if inverse else 1.0, q.shape, k.shape[1], _cuda.stream(),
+        )  # fmt: skip
+    return q_out, k_out
 
 
 def _rotary_reference(q, k, cos, sin, positions, inverse=False):
@@ -61,7 +80,7 @@ _rotary = define(
     reference=_rotary_reference,
     fake=lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
     cpu={"native": rotary_native},
-    cuda={"triton": triton_launcher("rotary")},
+    cuda={"triton": triton_launcher("rotary"), "cuda": rotary_cuda},
     backward=(_backward, _save),
 )
 

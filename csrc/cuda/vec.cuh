@@ -10,12 +10,12 @@
 
 namespace internvl::cuda {
 
-// As many elements as one 16-byte load of T brings; kept in any type, as more or fewer bytes.
+// As many elements as one 16-byte load of T brings.
 template <typename T>
 constexpr int kPerLoad = 16 / sizeof(T);
 
 template <typename T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+struct alignas(sizeof(T) * N) Pack {
   T values[N];
 };
 
@@ -40,17 +40,34 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 
 template <int N, typename T>
 __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
-  const auto pack = *reinterpret_cast<const Pack<T, N>*>(from);
+  constexpr int M = N < kPerLoad<T> ? N : kPerLoad<T>;
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = to_float(pack.values[i]);
+  for (int start = 0; start < N; start += M) {
+    const auto pack = *reinterpret_cast<const Pack<T, M>*>(from + start);
+#pragma unroll
+    for (int i = 0; i < M; ++i) to[start + i] = to_float(pack.values[i]);
+  }
+}
+
+// nvcc 13.0 splits the store of a struct into words in rotary.cu, so the instruction is spelled out.
+__device__ __forceinline__ void store_16_bytes(const void* from, void* to) {
+  const uint4 bits = *static_cast<const uint4*>(from);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
 }
 
 template <int N, typename T>
 __device__ __forceinline__ void store(const float (&from)[N], T* to) {
-  Pack<T, N> pack;
+  constexpr int M = N < kPerLoad<T> ? N : kPerLoad<T>;
 #pragma unroll
-  for (int i = 0; i < N; ++i) pack.values[i] = from_float<T>(from[i]);
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  for (int start = 0; start < N; start += M) {
+    Pack<T, M> pack;
+#pragma unroll
+    for (int i = 0; i < M; ++i) pack.values[i] = from_float<T>(from[start + i]);
+    static_assert(sizeof pack == 16);
+    store_16_bytes(&pack, to + start);
+  }
 }
 
 // The sum over a block of whole warps, at most 32, in a fixed order; every thread gets it.

@@ -1,0 +1,42 @@
+"""What the CUDA C++ launchers of csrc/cuda have in common.
+
+They are backend "cuda": behind Triton until a measurement on a GPU says which is faster where.
+Nothing here has been measured yet; `prefer("rms_norm", "cuda")` chooses them.
+"""
+
+import torch
+from torch import Tensor
+
+from ._rows import Rows
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cuda/operators.h has them
+MAX_BYTES = 32768  # of a row: 1024 threads hold two 16-byte vectors each
+
+
+def stream() -> int:
+    """The current CUDA stream of the current device, as an address."""
+    return torch.cuda.current_stream().cuda_stream
+
+
+def aligned(*rows: Rows) -> bool:
+    """Whether all rows are whole 16-byte loads that start on 16 bytes, and not too long."""
+    for x, _, outer, inner in rows:
+        size = x.element_size()
+        length = x.shape[-1] * size
+        starts = x.data_ptr() | outer * size | inner * size | length
+        if starts % 16 or length > MAX_BYTES:
+            return False
+    return True
+
+
+def aligned_heads(*tensors: Tensor) -> bool:
+    """Whether both halves of every head (..., D) are whole 16-byte loads that start on 16 bytes."""
+    for x in tensors:
+        size = x.element_size()
+        strides = 0
+        for stride in x.stride()[:-1]:
+            strides |= stride * size
+        half = x.shape[-1] // 2 * size
+        if (x.data_ptr() | strides | half) % 16 or x.stride(-1) != 1:
+            return False
+    return True
