@@ -15,7 +15,6 @@ from ._attention_core import (
     load_lse,
     load_tile,
     product,
-    score_gradient,
     score_gradient_by_key,
     store_at,
 )
@@ -31,6 +30,22 @@ def _lse(ptrs, valid, T, VISIBLE: tl.constexpr):
         lse = tl.where(empty, tl.log2(T.to(tl.float32)), lse)
         low = tl.where(empty, 0.0, low)
     return lse, low, empty
+
+
+@triton.jit
+def _probabilities(
+    q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, empty, first, end, start, k_stride, v_stride,
+    T, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """(p, d loss / d p, k) of the keys [start, start + BLOCK_N)."""
+    keys = start + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr, keys, k_stride, T, D, BLOCK_D, MASKED=True)
+    v = load_tile(v_ptr, keys, v_stride, T, D, BLOCK_D, MASKED=True)
+    scores = see(product(q, k.T), keys, first, end, visible_ptr, T, VISIBLE)
+    if VISIBLE:
+        scores = tl.where(empty[:, None] & (keys < T)[None, :], 0.0, scores)
+    p = tl.exp2(scores * (scale * LOG2E) - lse[:, None] - lse_low[:, None])
+    return p, product(d_out, v.T), k
 
 
 @triton.jit
@@ -50,7 +65,6 @@ def _queries_tile(
     d_out = load_at(d_out_ptr, places * D, valid, D, BLOCK_D)
     delta = load_at(out_ptr, places * D, valid, D, BLOCK_D).to(tl.float32) * d_out.to(tl.float32)
     delta = tl.sum(delta, axis=1)
-    tl.store(delta_ptr + places, delta, mask=valid)
     lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
     first, end = seen_interval(T - S + rows % S, prefix, T, MASK)
     low = tl.min(tl.where(valid, first, T), axis=0)
@@ -58,15 +72,23 @@ def _queries_tile(
     if VISIBLE:  # a row that sees nothing attends to every key alike
         some = tl.max(empty.to(tl.int32), axis=0) > 0
         low, high = tl.where(some, 0, low), tl.where(some, T, high)
+    if q_ptr.dtype.element_ty == tl.float32:
+        # With few keys, fp32 rounding of sum(d_out * out) outweighs that of the probabilities.
+        delta *= 0.0
+        for start in range(low, high, BLOCK_N):
+            p, d_p, _ = _probabilities(
+                q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, empty, first, end, start,
+                k_stride, v_stride, T, scale, D, BLOCK_D, BLOCK_N, VISIBLE,
+            )  # fmt: skip
+            delta += tl.sum(p * d_p, axis=1)
+    tl.store(delta_ptr + places, delta, mask=valid)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(low, high, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, keys, k_stride, T, D, BLOCK_D, MASKED=True)
-        v = load_tile(v_ptr, keys, v_stride, T, D, BLOCK_D, MASKED=True)
-        scores = see(product(q, k.T), keys, first, end, visible_ptr, T, VISIBLE)
-        if VISIBLE:
-            scores = tl.where(empty[:, None] & (keys < T)[None, :], 0.0, scores)
-        d_scores = score_gradient(scores, scale * LOG2E, v, d_out, lse, lse_low, delta)
+        p, d_p, k = _probabilities(
+            q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, empty, first, end, start, k_stride,
+            v_stride, T, scale, D, BLOCK_D, BLOCK_N, VISIBLE,
+        )  # fmt: skip
+        d_scores = p * (d_p - delta[:, None])
         dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
     store_at(dq_ptr, places * D, valid, dq * scale, D, BLOCK_D)
 

@@ -1,0 +1,72 @@
+"""cross_attention in Triton. What it computes: kernels/cross_attention.py.
+
+The kernels are those of attention, whose rows may be packed: all r * S queries of one image are one
+block of rows, so K and V are read once for them and nothing is copied. Where that gives few
+programs (batch 1: 32 heads of 96 queries), the keys are split and a second kernel combines.
+"""
+
+from torch import Tensor
+
+from ._attention_combine import combine, partial_outputs, split_keys
+from ._attention_core import length_class, lse_dtype, supported, width_class
+from ._tuning import Config, launch_config
+from .attention import (
+    CANDIDATES,
+    FORWARD,
+    forward_kernel,
+    head_constants,
+    packed_backward,
+    row_tiles,
+    unit_stride,
+)
+
+
+def _steps(images: int, repeat: int, interleave: bool) -> tuple[int, int]:
+    """Row i of the packed queries is batch image_step * image + repeat_step * (i // S)."""
+    return (repeat, 1) if interleave else (1, images)
+
+
+def cross_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, interleave: bool, scale: float, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns (out (r * B, H, S, D), lse (r * B, H, S)); takes CPU tensors interpreted."""
+    batch, H, S, D = q.shape
+    B, _, T, _ = k.shape
+    if not supported(q.dtype, D):
+        return NotImplemented
+    out = q.new_empty((batch, H, S, D))
+    lse = q.new_empty((batch, H, S), dtype=lse_dtype(q.dtype))
+    if out.numel() == 0 or T == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    config = config or launch_config(
+        "cross_attention", (width_class(D, q.dtype), length_class(T)),
+        FORWARD[width_class(D, q.dtype)], CANDIDATES,
+        lambda c: cross_attention_triton(q, k, v, interleave, scale, c), q.get_device(),
+    )  # fmt: skip
+    M = batch // B * S
+    tiles, rest = row_tiles(config, "BLOCK_M", M)
+    parts, keys_per_part = split_keys(T, config["BLOCK_N"], tiles * H * B, q.device)
+    to, to_lse = (out, lse) if parts == 1 else partial_outputs(out, parts)
+    forward_kernel[(tiles * H * B, parts)](
+        q, k, v, None, to, to_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *_steps(B, batch // B, interleave), H, S, M, T, 0, scale, lse.numel(), tiles, keys_per_part,
+        **head_constants(D, "full", None), **rest, **config,
+    )  # fmt: skip
+    if parts > 1:
+        combine(to, to_lse, out, lse)
+    return out, lse
+
+
+def cross_attention_backward_triton(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, interleave: bool,
+    scale: float, configs: tuple[Config, Config] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (dq, dk, dv), contiguous; dk and dv summed over the rows that share an image."""
+    if not supported(q.dtype, q.shape[-1]):
+        return NotImplemented
+    B = k.shape[0]
+    steps = _steps(B, q.shape[0] // max(B, 1), interleave)
+    return packed_backward(
+        grad, q, k, v, out, lse, "full", 0, None, scale, *steps, "cross_attention", configs
+    )

@@ -1,0 +1,97 @@
+"""decode_attention in Triton. What it computes: kernels/decode_attention.py.
+
+Bound by memory: every key and value that is valid is read once. A query times a block of keys is a
+sum over D in fp32, without the matrix unit, which one row would leave idle at 15 of 16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._attention_combine import combine, partial_outputs, split_keys
+from ._attention_core import LOG2E, LOWEST, load_row, load_tile, log_sum_exp, supported
+from ._tuning import ARCHITECTURES, Config, launch_config
+from .attention import unit_stride
+
+DEFAULTS = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2})
+CANDIDATES = [
+    {"BLOCK_N": block, "num_warps": num_warps, "num_stages": num_stages}
+    for block in (16, 32, 64, 128)
+    for num_warps in (2, 4, 8)
+    for num_stages in (1, 2, 3)
+]
+
+
+@triton.jit(do_not_specialize=["H", "T", "plane", "keys_per_part"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, visible_ptr, out_ptr, lse_ptr,
+    q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, k_stride,
+    v_batch_stride, v_head_stride, v_stride, H, T, scale, plane, keys_per_part,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """One program: the query of one head against part program_id(1) of its keys."""
+    head = tl.program_id(0) % H
+    batch = (tl.program_id(0) // H).to(tl.int64)
+    q = load_row(q_ptr + batch * q_batch_stride + head * q_head_stride, D, BLOCK_D)
+    q *= scale * LOG2E
+    k_ptr += batch * k_batch_stride + head * k_head_stride
+    v_ptr += batch * v_batch_stride + head * v_head_stride
+    first = tl.program_id(1) * keys_per_part
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    end = tl.minimum(tl.minimum(first + keys_per_part, length), T)
+    largest = tl.zeros([1], tl.float32) + LOWEST
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_ptr, keys, k_stride, end, D, BLOCK_D, MASKED=True).to(tl.float32)
+        v = load_tile(v_ptr, keys, v_stride, end, D, BLOCK_D, MASKED=True).to(tl.float32)
+        seen = keys < end
+        if VISIBLE:
+            seen = seen & (tl.load(visible_ptr + batch * T + keys, mask=seen, other=0) != 0)
+        scores = tl.where(seen, tl.sum(k * q[None, :], axis=1), float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=0))
+        p = tl.exp2(scores - new_largest)
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(p, axis=0)
+        acc = acc * shrink + tl.sum(p[:, None] * v, axis=0)
+        largest = new_largest
+    row = tl.program_id(1).to(tl.int64) * plane + tl.program_id(0)
+    columns = tl.arange(0, BLOCK_D)
+    # A part with no valid key writes zeros and -infinity, which weigh nothing.
+    out = tl.where(total > 0.0, acc / total, 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * D + columns, out, mask=columns < D)
+    lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
+    tl.store(lse_ptr + row + tl.zeros([1], tl.int32), lse)
+
+
+def decode_attention_triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
+    scale: float, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns (B, H, 1, D); no look at the lengths, so that a CUDA graph can capture it."""
+    B, H, _, D = q.shape
+    T = k_cache.shape[2]
+    if not supported(q.dtype, D):
+        return NotImplemented
+    out = q.new_empty((B, H, 1, D))
+    if out.numel() == 0 or T == 0:
+        return out.zero_()
+    q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
+    config = config or launch_config(
+        "decode_attention", (D, q.dtype), DEFAULTS, CANDIDATES,
+        lambda c: decode_attention_triton(q, k_cache, v_cache, lengths, visible, scale, c),
+        q.get_device(),
+    )  # fmt: skip
+    parts, keys_per_part = split_keys(T, config["BLOCK_N"], B * H, q.device)
+    to, to_lse = partial_outputs(out, parts)
+    _decode_kernel[(B * H, parts)](
+        q, k_cache, v_cache, lengths, None if visible is None else visible.contiguous().view(torch.uint8),
+        out if parts == 1 else to, to_lse, *q.stride()[:2], *k_cache.stride()[:3],
+        *v_cache.stride()[:3], H, T, scale, B * H, keys_per_part,
+        D=D, BLOCK_D=triton.next_power_of_2(D), VISIBLE=visible is not None, **config,
+    )  # fmt: skip
+    if parts > 1:
+        combine(to, to_lse, out, None)
+    return out
