@@ -234,6 +234,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_hidden_layers": 3,
             "image_size": 28,
             "patch_size": 7,
+            "initializer_range": 0.1,  # about width ** -0.5, to be trained from random weights
+            "initializer_factor": 1.0,
         },
         "qllama_config": {
             **_QLLAMA_8B,
@@ -243,10 +245,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "intermediate_size": 192,
             "num_hidden_layers": 4,
             "max_position_embeddings": 128,
+            "initializer_range": 0.04,
         },
         "clip_embed_dim": 48,
         "attn_pool_num_heads": 4,
         "num_query_token": 6,
+        "initializer_range": 0.1,
     },
 }
 
