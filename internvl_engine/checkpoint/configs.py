@@ -114,6 +114,23 @@ def _states_frequency(values: dict[str, Any]) -> bool:
     return values.get(name) is not None or (isinstance(nested, dict) and name in nested)
 
 
+def adopt(
+    reading: Reading, contents: Contents, merge_lora: bool, overrides: dict[str, Any]
+) -> int | None:
+    """Writes into the configuration what the weights decide.
+
+    Returns:
+        The size to which the position table must be resized once it is loaded, or None.
+
+    Raises:
+        CheckpointError: the weights contradict the configuration, or each other.
+    """
+    adopt_frequency(reading.config, reading.states_frequency, contents)
+    adopt_lora(reading.config, contents, merge_lora, reading.alphas)
+    asked = overrides.get("force_image_size", overrides.get("image_size"))
+    return adopt_positions(reading.config, contents, asked)
+
+
 def adopt_frequency(config: Any, stated: bool, contents: Contents) -> None:
     """Compares the frequency of cross-attention with the layers that have it.
 

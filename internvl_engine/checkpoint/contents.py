@@ -98,6 +98,11 @@ class Contents:
         """The weight files that were opened."""
         return list(self._files)
 
+    @property
+    def opened(self) -> list[WeightFile]:
+        """The same, open."""
+        return list(self._files.values())
+
     def under(self, prefix: str) -> "Contents":
         """The tensors below a prefix, by the names that follow it."""
         view = Contents.__new__(Contents)

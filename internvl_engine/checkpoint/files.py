@@ -6,7 +6,10 @@ place while tensors of it are in use (replace it by renaming instead, as safeten
 """
 
 import json
+import math
+import mmap
 import pickle
+import sys
 import zipfile
 from collections.abc import Iterator, KeysView
 from pathlib import Path
@@ -23,6 +26,8 @@ SAFETENSORS_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# Writable pages are accounted for when they are written; Python knows the name from 3.13 on.
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _NESTED = ("module", "model", "state_dict")  # what trainers wrap a state dict in
 
 
@@ -41,6 +46,12 @@ class WeightFile(Protocol):
         """One tensor, mapped where the format allows."""
 
 
+def size_of(file: WeightFile, name: str) -> int:
+    """The bytes of one tensor."""
+    shape, dtype = file.describe(name)
+    return math.prod(shape) * dtype.itemsize
+
+
 def open_weights(path: Path) -> WeightFile:
     """Opens a file by its contents' format, which its ending tells.
 
@@ -54,31 +65,63 @@ def open_weights(path: Path) -> WeightFile:
 
 
 class SafetensorsFile:
-    """A .safetensors file; the library checks its header against its size."""
+    """A .safetensors file. The library checks the header; the mapping is ours.
+
+    The library's own mapping for torch reserves memory for the whole file, which the kernel refuses
+    for a file larger than the memory (the 27 GB of the 14B in one file, on a machine of 24 GB).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(str(path), framework="pt")
-            self._names = dict.fromkeys(self._file.keys())
+            self._header = safe_open(str(path), framework="numpy")
+            self._names = dict.fromkeys(self._header.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not a complete safetensors file ({error}); it has "
                 f"{path.stat().st_size:,} bytes. Download or copy it again"
             ) from error
+        self._map: mmap.mmap | None = None
+        self._starts: dict[str, int] = {}
 
     def names(self) -> KeysView[str]:
         return self._names.keys()
 
     def describe(self, name: str) -> tuple[tuple[int, ...], Any]:
-        view = self._file.get_slice(name)
+        view = self._header.get_slice(name)
         kind = view.get_dtype()
         return tuple(view.get_shape()), SAFETENSORS_DTYPES.get(kind, kind)
 
     def read(self, name: str) -> Tensor:
-        tensor = self._file.get_tensor(name)
+        if self._map is None:
+            self._map, self._starts = _map(self.path)
+        shape, dtype = self.describe(name)
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        tensor = torch.frombuffer(
+            self._map, dtype=dtype, count=count, offset=self._starts[name]
+        ).view(shape)
         # Foreign writers may not align their data, and vector loads need it.
         return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+
+def _map(path: Path) -> tuple[mmap.mmap, dict[str, int]]:
+    """The file, mapped privately, and the place of every tensor in it, in bytes."""
+    with path.open("rb") as file:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            mapped = mmap.mmap(
+                file.fileno(), 0, mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        else:  # Windows
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    size = int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8 : 8 + size])
+    return mapped, {
+        name: 8 + size + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 class TorchFile:
@@ -95,6 +138,11 @@ class TorchFile:
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             reason = str(error).strip().split("\n")[0]
+            if "unable to mmap" in reason:
+                raise CheckpointError(
+                    f"{path}: too large to be mapped here ({reason}). Convert it to safetensors on "
+                    "a machine with more memory (`internvl convert`), or allow overcommitting"
+                ) from error
             raise CheckpointError(
                 f"{path}: not a complete file of tensors ({reason}); it has "
                 f"{path.stat().st_size:,} bytes. Download it again, or, where it holds other "

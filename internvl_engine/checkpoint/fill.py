@@ -26,13 +26,15 @@ class Plan:
         names: name in the model to published name.
         contents: the checkpoint.
         reader: reads it.
+        patch_size: side of a patch in pixels; None for a decoder.
         resize: side in pixels to which the position table is resized once it is there.
     """
 
     names: dict[str, str]
     contents: Contents
     reader: Reader
-    resize: int | None
+    patch_size: int | None = None
+    resize: int | None = None
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight by its name in the model; mapped where it is stored in that dtype."""

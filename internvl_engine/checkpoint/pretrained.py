@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..configuration import InternVisionConfig, InternVLConfig
-from .configs import adopt_frequency, adopt_lora, adopt_positions, read_config
+from .configs import Reading, adopt, read_config
 from .contents import Contents
 from .dtypes import resolve_dtype
 from .fill import Plan, fill
@@ -86,18 +86,11 @@ def load_pretrained(
         CheckpointNotFoundError: something is missing (a FileNotFoundError also).
         TypeError, ValueError: an argument is unknown or contradicts another.
     """
-    composite = issubclass(model_class.config_class, InternVLConfig)
-    if parts not in (None, "all") and not composite:
-        raise ValueError(f"{model_class.__name__} is one part: parts must be None, got {parts!r}")
-    hub = {
-        "revision": revision, "token": token, "cache_dir": cache_dir,
-        "local_files_only": local_files_only, "subfolder": subfolder,
-    }  # fmt: skip
-    location = locate(source, _needed(model_class, parts), **hub)
-    overrides = {name: value for name, value in overrides.items() if name not in IGNORED}
-    model, plan = _prepare(
-        model_class, location, config, overrides, parts, merge_lora, lora_alpha, strict
-    )
+    model, plan, location = prepare(
+        model_class, source, config=config, parts=parts, merge_lora=merge_lora,
+        lora_alpha=lora_alpha, strict=strict, revision=revision, token=token, cache_dir=cache_dir,
+        local_files_only=local_files_only, subfolder=subfolder, **overrides,
+    )  # fmt: skip
     dtype = dtype if torch_dtype is None else torch_dtype
     placement = place(model, device, device_map, max_memory, dtype)
     dtype = resolve_dtype(dtype, placement.main)
@@ -109,6 +102,60 @@ def load_pretrained(
     return model, info | {"unexpected_keys": set(plan.contents.leftovers)}
 
 
+def prepare(
+    model_class: Any,
+    source: str | Path,
+    *,
+    config: Any = None,
+    parts: str | None = None,
+    merge_lora: bool = False,
+    lora_alpha: float | None = None,
+    strict: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+    subfolder: str | None = None,
+    **overrides: Any,
+) -> tuple[nn.Module, Plan, Location]:
+    """All of `load_pretrained` that comes before the first weight is read, and all its checks.
+
+    Args, Raises: as `load_pretrained`.
+
+    Returns:
+        The model on the meta device, the plan of its weights, and where they are.
+    """
+    composite = issubclass(model_class.config_class, InternVLConfig)
+    if parts not in (None, "all") and not composite:
+        raise ValueError(f"{model_class.__name__} is one part: parts must be None, got {parts!r}")
+    hub = {
+        "revision": revision, "token": token, "cache_dir": cache_dir,
+        "local_files_only": local_files_only, "subfolder": subfolder,
+    }  # fmt: skip
+    location = locate(source, _needed(model_class, parts), **hub)
+    if composite and parts is None:
+        parts = getattr(config, "parts", None) or _stated_parts(location)
+    contents = Contents(location, _needed(model_class, parts))
+    overrides = {name: value for name, value in overrides.items() if name not in IGNORED}
+    reading = read_config(
+        model_class.config_class, location, config, overrides, contents.standalone
+    )
+    if lora_alpha is not None:
+        if not contents.lora:
+            raise ValueError(f"{location.path}: lora_alpha came, but the checkpoint has no LoRA")
+        reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
+    resize = adopt(reading, contents, merge_lora, overrides)
+    with torch.device("meta"):
+        model = model_class(reading.config)
+    plan = _plan(model, reading, contents, parts, merge_lora, strict, composite)
+    plan.resize = resize
+    return model, plan, location
+
+
+def _stated_parts(location: Location) -> str | None:
+    return (location.json("config.json") or {}).get("parts")
+
+
 def _needed(model_class: Any, parts: str | None) -> Callable[[str], bool] | None:
     """Which published names the model will ask for; None where it is everything."""
     config_class = model_class.config_class
@@ -118,35 +165,16 @@ def _needed(model_class: Any, parts: str | None) -> Callable[[str], bool] | None
     return lambda name: not name.startswith(beside)
 
 
-def _prepare(
-    model_class: Any,
-    location: Location,
-    config: Any,
-    overrides: dict[str, Any],
+def _plan(
+    model: Any,
+    reading: Reading,
+    contents: Contents,
     parts: str | None,
-    merge_lora: bool,
-    lora_alpha: float | None,
+    merge: bool,
     strict: bool,
-) -> tuple[nn.Module, Plan]:
-    """The model on the meta device, and the plan of its weights; every check is made here."""
-    composite = issubclass(model_class.config_class, InternVLConfig)
-    if composite and parts is None:
-        stated = getattr(config, "parts", None) if config is not None else None
-        parts = stated or (location.json("config.json") or {}).get("parts")
-    contents = Contents(location, _needed(model_class, parts))
-    reading = read_config(
-        model_class.config_class, location, config, overrides, contents.standalone
-    )
-    if lora_alpha is not None:
-        if not contents.lora:
-            raise ValueError(f"{location.path}: lora_alpha came, but the checkpoint has no LoRA")
-        reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
-    adopt_frequency(reading.config, reading.states_frequency, contents)
-    asked = overrides.get("force_image_size", overrides.get("image_size"))
-    resize = adopt_positions(reading.config, contents, asked)
-    adopt_lora(reading.config, contents, merge_lora, reading.alphas)
-    with torch.device("meta"):
-        model = model_class(reading.config)
+    composite: bool,
+) -> Plan:
+    """Finds every weight of the model, which is cut to the parts first."""
     alphas = reading.alphas
     if composite:
         parts = parts or reading.parts or "all"
@@ -156,8 +184,11 @@ def _prepare(
         prefix = prefix_of(map(canonical, model.state_dict()), contents.names)
         contents = contents.under(prefix)
         alphas = {"": next((a for tower, a in alphas.items() if prefix.startswith(tower)), None)}
-    names = match(model, contents, strict, merge_lora)
-    return model, Plan(names, contents, Reader(contents, merge_lora, alphas), resize)
+    names = match(model, contents, strict, merge)
+    vision = getattr(model.config, "vision_config", model.config)
+    return Plan(
+        names, contents, Reader(contents, merge, alphas), getattr(vision, "patch_size", None)
+    )
 
 
 def _finish(model: Any, location: Location, placement: Placement, dtype: torch.dtype) -> None:

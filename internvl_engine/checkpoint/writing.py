@@ -1,0 +1,110 @@
+"""Writes safetensors shards tensor by tensor, so that no shard is ever held in memory.
+
+The format: 8 bytes with the length of a JSON header, the header (name to dtype, shape and place),
+then the tensors' bytes one after another. Source: huggingface/safetensors, README.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .files import SAFETENSORS_DTYPES
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_ALIGNMENT = 8  # of the first tensor
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(
+    folder: Path, planned: list[Planned], read: Callable[[str], Tensor], max_shard_size: int
+) -> list[Path]:
+    """Writes the tensors as one file, or as shards with an index; only complete files get names.
+
+    Args:
+        folder: exists.
+        planned: all tensors, in the order they are written.
+        read: gives one of them, in the planned shape and dtype, on the CPU.
+        max_shard_size: bytes of tensors in one file; a larger tensor gets a file of its own.
+
+    Returns:
+        The files, the index last where there is one.
+    """
+    shards = _split(planned, max_shard_size)
+    if len(shards) == 1:
+        names = [SINGLE]
+    else:
+        count = len(shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    written = []
+    for name, shard in zip(names, shards, strict=True):
+        _write(folder / name, shard, read)
+        written.append(folder / name)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.size for tensor in planned)},
+            "weight_map": {
+                t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
+            },
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        written.append(folder / INDEX)
+    return written
+
+
+def _split(planned: Iterable[Planned], limit: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in planned:
+        if shards[-1] and size + tensor.size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size
+    return shards
+
+
+def _write(path: Path, tensors: list[Planned], read: Callable[[str], Tensor]) -> None:
+    # Wide dtypes first keeps every tensor aligned, as the library does.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.size],
+        }
+        end += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            value = read(tensor.name)
+            assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            file.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
