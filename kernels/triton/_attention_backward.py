@@ -61,9 +61,10 @@ def _queries_tile(
     valid = rows < M
     batches = batch + rows // S * repeat_step
     places = (batches * H + head) * S + rows % S
+    offsets = ((batches * S + rows % S) * H + head) * D
     q = load_at(q_ptr, batches * q_batch_stride + rows % S * q_stride, valid, D, BLOCK_D)
-    d_out = load_at(d_out_ptr, places * D, valid, D, BLOCK_D)
-    delta = load_at(out_ptr, places * D, valid, D, BLOCK_D).to(tl.float32) * d_out.to(tl.float32)
+    d_out = load_at(d_out_ptr, offsets, valid, D, BLOCK_D)
+    delta = load_at(out_ptr, offsets, valid, D, BLOCK_D).to(tl.float32) * d_out.to(tl.float32)
     delta = tl.sum(delta, axis=1)
     lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
     first, end = seen_interval(T - S + rows % S, prefix, T, MASK)
@@ -90,7 +91,7 @@ def _queries_tile(
         )  # fmt: skip
         d_scores = p * (d_p - delta[:, None])
         dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
-    store_at(dq_ptr, places * D, valid, dq * scale, D, BLOCK_D)
+    store_at(dq_ptr, offsets, valid, dq * scale, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "tiles"])
@@ -174,8 +175,9 @@ def _keys_tile(
         valid = rows < high
         batches = batch + rows // S * repeat_step
         places = (batches * H + head) * S + rows % S
+        offsets = ((batches * S + rows % S) * H + head) * D
         q = load_at(q_ptr, batches * q_batch_stride + rows % S * q_stride, valid, D, BLOCK_D)
-        d_out = load_at(d_out_ptr, places * D, valid, D, BLOCK_D)
+        d_out = load_at(d_out_ptr, offsets, valid, D, BLOCK_D)
         delta = tl.load(delta_ptr + places, mask=valid, other=0.0)
         lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
         scores = product(k, q.T)
@@ -188,8 +190,8 @@ def _keys_tile(
             scores, scale * LOG2E, v, d_out, lse, lse_low, delta, dv
         )
         dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
-    store_at(dk_ptr, keys * D, keys < T, dk * scale, D, BLOCK_D)
-    store_at(dv_ptr, keys * D, keys < T, dv, D, BLOCK_D)
+    store_at(dk_ptr, keys * H * D, keys < T, dk * scale, D, BLOCK_D)
+    store_at(dv_ptr, keys * H * D, keys < T, dv, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "tiles"])
@@ -208,8 +210,8 @@ def keys_kernel(
     q_ptr += head * q_head_stride
     k_ptr += image * k_batch_stride + head * k_head_stride
     v_ptr += image * v_batch_stride + head * v_head_stride
-    dk_ptr += (image * H + head) * T * D
-    dv_ptr += (image * H + head) * T * D
+    dk_ptr += (image * T * H + head) * D
+    dv_ptr += (image * T * H + head) * D
     if VISIBLE:
         visible_ptr += image * T
     if TAIL_N == 0 or tile < tiles - 1:

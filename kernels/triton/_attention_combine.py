@@ -13,43 +13,45 @@ from torch import Tensor
 from ._attention_core import LOG2E, lse_dtype
 
 
-@triton.jit
-def _combine_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, rows, parts,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, LSE: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "S", "H", "parts"])
+def combine_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, rows, S, H, parts,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program joins the parts (parts, rows, D) of one row, weighted by their sums."""
+    """One program joins one row (batch, position, head) of the parts, weighted by their sums."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     columns = tl.arange(0, BLOCK_D)
-    places = part.to(tl.int64) * rows + row
-    lse = tl.load(partial_lse_ptr + places, mask=part < parts, other=float("-inf"))
+    place = (row // H // S * H + row % H) * S + row // H % S  # log-sum-exps are (B, H, S)
+    part = part.to(tl.int64)
+    lse = tl.load(partial_lse_ptr + part * rows + place, mask=part < parts, other=float("-inf"))
     largest = tl.max(lse, axis=0)
     weight = tl.exp2((lse - largest).to(tl.float32) * LOG2E)
     total = tl.sum(weight, axis=0)
     mask = (part < parts)[:, None] & (columns < D)[None, :]
-    out = tl.load(partial_ptr + places[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    out = part[:, None] * rows + row
+    out = tl.load(partial_ptr + out * D + columns[None, :], mask=mask, other=0.0)
     out = tl.sum(out * weight[:, None], axis=0) / total
     tl.store(out_ptr + row * D + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D)
-    if LSE:
-        dtype: tl.constexpr = lse_ptr.dtype.element_ty
-        tl.store(lse_ptr + row, largest + tl.log2(total.to(dtype)) / LOG2E)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + place, largest + tl.log2(total.to(largest.dtype)) / LOG2E)
 
 
-def partial_outputs(q: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Uninitialised (parts, *q.shape) values and (parts, *q.shape[:-1]) log-sum-exps."""
-    out = q.new_empty((parts, *q.shape), dtype=torch.float32)
-    return out, q.new_empty((parts, *q.shape[:-1]), dtype=lse_dtype(q.dtype))
+def partial_outputs(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised (parts, B, S, H, D) values and (parts, B, H, S) log-sum-exps."""
+    B, H, S, D = out.shape
+    partial = out.new_empty((parts, B, S, H, D), dtype=torch.float32)
+    return partial, out.new_empty((parts, B, H, S), dtype=lse_dtype(out.dtype))
 
 
 def combine(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """Writes out (..., D) and, where given, lse (...), both contiguous."""
-    D = out.shape[-1]
+    """Writes out (B, H, S, D), with (B, S, H, D) in memory, and where given lse (B, H, S)."""
+    _, H, S, D = out.shape
     parts = partial.shape[0]
     rows = out.numel() // D
-    _combine_kernel[(rows,)](
-        partial, partial_lse, out, lse, rows, parts, D, triton.next_power_of_2(D),
-        triton.next_power_of_2(parts), lse is not None, num_warps=1,
+    combine_kernel[(rows,)](
+        partial, partial_lse, out, lse, rows, S, H, parts, D, triton.next_power_of_2(D),
+        triton.next_power_of_2(parts), num_warps=1,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ the walk over the rows. For plain attention r is 1.
 Every mask but `visible` gives a row one interval of keys, so a tile visits the blocks between the
 first and the last key that any of its rows sees. A row that sees nothing shows after the walk as a
 sum of 0; only a tile with such a row then averages all values. Its log-sum-exp is -infinity, which
-tells the backward pass.
+tells the backward pass. Outputs and gradients are (B, S, H, D) in memory, as projections need them.
 """
 
 import torch
@@ -73,16 +73,17 @@ def _forward_tile(
         scores = see(product(q, k.T), keys, first, end, visible_ptr, T, VISIBLE)
         v = load_tile(v_ptr, keys, v_stride, T, D, BLOCK_D, MASKED=True)
         largest, total, acc = softmax_block(scores, scale, v, largest, total, acc)
-    lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
     if VISIBLE:
         empty = valid & (total == 0.0)
         if tl.max(empty.to(tl.int32), axis=0) > 0:
             acc += _average_all(v_ptr, v_stride, T, empty, D, BLOCK_D, BLOCK_M, BLOCK_N)
             total = tl.where(empty, T.to(tl.float32), total)
-        lse = tl.where(empty, float("-inf"), lse)
-    places = (batches * H + head) * S + rows % S
-    store_at(out_ptr, places * D, valid, acc / total[:, None], D, BLOCK_D)
-    tl.store(lse_ptr + places, lse, mask=valid)
+            largest = tl.where(empty, float("-inf"), largest)
+    out_rows = (batches * S + rows % S) * H + head
+    store_at(out_ptr, out_rows * D, valid, acc / total[:, None], D, BLOCK_D)
+    if lse_ptr is not None:
+        lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
+        tl.store(lse_ptr + (batches * H + head) * S + rows % S, lse, mask=valid)
 
 
 @triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "plane", "tiles", "keys_per_split"])
@@ -108,7 +109,8 @@ def forward_kernel(
         visible_ptr += image * T
     first_key = tl.program_id(1) * keys_per_split
     end_key = tl.minimum(first_key + keys_per_split, T)
-    lse_ptr += tl.program_id(1).to(tl.int64) * plane
+    if lse_ptr is not None:
+        lse_ptr += tl.program_id(1).to(tl.int64) * plane
     out_ptr += tl.program_id(1).to(tl.int64) * plane * D
     if TAIL_M == 0 or tile < tiles - 1:
         _forward_tile(
@@ -177,6 +179,11 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def as_bytes(visible: Tensor | None) -> Tensor | None:
+    """The mask (B, T), contiguous, in a type that kernels load."""
+    return None if visible is None else visible.contiguous().view(torch.uint8)
+
+
 def row_tiles(config: Config, own: str, rows: int) -> tuple[int, dict[str, int]]:
     """(tiles a head, the constant for the last one) of `rows` rows in tiles of config[own]."""
     return triton.cdiv(rows, config[own]), {f"TAIL_{own[-1]}": tail(rows, config[own])}
@@ -190,27 +197,28 @@ def head_constants(D: int, mask: str, visible: Tensor | None) -> dict[str, int |
 
 def attention_triton(
     q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None, scale: float,
-    config: Config | None = None,
+    saves: bool, config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (out (B, H, S, D), lse (B, H, S)); takes CPU tensors interpreted."""
+    """Returns (out (B, H, S, D), lse (B, H, S) or nothing); takes CPU tensors interpreted."""
     B, H, S, D = q.shape
     T = k.shape[2]
     if not supported(q.dtype, D):
         return NotImplemented
-    out = q.new_empty((B, H, S, D))
-    lse = q.new_empty((B, H, S), dtype=lse_dtype(q.dtype))
+    out = q.new_empty((B, S, H, D)).transpose(1, 2)
+    lse = q.new_empty((B, H, S) if saves else 0, dtype=lse_dtype(q.dtype))
     if out.numel() == 0 or T == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     config = config or launch_config(
         "attention", (width_class(D, q.dtype), mask, length_class(T)),
         FORWARD[width_class(D, q.dtype)], CANDIDATES,
-        lambda c: attention_triton(q, k, v, mask, prefix, visible, scale, c), q.get_device(),
+        lambda c: attention_triton(q, k, v, mask, prefix, visible, scale, saves, c), q.get_device(),
     )  # fmt: skip
     tiles, rest = row_tiles(config, "BLOCK_M", S)
-    visible = None if visible is None else visible.contiguous().view(torch.uint8)
+    visible = as_bytes(visible)
     forward_kernel[(tiles * H * B, 1)](
-        q, k, v, visible, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 1, 0,
+        q, k, v, visible, out, lse if saves else None,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 1, 0,
         H, S, S, T, prefix, scale, 0, tiles, T,
         **head_constants(D, mask, visible), **rest, **config,
     )  # fmt: skip
@@ -221,7 +229,7 @@ def attention_backward_triton(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: str, prefix: int,
     visible: Tensor | None, scale: float, configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (dq, dk, dv), contiguous."""
+    """Returns (dq, dk, dv), each with (B, S, H, D) in memory."""
     if not supported(q.dtype, q.shape[-1]):
         return NotImplemented
     return packed_backward(
@@ -237,13 +245,14 @@ def packed_backward(
     """The gradients of `operator`; image_step and repeat_step as the head of the file says."""
     B, H, T, D = k.shape
     S = q.shape[2]
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     if grad.numel() == 0 or T == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     M = q.shape[0] // B * S
-    grad, q, k, v = grad.contiguous(), unit_stride(q), unit_stride(k), unit_stride(v)
+    grad, out = grad.transpose(1, 2).contiguous(), out.transpose(1, 2).contiguous()
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     delta = lse.new_empty(lse.shape, dtype=torch.float32)
-    visible = None if visible is None else visible.contiguous().view(torch.uint8)
+    visible = as_bytes(visible)
     sizes = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], image_step, repeat_step,
         H, S, M, T, prefix, scale,

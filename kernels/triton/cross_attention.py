@@ -27,34 +27,36 @@ def _steps(images: int, repeat: int, interleave: bool) -> tuple[int, int]:
 
 
 def cross_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, interleave: bool, scale: float, config: Config | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns (out (r * B, H, S, D), lse (r * B, H, S)); takes CPU tensors interpreted."""
+    q: Tensor, k: Tensor, v: Tensor, interleave: bool, scale: float, saves: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns (out (r * B, H, S, D), lse (r * B, H, S) or nothing)."""
     batch, H, S, D = q.shape
     B, _, T, _ = k.shape
     if not supported(q.dtype, D):
         return NotImplemented
-    out = q.new_empty((batch, H, S, D))
-    lse = q.new_empty((batch, H, S), dtype=lse_dtype(q.dtype))
+    out = q.new_empty((batch, S, H, D)).transpose(1, 2)
+    lse = q.new_empty((batch, H, S) if saves else 0, dtype=lse_dtype(q.dtype))
     if out.numel() == 0 or T == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     config = config or launch_config(
         "cross_attention", (width_class(D, q.dtype), length_class(T)),
         FORWARD[width_class(D, q.dtype)], CANDIDATES,
-        lambda c: cross_attention_triton(q, k, v, interleave, scale, c), q.get_device(),
+        lambda c: cross_attention_triton(q, k, v, interleave, scale, saves, c), q.get_device(),
     )  # fmt: skip
     M = batch // B * S
     tiles, rest = row_tiles(config, "BLOCK_M", M)
     parts, keys_per_part = split_keys(T, config["BLOCK_N"], tiles * H * B, q.device)
-    to, to_lse = (out, lse) if parts == 1 else partial_outputs(out, parts)
+    saved = lse if saves else None
+    to, to_lse = (out, saved) if parts == 1 else partial_outputs(out, parts)
     forward_kernel[(tiles * H * B, parts)](
         q, k, v, None, to, to_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *_steps(B, batch // B, interleave), H, S, M, T, 0, scale, lse.numel(), tiles, keys_per_part,
+        *_steps(B, batch // B, interleave), H, S, M, T, 0, scale, batch * H * S, tiles, keys_per_part,
         **head_constants(D, "full", None), **rest, **config,
     )  # fmt: skip
     if parts > 1:
-        combine(to, to_lse, out, lse)
+        combine(to, to_lse, out, saved)
     return out, lse
 
 
@@ -62,7 +64,7 @@ def cross_attention_backward_triton(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, interleave: bool,
     scale: float, configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (dq, dk, dv), contiguous; dk and dv summed over the rows that share an image."""
+    """Returns (dq, dk, dv); dk and dv summed over the rows that share an image."""
     if not supported(q.dtype, q.shape[-1]):
         return NotImplemented
     B = k.shape[0]

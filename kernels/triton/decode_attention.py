@@ -12,7 +12,7 @@ from torch import Tensor
 from ._attention_combine import combine, partial_outputs, split_keys
 from ._attention_core import LOG2E, LOWEST, load_row, load_tile, log_sum_exp, supported
 from ._tuning import ARCHITECTURES, Config, launch_config
-from .attention import unit_stride
+from .attention import as_bytes, unit_stride
 
 DEFAULTS = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2})
 CANDIDATES = [
@@ -62,8 +62,9 @@ def _decode_kernel(
     # A part with no valid key writes zeros and -infinity, which weigh nothing.
     out = tl.where(total > 0.0, acc / total, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * D + columns, out, mask=columns < D)
-    lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
-    tl.store(lse_ptr + row + tl.zeros([1], tl.int32), lse)
+    if lse_ptr is not None:
+        lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
+        tl.store(lse_ptr + row + tl.zeros([1], tl.int32), lse)
 
 
 def decode_attention_triton(
@@ -85,10 +86,10 @@ def decode_attention_triton(
         q.get_device(),
     )  # fmt: skip
     parts, keys_per_part = split_keys(T, config["BLOCK_N"], B * H, q.device)
-    to, to_lse = partial_outputs(out, parts)
+    to, to_lse = (out, None) if parts == 1 else partial_outputs(out, parts)
     _decode_kernel[(B * H, parts)](
-        q, k_cache, v_cache, lengths, None if visible is None else visible.contiguous().view(torch.uint8),
-        out if parts == 1 else to, to_lse, *q.stride()[:2], *k_cache.stride()[:3],
+        q, k_cache, v_cache, lengths, as_bytes(visible),
+        to, to_lse, *q.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], H, T, scale, B * H, keys_per_part,
         D=D, BLOCK_D=triton.next_power_of_2(D), VISIBLE=visible is not None, **config,
     )  # fmt: skip

@@ -79,19 +79,25 @@ def _means_kernel(
     scores_ptrs = scores_ptr + (batch * H + heads)[:, None] * N
     mean_ptr = statistics_ptr + batch * 2 * N
     largest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    unit = 0.0  # the largest rstd: p * rstd / unit stays in the range of fp16
     for start in range(0, N, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        scores = tl.load(scores_ptrs + tokens[None, :], mask=(tokens < N)[None, :], other=float("-inf"))
+        mask = (tokens < N)[None, :]
+        scores = tl.load(scores_ptrs + tokens[None, :], mask=mask, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(scores, axis=1))
+        rstd = tl.load(mean_ptr + N + tokens, mask=tokens < N, other=0.0)
+        unit = tl.maximum(unit, tl.max(rstd, axis=0))
     total = tl.zeros([BLOCK_H], tl.float32)
     shift = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
     for start in range(0, N, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        scores = tl.load(scores_ptrs + tokens[None, :], mask=(tokens < N)[None, :], other=float("-inf"))
+        mask = (tokens < N)[None, :]
+        scores = tl.load(scores_ptrs + tokens[None, :], mask=mask, other=float("-inf"))
         p = tl.exp(scores - largest[:, None])
         mean = tl.load(mean_ptr + tokens, mask=tokens < N, other=0.0)
-        p_rstd = p * tl.load(mean_ptr + N + tokens, mask=tokens < N, other=0.0)[None, :]
+        rstd = tl.load(mean_ptr + N + tokens, mask=tokens < N, other=0.0)
+        p_rstd = p * (rstd / unit)[None, :]
         mask = (tokens < N)[:, None] & (cols < C)[None, :]
         x_ptrs = x_ptr + batch * x_batch_stride + tokens[:, None] * x_stride
         x = tl.load(x_ptrs + cols[None, :], mask=mask, other=0.0)
@@ -101,7 +107,7 @@ def _means_kernel(
         acc += product(high, x)
         if x.dtype != tl.float32:  # what 16 bits round off the weights: eager keeps them in fp32
             acc += product((p_rstd - high.to(tl.float32)).to(x.dtype), x)
-    out = ((acc - shift[:, None]) / total[:, None]).to(out_ptr.dtype.element_ty)
+    out = ((acc - shift[:, None]) * (unit / total)[:, None]).to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + (batch * H + heads)[:, None] * C + cols[None, :]
     tl.store(out_ptrs, out, mask=(heads < H)[:, None] & (cols < C)[None, :])
 

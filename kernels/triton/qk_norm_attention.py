@@ -151,8 +151,9 @@ def _forward_tile(
                 D, BLOCK_D, BLOCK_N, NORM, MASKED=True,
             )  # fmt: skip
     store_at(out_ptr, rows * out_stride, rows < N, acc / total[:, None], D, BLOCK_D)
-    lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
-    tl.store(lse_ptr + rows, lse, mask=rows < N)
+    if lse_ptr is not None:
+        lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
+        tl.store(lse_ptr + rows, lse, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "tiles"])
@@ -170,7 +171,8 @@ def _forward_kernel(
     k_ptr = q_ptr + part_stride
     v_ptr = k_ptr + part_stride
     out_ptr += (batch * N * H + head) * D
-    lse_ptr += (batch * H + head) * N
+    if lse_ptr is not None:
+        lse_ptr += (batch * H + head) * N
     scale *= LOG2E
     fold = tl.zeros([BLOCK_D], tl.float32)
     q_rstd_ptr = rstd_ptr + batch * N
@@ -217,9 +219,9 @@ def _tiles(config: Config, own: str, other: str, N: int) -> tuple[int, dict[str,
 
 def qk_norm_attention_triton(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
-    config: Config | None = None,
+    saves: bool, config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (out (B, N, H, D), lse (B, H, N), rstd (2, B, N)); takes CPU tensors interpreted."""
+    """Returns (out (B, N, H, D), lse (B, H, N), rstd (2, B, N)), the last two if `saves`."""
     B, N, _, H, D = qkv.shape
     norm = q_weight is not None
     if not supported(qkv.dtype, D) or (norm and q_weight.dtype != qkv.dtype):
@@ -233,14 +235,15 @@ def qk_norm_attention_triton(
     config = config or launch_config(
         "qk_norm_attention", (width_class(D, qkv.dtype), length_class(N)),
         FORWARD[width_class(D, qkv.dtype)], CANDIDATES,
-        lambda c: qk_norm_attention_triton(qkv, q_weight, k_weight, eps, scale, c), qkv.get_device(),
+        lambda c: qk_norm_attention_triton(qkv, q_weight, k_weight, eps, scale, saves, c),
+        qkv.get_device(),
     )  # fmt: skip
     tiles, constants = _tiles(config, "BLOCK_M", "BLOCK_N", N)
     _forward_kernel[(tiles * H * B,)](
-        qkv, q_weight, k_weight, rstd, out, lse, *qkv.stride()[:4], B, N, H, scale, tiles,
-        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), NORM=norm, **constants, **config,
+        qkv, q_weight, k_weight, rstd, out, lse if saves else None, *qkv.stride()[:4], B, N, H, scale,
+        tiles, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), NORM=norm, **constants, **config,
     )  # fmt: skip
-    return out, lse, rstd
+    return out, lse, rstd if saves else nothing
 
 
 def qk_norm_attention_backward_triton(
