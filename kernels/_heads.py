@@ -15,6 +15,14 @@ def adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def empty_heads(x: Tensor) -> Tensor:
+    """An output for x in its memory order, but with the elements of a head next to each other.
+
+    A gradient that comes out of k.transpose(-2, -1) is dense with its elements S apart.
+    """
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def positions_stride(positions: Tensor) -> int:
     """From one sequence to the next; 0 where all share the positions. positions: (B or 1, S)."""
     return positions.shape[1] if positions.shape[0] > 1 else 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from . import _cuda
-from ._heads import adjacent, as_int64, check_rotary, pointer, positions_stride
+from ._heads import adjacent, as_int64, check_rotary, empty_heads, pointer, positions_stride
 from ._library import NATIVE_TYPES, define, native, native_cuda, triton_launcher
 
 
@@ -31,7 +31,7 @@ def rotary_native(
     cos, sin, positions = cos.contiguous(), sin.contiguous(), as_int64(positions)
     outputs = []
     for x in (q, k):
-        y, x = torch.empty_like(x), adjacent(x)
+        y, x = empty_heads(x), adjacent(x)
         native.rotary(
             dtype, pointer(x), pointer(y), cos.data_ptr(), sin.data_ptr(), cos.shape[0],
             positions.data_ptr(), positions_stride(positions), -1.0 if inverse else 1.0, x.shape,
@@ -46,7 +46,7 @@ def rotary_cuda(
 ) -> tuple[Tensor, Tensor]:
     """Calls csrc/cuda/rotary.cu."""
     dtype = _cuda.TYPES.get(q.dtype)
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q_out, k_out = empty_heads(q), empty_heads(k)
     cos, sin, positions = cos.contiguous(), sin.contiguous(), as_int64(positions)
     if dtype is None or not _cuda.aligned_heads(q, k, q_out, k_out):
         return NotImplemented
@@ -61,7 +61,7 @@ def rotary_cuda(
 
 def _rotary_reference(q, k, cos, sin, positions, inverse=False):
     turned = reference.rotary(q, k, cos, -sin if inverse else sin, positions)
-    like_inputs = [torch.empty_like(x).copy_(y) for x, y in zip((q, k), turned, strict=True)]
+    like_inputs = [empty_heads(x).copy_(y) for x, y in zip((q, k), turned, strict=True)]
     return like_inputs[0], like_inputs[1]
 
 
@@ -78,7 +78,7 @@ _rotary = define(
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse=False)"
     " -> (Tensor, Tensor)",
     reference=_rotary_reference,
-    fake=lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
+    fake=lambda q, k, *_: (empty_heads(q), empty_heads(k)),
     cpu={"native": rotary_native},
     cuda={"triton": triton_launcher("rotary"), "cuda": rotary_cuda},
     backward=(_backward, _save),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from ._heads import adjacent, as_int64, check_rotary, pointer, positions_stride
+from ._heads import adjacent, as_int64, check_rotary, empty_heads, pointer, positions_stride
 from ._library import NATIVE_TYPES, define, native, triton_launcher
 
 
@@ -24,7 +24,7 @@ def rotary_append_native(
     dtype = NATIVE_TYPES.get(q.dtype)
     if dtype is None or k.shape != q.shape:
         return NotImplemented
-    y = torch.empty_like(q)
+    y = empty_heads(q)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     cos, sin = cos.contiguous(), sin.contiguous()
     positions, slots = as_int64(positions), as_int64(slots)
@@ -39,14 +39,14 @@ def rotary_append_native(
 
 def _rotary_append_reference(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
     turned = reference.rotary_append(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
-    return torch.empty_like(q).copy_(turned)
+    return empty_heads(q).copy_(turned)
 
 
 _rotary_append = define(
     "rotary_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,"
     " Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor",
     reference=_rotary_append_reference,
-    fake=lambda q, *_: torch.empty_like(q),
+    fake=lambda q, *_: empty_heads(q),
     cpu={"native": rotary_append_native},
     cuda={"triton": triton_launcher("rotary_append")},
 )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._heads import adjacent, positions_stride
+from .._heads import adjacent, empty_heads, positions_stride
 from ._cross_compile import Case
 from ._tuning import ARCHITECTURES, Config, launch_config
 
@@ -83,7 +83,7 @@ def rotary_triton(
     """Launches the kernel; takes CPU tensors too under TRITON_INTERPRET=1."""
     if q.dtype == torch.float64:
         return NotImplemented
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q_out, k_out = empty_heads(q), empty_heads(k)
     batch, _, tokens, dim = q.shape
     if q.numel() == 0 and k.numel() == 0:
         return q_out, k_out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._heads import adjacent, positions_stride
+from .._heads import adjacent, empty_heads, positions_stride
 from ._cross_compile import Case
 from ._tuning import ARCHITECTURES, Config, launch_config
 from .rotary import STRIDES, rotate_heads, token_angles
@@ -59,7 +59,7 @@ def rotary_append_triton(
     """Launches the kernel; takes CPU tensors too under TRITON_INTERPRET=1."""
     if q.dtype == torch.float64:
         return NotImplemented
-    y = torch.empty_like(q)
+    y = empty_heads(q)
     batch, heads, tokens, dim = q.shape
     if y.numel() == 0:
         return y
