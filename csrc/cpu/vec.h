@@ -128,8 +128,8 @@ struct Sum {
 
 // e**x to 1 unit in the last place (Cephes' expf); arguments beyond float's range are clamped.
 inline Vec exp(Vec x) {
-  x = x > 88.0f ? x - x + 88.0f : x;  // comparisons are false for NaN, which passes through
-  x = x < -87.0f ? x - x - 87.0f : x;
+  x = x > 88.0f ? Vec{} + 88.0f : x;  // comparisons are false for NaN, which passes through
+  x = x < -87.0f ? Vec{} - 87.0f : x;
   const Vec shift = x - x + 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer
   const Vec n = (x * 1.44269504088896341f + shift) - shift;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
