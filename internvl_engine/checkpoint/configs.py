@@ -115,9 +115,12 @@ def _states_frequency(values: dict[str, Any]) -> bool:
 
 
 def adopt(
-    reading: Reading, contents: Contents, merge_lora: bool, overrides: dict[str, Any]
+    reading: Reading, contents: Contents, merge_lora: bool, asked_size: int | None
 ) -> int | None:
     """Writes into the configuration what the weights decide.
+
+    Args:
+        asked_size: side in pixels the user wants the position table to be for.
 
     Returns:
         The size to which the position table must be resized once it is loaded, or None.
@@ -127,8 +130,7 @@ def adopt(
     """
     adopt_frequency(reading.config, reading.states_frequency, contents)
     adopt_lora(reading.config, contents, merge_lora, reading.alphas)
-    asked = overrides.get("force_image_size", overrides.get("image_size"))
-    return adopt_positions(reading.config, contents, asked)
+    return adopt_positions(reading.config, contents, asked_size)
 
 
 def adopt_frequency(config: Any, stated: bool, contents: Contents) -> None:

@@ -40,10 +40,12 @@ class Contents:
         leftovers: stored names that are known and of no use.
         standalone: whether the names were those of the standalone InternVL-C file.
         path: what messages call it.
+        parts: the parts it says it holds, where it says so.
     """
 
     def __init__(self, location: Location, needed: Callable[[str], bool] | None = None) -> None:
         self.path: Path = location.path
+        self.parts: str | None = None
         self._files: dict[Path, WeightFile] = {}
         where = self._where(location)
         stored, self.leftovers, doubled = translate(where)
@@ -107,7 +109,7 @@ class Contents:
         """The tensors below a prefix, by the names that follow it."""
         view = Contents.__new__(Contents)
         view.path, view._files, view.leftovers = self.path, self._files, self.leftovers
-        view.standalone = self.standalone
+        view.standalone, view.parts = self.standalone, self.parts
         cut = len(prefix)
         view.names = {name[cut:] for name in self.names if name.startswith(prefix)}
         view.tensors = {n[cut:]: t for n, t in self.tensors.items() if n.startswith(prefix)}

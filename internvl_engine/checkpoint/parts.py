@@ -9,7 +9,7 @@ all       the whole model
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -29,8 +29,7 @@ _PATTERNS = {
     "caption": (_VISION, r"qllama\.", r"query_tokens$"),
     "all": ("",),
 }
-PARTS = tuple(_PATTERNS)
-_SMALLEST_FIRST = ("image", "text", "c", "g", "caption", "all")
+PARTS = tuple(_PATTERNS)  # the smallest first
 
 
 def needs(parts: str) -> Callable[[str], bool]:
@@ -45,39 +44,44 @@ def needs(parts: str) -> Callable[[str], bool]:
     return lambda name: pattern.match(name) is not None
 
 
-def parts_with(name: str) -> list[str]:
-    """The parts that hold a weight or module of this published name."""
-    return [parts for parts in _SMALLEST_FIRST if needs(parts)(name)]
+def parts_with(names: Iterable[str]) -> list[str]:
+    """The parts that hold any of the weights of these published names."""
+    names = list(names)
+    return [parts for parts in PARTS if any(map(needs(parts), names))]
 
 
 class PartNotLoadedError(RuntimeError):
     """A use of something that the loaded parts leave out."""
 
 
-def _explanation(name: str, parts: str) -> str:
-    others = " or ".join(map(repr, parts_with(name)))
+class PartNotLoadedAttributeError(PartNotLoadedError, AttributeError):
+    """The same where an attribute was asked for: `hasattr` says no."""
+
+
+def _explanation(name: str, weights: Iterable[str], parts: str) -> str:
+    others = " or ".join(map(repr, parts_with(weights)))
     return (
-        f"this model was loaded with parts={parts!r}, which leave {name.rstrip('.')} out; what you "
-        f"asked for needs it: load with parts={others}"
+        f"this model was loaded with parts={parts!r}, which leave {name} out; what you asked for "
+        f"needs it: load with parts={others}"
     )
 
 
 class AbsentModule(nn.Module):
     """Stands in place of a module that the loaded parts leave out; it holds nothing."""
 
-    def __init__(self, name: str, parts: str, replaced: nn.Module) -> None:
+    def __init__(self, name: str, weights: Iterable[str], parts: str, replaced: nn.Module) -> None:
         super().__init__()
-        self.explanation = _explanation(name + ".", parts)
+        self.explanation = _explanation(name, weights, parts)
         self.submodules = frozenset(child for child, _ in replaced.named_children())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise PartNotLoadedError(self.explanation)
 
     def __getattr__(self, name: str) -> Any:
-        # Not an AttributeError, which a property between the user and here would swallow.
+        # No AttributeError for these: a property between the user and here would swallow it.
         if name in self.__dict__.get("submodules", ()):
             raise PartNotLoadedError(self.explanation)
-        raise AttributeError(self.__dict__.get("explanation", name))  # for hasattr
+        raise PartNotLoadedAttributeError(self.__dict__.get("explanation", name))
 
     def extra_repr(self) -> str:
         return "not loaded"
@@ -87,7 +91,7 @@ class AbsentParameter:
     """Stands in place of a parameter that the loaded parts leave out."""
 
     def __init__(self, name: str, parts: str) -> None:
-        self.explanation = _explanation(name, parts)
+        self.explanation = _explanation(name, [name], parts)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "explanation" not in self.__dict__:  # copy and pickle ask
@@ -111,8 +115,9 @@ def drop_absent(model: nn.Module, parts: str) -> None:
 def _drop_below(module: nn.Module, path: str, needed: Callable[[str], bool], parts: str) -> None:
     for name, child in list(module.named_children()):
         place = canonical(f"{path}{name}.")
-        kept = [needed(canonical(place + weight)) for weight, _ in child.named_parameters()]
+        weights = [canonical(place + weight) for weight, _ in child.named_parameters()]
+        kept = [needed(weight) for weight in weights]
         if kept and not any(kept):
-            setattr(module, name, AbsentModule(place.rstrip("."), parts, child))
+            setattr(module, name, AbsentModule(place.rstrip("."), weights, parts, child))
         elif not all(kept):
             _drop_below(child, place, needed, parts)

@@ -59,8 +59,8 @@ def _missing(contents: Contents, missing: list[str]) -> str:
     text = f"{contents.path}: {len(missing)} weights are missing: {listed(missing)}"
     if any(".lora_" in name for name in missing):
         text += "; its LoRA adapts other linears than the published ones: pass merge_lora=True"
-    if contents.standalone:
-        text += "; the standalone file holds parts 'c', 'image' and 'text'"
+    if contents.parts:
+        text += f"; the checkpoint holds parts {contents.parts!r}"
     return text
 
 

@@ -144,7 +144,10 @@ def prepare(
         if not contents.lora:
             raise ValueError(f"{location.path}: lora_alpha came, but the checkpoint has no LoRA")
         reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
-    resize = adopt(reading, contents, merge_lora, overrides)
+    contents.parts = reading.parts
+    own = getattr(config, "force_image_size", None)
+    asked = overrides.get("force_image_size", overrides.get("image_size", own))
+    resize = adopt(reading, contents, merge_lora, asked)
     with torch.device("meta"):
         model = model_class(reading.config)
     plan = _plan(model, reading, contents, parts, merge_lora, strict, composite)
