@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .tasks.index import FolderIndex, Hit
 
 ACCELERATE = False  # until the fused modules are complete
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 class InternVL(Embedder):
@@ -46,7 +47,7 @@ class InternVL(Embedder):
         processor: "InternVLProcessor",
         *,
         name: str = "",
-        parts: str = "all",
+        parts: str | None = None,
         accelerate: bool = True,
     ) -> None:
         super().__init__(model, processor, name=name, parts=parts)
@@ -60,21 +61,22 @@ class InternVL(Embedder):
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
-        parts: str = "all",
+        parts: str | None = None,
         accelerate: bool = True,
+        processor: "InternVLProcessor | None" = None,
         **options: Any,
     ) -> "InternVL":
         """Loads a checkpoint with its processor.
 
         Args:
-            source: a directory, a file of the standalone layout, or a hub id "owner/name".
-            dtype: of the weights; "auto" is bfloat16 where the processor computes in it, else
-                float32.
-            device: None is the first GPU where there is one, else the CPU.
+            source: a directory, a weight file, or a hub id "owner/name".
+            dtype: of the weights; "auto" is bfloat16 where the device computes in it, else float32.
+            device: None is the GPU where there is one, else the CPU.
             parts: what to read and hold: "all", "c" or "g" (embeddings of images and texts),
-                "image" or "text" (one tower), "caption".
+                "image" or "text" (one tower), "caption"; None is what the checkpoint has.
             accelerate: swap eager modules for fused ones.
-            options: further ones of `InternVLModel.from_pretrained`, as `device_map` or `revision`.
+            processor: in place of the one beside the weights.
+            options: further ones of `InternVLModel.from_pretrained`: device_map, revision ...
 
         Raises:
             FileNotFoundError, ValueError: no checkpoint there, or a damaged one; the message names
@@ -83,14 +85,18 @@ class InternVL(Embedder):
         from .modeling.internvl import InternVLModel
         from .processing import InternVLProcessor
 
-        if "device_map" not in options:
-            default = "cuda" if torch.cuda.is_available() else "cpu"
-            options["device_map"] = str(device or default)
-        hub = {k: options[k] for k in ("revision", "cache_dir", "token", "local_files_only")
-               if k in options}  # fmt: skip
-        processor = InternVLProcessor.from_pretrained(source, **hub)
-        model = InternVLModel.from_pretrained(source, dtype=dtype, parts=parts, **options)
-        return cls(model, processor, name=os.fspath(source), parts=parts, accelerate=accelerate)
+        folder = Path(source)
+        if processor is None:
+            place = folder.parent if folder.is_file() else source
+            hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+            processor = InternVLProcessor.from_pretrained(place, **hub)
+        if device is None and options.get("device_map") is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = InternVLModel.from_pretrained(
+            source, dtype=dtype, device=device, parts=parts, **options
+        )
+        name = str(folder.resolve()) if folder.exists() else os.fspath(source)
+        return cls(model, processor, name=name, accelerate=accelerate)
 
     @classmethod
     def nano(cls, **options: Any) -> "InternVL":

@@ -42,7 +42,7 @@ def image_batches(
     count = 0
     with ThreadPoolExecutor(1, thread_name_prefix="images") as pool:
         while chunk := list(islice(sources, batch_size)):
-            options = {"dtype": dtype, "workers": DECODING_THREADS, "first": count}
+            options: dict[str, Any] = {"dtype": dtype, "workers": DECODING_THREADS, "first": count}
             prepared.append(pool.submit(processor, chunk, **options))
             count += len(chunk)
             if len(prepared) > 1:

@@ -202,7 +202,7 @@ def _checked(
     return settings | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
 
 
-def _texts(name: str, texts: str | Sequence[str]) -> list[str]:
+def _texts(name: str, texts: Any) -> list[str]:
     """One text or several as a list."""
     found = [texts] if isinstance(texts, str) else list(texts)
     if not found or not all(isinstance(text, str) and text for text in found):

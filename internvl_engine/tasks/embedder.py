@@ -42,7 +42,8 @@ class Embedder:
         model: an InternVLModel, InternVL_C or InternVL_G.
         processor: an InternVLProcessor of the same checkpoint.
         name: what to call the model in messages and indexes.
-        parts: which parts of the model are there: "all", "c", "g", "image", "text" or "caption".
+        parts: which parts of the model are there: "all", "c", "g", "image", "text" or "caption";
+            None is what it says itself where it was loaded in parts, else all.
 
     Raises:
         ValueError: there are no such parts.
@@ -54,8 +55,9 @@ class Embedder:
         processor: "InternVLProcessor",
         *,
         name: str = "",
-        parts: str = "all",
+        parts: str | None = None,
     ) -> None:
+        parts = parts or getattr(model.config, "parts", None) or "all"
         if parts not in PROVIDES:
             raise ValueError(f"parts must be one of {', '.join(PROVIDES)}, got {parts!r}")
         self.model, self.processor = model.eval(), processor
@@ -67,7 +69,7 @@ class Embedder:
     def device(self) -> torch.device:
         """Where inputs go; the hooks of a model that is spread out move them on."""
         device = next(self.model.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
+        return self.model.placement.main if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:

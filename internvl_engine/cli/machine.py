@@ -1,0 +1,156 @@
+"""Commands on this machine and on checkpoints: demo, doctor, verify, convert, bench."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import Debug, Json, command, notice, print_json, print_table
+from .model import Device
+
+if TYPE_CHECKING:
+    from .demo import Demo
+
+bench = typer.Typer(help="Time this machine.", no_args_is_help=True)
+
+
+def register_demo(app: typer.Typer) -> None:
+    """Adds the first command of the help."""
+    command(app)(demo)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the others."""
+    for function in (doctor, verify, convert):
+        command(app)(function)
+    command(bench)(kernels)
+    app.add_typer(bench, name="bench")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the picture.")] = Path(
+        "internvl_demo.png"
+    ),
+    light: Annotated[bool, typer.Option("--light", help="A light page.")] = False,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="[default: float32]")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the embedded model on held-out pictures: no network, a few seconds.
+
+    Classifies, describes, questions and searches 360 handwritten digits that it never saw, and
+    draws what came of it.
+    """
+    from .demo import run
+    from .sheet import draw
+
+    if not as_json:
+        notice("the embedded nano model on 360 held-out pictures ...")
+    seen = run(device, dtype)
+    draw(seen, light).save(out)
+    if as_json:
+        print_json(seen.document() | {"picture": str(out)})
+        return
+    print_table(("task", "right", "seconds"), _results(seen))
+    typer.echo()
+    examples = seen.pictures[:84:21]
+    rows = [(p.caption, p.label["c"], _percent(p.probability["c"]), p.truth) for p in examples]
+    print_table(("it says", "digit", "sure", "it is"), rows)
+    typer.echo(f"\n{len(seen.pictures)} pictures in {seen.seconds['all']:.1f} s; see {out}")
+
+
+def _results(seen: "Demo") -> list[tuple[str, str, float]]:
+    right, more, seconds = seen.accuracy, seen.more, seen.seconds
+    return [
+        ("zero-shot digits, C", _percent(right["zero_shot_c"]), seconds["classify_c"]),
+        ("zero-shot digits, G", _percent(right["zero_shot_g"]), seconds["classify_g"]),
+        ("captions, to the letter", _percent(right["caption"]), seconds["caption"]),
+        ("answers: what colour?", _percent(more["answer_colour"]), seconds["answer"] / 2),
+        ("answers: what digit?", _percent(more["answer_digit"]), seconds["answer"] / 2),
+        ("search by text, R@1", _percent(right["retrieval_r1"]), seconds["index_and_search"]),
+    ]
+
+
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what this machine will run, why, and what to do about problems."""
+    from .doctor import examine, show
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        show(found)
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A downloaded checkpoint.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="One of the model card's three example images, in order."),
+    ] = None,
+    hashes: Annotated[bool, typer.Option(help="Read every byte for its SHA-256.")] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a checkpoint: names, shapes, finite values, hashes, and the published example."""
+    from ..loading import verify as check
+
+    report = check(directory, images or None, hashes=hashes)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        typer.echo(str(report))
+    if not report.ok:
+        notice(f"{directory}: the checkpoint is damaged or not one of InternVL-14B")
+        raise typer.Exit(1)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Directory, weight file or hub id.")],
+    target: Annotated[Path, typer.Argument(help="Directory to write.")],
+    dtype: Annotated[str | None, typer.Option(help="[default: as stored]")] = None,
+    parts: Annotated[
+        str | None, typer.Option(help="all, c, g, image, text or caption. [default: what is there]")
+    ] = None,
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Fold LoRA in.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint again: another dtype, fewer parts, LoRA merged, safetensors."""
+    from ..loading import convert as rewrite
+
+    files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora)
+    if as_json:
+        sizes = {path.name: path.stat().st_size for path in files}
+        print_json({"source": source, "target": str(target), "files": sizes})
+        return
+    rows = [(path, f"{path.stat().st_size:,}") for path in files]
+    print_table(("file", "bytes"), rows)
+
+
+def kernels(
+    operators: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A folder for pictures.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Say what got slower than in this stored result.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few samples.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Every operator against its rivals on this machine."""
+    from ..benchmarks.harness import as_json as plain
+    from ..benchmarks.kernels import run
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        rows = run(operators or (), json_file=store, plot=plot, compare=compare, quick=quick)
+    if as_json:
+        print_json([plain(row) for row in rows])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
