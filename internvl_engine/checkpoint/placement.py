@@ -11,6 +11,7 @@ parameters (query tokens, text projection, logit scale) are.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -210,7 +211,8 @@ def attach(model: nn.Module, placement: Placement, kept: Mapping[str, Tensor]) -
         block.register_forward_pre_hook(hook.before, with_kwargs=True)
         block.register_forward_hook(hook.after, always_call=True)
         if weights:
-            block.register_state_dict_post_hook(hook.give)
+            # Torch marks the hook with an attribute, which a bound method does not take.
+            block.register_state_dict_post_hook(partial(hook.give))
             block.register_load_state_dict_pre_hook(hook.refuse)
 
 
