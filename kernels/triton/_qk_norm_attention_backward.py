@@ -92,14 +92,14 @@ def _queries_tile(
     whole = N // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         dq = _walk_over_keys(
-            q, d_out, lse, lse_low, delta, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale, unit, dq,
-            D, BLOCK_D, BLOCK_N, NORM, MASKED=False,
+            q, d_out, lse, lse_low, delta, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale,
+            unit, dq, D, BLOCK_D, BLOCK_N, NORM, MASKED=False,
         )  # fmt: skip
     if not PEEL:  # at most once; as a loop it needs fewer registers than as an `if`
         for start in range(whole, N, BLOCK_N):
             dq = _walk_over_keys(
-                q, d_out, lse, lse_low, delta, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale, unit,
-                dq, D, BLOCK_D, BLOCK_N, NORM, MASKED=True,
+                q, d_out, lse, lse_low, delta, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride,
+                scale, unit, dq, D, BLOCK_D, BLOCK_N, NORM, MASKED=True,
             )  # fmt: skip
     store_at(dq_ptr, rows * dq_stride, rows < N, dq * unfold, D, BLOCK_D)
 
@@ -164,8 +164,9 @@ def _keys_tile(
 
 @triton.jit(do_not_specialize=["B", "N", "H", "tiles"])
 def queries_kernel(
-    qkv_ptr, q_weight_ptr, k_weight_ptr, rstd_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, d_qkv_ptr,
-    folded_ptr, batch_stride, token_stride, part_stride, head_stride, B, N, H, scale, tiles,
+    qkv_ptr, q_weight_ptr, k_weight_ptr, rstd_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    d_qkv_ptr, folded_ptr, batch_stride, token_stride, part_stride, head_stride, B, N, H, scale,
+    tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr,
     BLOCK_N: tl.constexpr, NORM: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip

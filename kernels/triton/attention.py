@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_backward import keys_kernel, queries_kernel
 from ._attention_core import (
     LOG2E,
     LOWEST,
@@ -31,7 +32,6 @@ from ._attention_core import (
     tail,
     width_class,
 )
-from ._attention_backward import keys_kernel, queries_kernel
 from ._attention_masks import see, seen_interval
 from ._tuning import ARCHITECTURES, Config, launch_config
 

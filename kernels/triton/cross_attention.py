@@ -52,8 +52,8 @@ def cross_attention_triton(
     to, to_lse = (out, saved) if parts == 1 else partial_outputs(out, parts)
     forward_kernel[(tiles * H * B, parts)](
         q, k, v, None, to, to_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *_steps(B, batch // B, interleave), H, S, M, T, 0, scale, batch * H * S, tiles, keys_per_part,
-        **head_constants(D, "full", None), **rest, **config,
+        *_steps(B, batch // B, interleave), H, S, M, T, 0, scale, batch * H * S, tiles,
+        keys_per_part, **head_constants(D, "full", None), **rest, **config,
     )  # fmt: skip
     if parts > 1:
         combine(to, to_lse, out, saved)

@@ -4,7 +4,6 @@ Bound by memory: every key and value that is valid is read once. A query times a
 sum over D in fp32, without the matrix unit, which one row would leave idle at 15 of 16.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

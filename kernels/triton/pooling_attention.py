@@ -44,7 +44,8 @@ def _scores_kernel(
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         mask = (tokens < N)[:, None] & (cols < C)[None, :]
-        total += tl.sum(tl.load(x_ptrs + cols[None, :], mask=mask, other=0.0).to(tl.float32), axis=1)
+        x = tl.load(x_ptrs + cols[None, :], mask=mask, other=0.0)
+        total += tl.sum(x.to(tl.float32), axis=1)
     mean = total / C
     squares = tl.zeros([BLOCK_N], tl.float32)
     scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)

@@ -1,4 +1,4 @@
-"""qk_norm_attention in Triton. What it computes and why it is free: kernels/qk_norm_attention.py."""
+"""qk_norm_attention in Triton. What it computes and why: kernels/qk_norm_attention.py."""
 
 import torch
 import triton
@@ -9,10 +9,10 @@ from ._attention_core import (
     LOG2E,
     LOWEST,
     length_class,
-    log_sum_exp,
-    lse_dtype,
     load_row,
     load_tile,
+    log_sum_exp,
+    lse_dtype,
     product,
     softmax_block,
     store_at,
@@ -73,7 +73,7 @@ CANDIDATES = [
 
 
 @triton.jit(do_not_specialize=["B", "N"])
-def _statistics_kernel(
+def statistics_kernel(
     qkv_ptr, rstd_ptr, batch_stride, token_stride, part_stride, B, N, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _key_block(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys [start, start + BLOCK_N) into the online softmax; MASKED where N ends inside."""
+    """Takes the keys [start, start + BLOCK_N) into the softmax; MASKED where N ends inside."""
     keys = start + tl.arange(0, BLOCK_N)
     k = load_tile(k_ptr, keys, token_stride, N, D, BLOCK_D, MASKED)
     scores = product(q, k.T)
@@ -157,7 +157,7 @@ def _forward_tile(
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "tiles"])
-def _forward_kernel(
+def forward_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, rstd_ptr, out_ptr, lse_ptr,
     batch_stride, token_stride, part_stride, head_stride, B, N, H, scale, tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr,
@@ -204,7 +204,7 @@ def _statistics(qkv: Tensor, eps: float) -> Tensor:
     B, N, _, H, D = qkv.shape
     rstd = qkv.new_empty((2, B, N), dtype=torch.float32)
     block = min(triton.next_power_of_2(H * D), 4096)
-    _statistics_kernel[(B * N,)](
+    statistics_kernel[(B * N,)](
         qkv, rstd, *qkv.stride()[:3], B, N, eps, H * D, block, num_warps=4 if block > 512 else 1
     )
     return rstd
@@ -228,20 +228,22 @@ def qk_norm_attention_triton(
         return NotImplemented
     qkv = _heads_together(qkv)
     out = qkv.new_empty((B, N, H, D))
-    lse = qkv.new_empty((B, H, N), dtype=lse_dtype(qkv.dtype))
+    lse = qkv.new_empty((B, H, N) if saves else 0, dtype=lse_dtype(qkv.dtype))
+    nothing = qkv.new_empty((2, B, N) if norm and saves else 0, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse, qkv.new_empty((2, B, N), dtype=torch.float32)
-    rstd = _statistics(qkv, eps) if norm else qkv.new_empty((2, B, N), dtype=torch.float32)
+        return out, lse, nothing
+    rstd = _statistics(qkv, eps) if norm else nothing
+    kind = width_class(D, qkv.dtype)
     config = config or launch_config(
-        "qk_norm_attention", (width_class(D, qkv.dtype), length_class(N)),
-        FORWARD[width_class(D, qkv.dtype)], CANDIDATES,
+        "qk_norm_attention", (kind, length_class(N)), FORWARD[kind], CANDIDATES,
         lambda c: qk_norm_attention_triton(qkv, q_weight, k_weight, eps, scale, saves, c),
         qkv.get_device(),
     )  # fmt: skip
     tiles, constants = _tiles(config, "BLOCK_M", "BLOCK_N", N)
-    _forward_kernel[(tiles * H * B,)](
-        qkv, q_weight, k_weight, rstd, out, lse if saves else None, *qkv.stride()[:4], B, N, H, scale,
-        tiles, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), NORM=norm, **constants, **config,
+    forward_kernel[(tiles * H * B,)](
+        qkv, q_weight, k_weight, rstd, out, lse if saves else None,
+        *qkv.stride()[:4], B, N, H, scale, tiles,
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), NORM=norm, **constants, **config,
     )  # fmt: skip
     return out, lse, rstd if saves else nothing
 
@@ -277,7 +279,8 @@ def qk_norm_attention_backward_triton(
     def keys(config: Config) -> None:
         tiles, constants = _tiles(config, "BLOCK_N", "BLOCK_M", N)
         keys_kernel[(tiles * H * B,)](
-            qkv, folded, rstd, grad, lse, delta, d_qkv, *sizes, tiles, **shape, **constants, **config
+            qkv, folded, rstd, grad, lse, delta, d_qkv, *sizes, tiles,
+            **shape, **constants, **config,
         )  # fmt: skip
 
     device = qkv.get_device()

@@ -1,0 +1,122 @@
+"""What the attention operators share outside Triton: PyTorch's and flash-attn's own attentions.
+
+All take q (B, H, S, D), k and v (B, H, T, D) in any strides and return `out`, (B, S, H, D) in
+memory as the projection after it reads, and the natural log-sum-exp (B, H, S) that the gradients
+start from. None sees a mask that leaves a row without keys: only the reference and Triton average
+all values then.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exps: float64 for float32 inputs (triton/_attention_core.py)."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
+
+
+def empty_output(q: Tensor, saves: bool) -> Pair:
+    """(out, lse) for q (B, H, S, D), not written; no lse where no gradient will need it."""
+    B, H, S, D = q.shape
+    lse = q.new_empty((B, H, S) if saves else 0, dtype=lse_dtype(q.dtype))
+    return q.new_empty((B, S, H, D)).transpose(1, 2), lse
+
+
+def as_projected(x: Tensor) -> Tensor:
+    """x (B, H, S, D) with (B, S, H, D) in memory; a copy only where it is not yet so."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def log_sum_exp(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """(B, H, S) of the scores of the keys seen; -infinity for a row that sees nothing."""
+    wide = lse_dtype(q.dtype)
+    scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores.logsumexp(-1)
+
+
+def scale_of(scale: float | None, dim: int) -> float:
+    """scale, or dim ** -0.5 for None.
+
+    Raises:
+        ValueError: scale is not positive; the online softmax takes maxima before it scales.
+    """
+    if scale is None:
+        return dim**-0.5
+    if not scale > 0:
+        raise ValueError(f"attention: scale must be positive, got {scale}")
+    return scale
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of an operator on these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float):
+    """PyTorch's blocked attention on the CPU. bias: added to the scores, -inf for a hidden key."""
+    if q.dtype == torch.float64:
+        return NotImplemented
+    if q.numel() == 0 or k.numel() == 0:  # PyTorch 2.13 divides by zero
+        return NotImplemented
+    return _flash_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def sdpa_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    bias: Tensor | None, causal: bool, scale: float,
+):  # fmt: skip
+    """Its gradient, (dq, dk, dv); of 16-bit inputs only.
+
+    It starts from a float32 log-sum-exp, whose rounding doubles the error of float32 gradients.
+    """
+    if lse.dtype != torch.float32 or q.numel() == 0 or k.numel() == 0:
+        return NotImplemented
+    return _flash_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def flash_serves(q: Tensor) -> bool:
+    """Whether the flash kernels take these heads."""
+    sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
+    return sixteen_bits and q.shape[-1] % 8 == 0 and q.numel() > 0
+
+
+def torch_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+    """FlashAttention-2 as PyTorch ships it, on CUDA."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
+    out, lse, *_ = attend(q, k, v, 0.0, causal, False, scale=scale)
+    return as_projected(out), lse
+
+
+def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+    """cuDNN's attention through PyTorch."""
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    out, lse, *_ = attend(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return as_projected(out), lse.view(out.shape[:3])
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+    """The flash-attn package: its version 3 for Hopper where installed, else version 2."""
+    if find_spec("flash_attn_interface"):
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn import flash_attn_func
+    rows = (x.transpose(1, 2) for x in (q, k, v))  # (B, S, H, D)
+    out, lse, *_ = flash_attn_func(
+        *rows, softmax_scale=scale, causal=causal, return_attn_probs=True
+    )
+    return out.transpose(1, 2), lse
+
+
+# What CUDA can use beside Triton, by the names that prefer() takes.
+FLASH = {"torch_flash": torch_flash, "cudnn": torch_cudnn}
+if find_spec("flash_attn") or find_spec("flash_attn_interface"):
+    FLASH["flash_attn"] = flash_attn

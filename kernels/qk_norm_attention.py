@@ -1,0 +1,246 @@
+"""InternViT's attention: RMSNorm of q and k over all heads together, inside softmax attention.
+
+The norm spans all heads, so for a token it is one number, r = 1 / sqrt(mean(q**2) + eps), and
+
+    score_ij = scale * sum_d (r_i wq_d q_id) (r'_j wk_d k_jd) = r'_j * sum_d f_id k_jd
+    f_id = scale * r_i * wq_d * wk_d * q_id        rounded once to the input's dtype
+
+One small pass gives r and r'; the weights and r are folded into a tile of q when it is loaded; k
+goes to the matrix unit as it lies in memory, and r' multiplies columns of the fp32 scores. Normed
+q and k are never written, and rounding once where the published model rounds four times halves the
+error in bf16. Source: InternAttention in OpenGVLab/InternVL, modeling_intern_vit.py; the online
+softmax is FlashAttention-2's (arXiv 2307.08691).
+
+Tokens are 1 + patches: 257, 577, 677, 1025. In blocks of 64 keys that leaves one key in most
+cases, which is not worth a block: the online softmax starts from it (its score is a dot product in
+fp32) and only whole blocks remain, without masks. Of the query rows, what whole tiles leave over
+gets a tile of its own size, 16 rows for 257, in the same launch and beside the tiles whose K and V
+it shares: 272 rows are computed where 128-row tiles would take 384.
+
+The gradient. With kh = k * r', g = d loss / d f (from dS k) and h = d loss / d kh (from dS^T f):
+
+    dq = through the norm of wq * wk * scale * g      dk = through the norm of h
+    dwq = wk * scale * sum over tokens of g * q * r   dwk = the same with wq in place of wk
+
+so both weights need one sum. A token's reduction over all heads is a kernel of its own, one
+program a token, in a fixed order. qkv is (B, N, 3, H, D); H = 25, D = 128. Bound by operations:
+4 B N**2 H D forward and 2.5 times that backward.
+"""
+
+import torch
+from torch import Tensor
+
+from internvl_engine import reference
+
+from ._attention import (
+    FLASH,
+    empty_output,
+    flash_serves,
+    log_sum_exp,
+    lse_dtype,
+    needs_gradient,
+    scale_of,
+    sdpa_cpu,
+    sdpa_cpu_backward,
+)
+from ._autograd import gradient
+from ._library import define, triton_launcher
+from .rms_norm import rms_norm
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _normed_heads(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> Three:
+    """q, k, v (B, H, N, D); q and k normed by the operator rms_norm, which reads qkv in place."""
+    heads = qkv.shape[-2:]
+    q, k, v = qkv.unbind(2)
+    if q_weight is not None and k_weight is not None:
+        q = rms_norm(q.flatten(2), q_weight, eps).unflatten(2, heads)
+        k = rms_norm(k.flatten(2), k_weight, eps).unflatten(2, heads)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _saved(
+    qkv: Tensor, q_weight: Tensor | None, eps: float, lse: Tensor | None, saves: bool
+) -> tuple[Tensor, Tensor]:
+    """(lse, rstd (2, B, N)) as the gradient needs them, both empty where it will not be asked."""
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    if not saves or lse is None:
+        return qkv.new_empty(0, dtype=lse_dtype(qkv.dtype)), qkv.new_empty(0, dtype=wide)
+    if q_weight is None:
+        return lse.to(lse_dtype(qkv.dtype)), qkv.new_empty(0, dtype=wide)
+    q_and_k = qkv[:, :, :2].flatten(3).to(wide)
+    rstd = torch.rsqrt(q_and_k.square().mean(-1) + eps)
+    return lse.to(lse_dtype(qkv.dtype)), rstd.permute(2, 0, 1).contiguous()
+
+
+def qk_norm_attention_reference(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
+    saves: bool,
+) -> Three:  # fmt: skip
+    """The reference with what the gradient of another backend would need."""
+    out = reference.qk_norm_attention(qkv, q_weight, k_weight, eps, scale).contiguous()
+    lse = None
+    if saves:
+        q, k, _ = _normed_heads(qkv, q_weight, k_weight, eps)
+        lse = log_sum_exp(q, k, None, scale)
+    return out, *_saved(qkv, q_weight, eps, lse, saves)
+
+
+def qk_norm_attention_sdpa(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
+    saves: bool,
+) -> Three:  # fmt: skip
+    """On the CPU: the norms, then PyTorch's blocked attention."""
+    q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
+    found = sdpa_cpu(q, k, v, None, False, scale)
+    if found is NotImplemented:
+        return NotImplemented
+    out, lse = found
+    return out.transpose(1, 2).contiguous(), *_saved(qkv, q_weight, eps, lse, saves)
+
+
+def _flash_backend(attend):
+    def run(qkv, q_weight, k_weight, eps, scale, saves):
+        if not flash_serves(qkv):
+            return NotImplemented
+        out, lse = attend(*_normed_heads(qkv, q_weight, k_weight, eps), False, scale)
+        return out.transpose(1, 2).contiguous(), *_saved(qkv, q_weight, eps, lse, saves)
+
+    return run
+
+
+def qk_norm_attention_backward_sdpa(
+    grad: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    out: Tensor, lse: Tensor, rstd: Tensor, eps: float, scale: float,
+) -> Three:  # fmt: skip
+    """On the CPU: norms again, PyTorch's blocked gradient, and that of the norms."""
+    normed = _normed_heads(qkv, q_weight, k_weight, eps)
+    heads = (x.transpose(1, 2) for x in (grad, out))
+    found = sdpa_cpu_backward(next(heads), *normed, next(heads), lse, None, False, scale)
+    if found is NotImplemented:
+        return NotImplemented
+    d_qkv = torch.stack([x.transpose(1, 2) for x in found], dim=2)
+    if q_weight is None or k_weight is None:
+        return d_qkv, qkv.new_empty(0), qkv.new_empty(0)
+    d_weights = []
+    for part, weight in enumerate((q_weight, k_weight)):
+        d_part, d_weight = torch.ops.internvl.rms_norm_backward(
+            d_qkv[:, :, part].flatten(2), qkv[:, :, part].flatten(2), weight, eps
+        )
+        d_qkv[:, :, part] = d_part.view(qkv[:, :, part].shape)
+        d_weights.append(d_weight)
+    return d_qkv, *d_weights
+
+
+def _backward_reference(
+    grad: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    out: Tensor, lse: Tensor, rstd: Tensor, eps: float, scale: float,
+) -> Three:  # fmt: skip
+    def attend(qkv, q_weight, k_weight):
+        return reference.qk_norm_attention(qkv, q_weight, k_weight, eps, scale)
+
+    wanted = (0,) if q_weight is None else (0, 1, 2)
+    found = gradient(attend, wanted)(grad, qkv, q_weight, k_weight)
+    return found if q_weight is not None else (found, qkv.new_empty(0), qkv.new_empty(0))
+
+
+def _fake(qkv, q_weight, k_weight, eps, scale, saves) -> Three:
+    B, N, _, H, D = qkv.shape
+    rstd = (2, B, N) if saves and q_weight is not None else 0
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    _, lse = empty_output(qkv.new_empty((B, H, N, D)), saves)
+    return qkv.new_empty((B, N, H, D)), lse, qkv.new_empty(rstd, dtype=wide)
+
+
+def _save(ctx, inputs: tuple, output: Three) -> None:
+    qkv, q_weight, k_weight, ctx.eps, ctx.scale, saves = inputs
+    assert saves or not qkv.requires_grad, "called for a gradient with saves=False"
+    out, lse, rstd = output
+    ctx.mark_non_differentiable(lse, rstd)
+    ctx.save_for_backward(qkv, q_weight, k_weight, out, lse, rstd)
+
+
+def _backward(ctx, grad: Tensor, *_) -> tuple:
+    d_qkv, d_q_weight, d_k_weight = _qk_norm_attention_backward(
+        grad, *ctx.saved_tensors, ctx.eps, ctx.scale
+    )
+    none = ctx.saved_tensors[1] is None
+    return d_qkv, None if none else d_q_weight, None if none else d_k_weight, None, None, None
+
+
+_qk_norm_attention = define(
+    "qk_norm_attention(Tensor qkv, Tensor? q_weight, Tensor? k_weight, float eps, float scale, "
+    "bool saves) -> (Tensor, Tensor, Tensor)",
+    reference=qk_norm_attention_reference,
+    fake=_fake,
+    cpu={"sdpa": qk_norm_attention_sdpa},
+    cuda={
+        "triton": triton_launcher("qk_norm_attention"),
+        **{name: _flash_backend(attend) for name, attend in FLASH.items()},
+    },
+    backward=(_backward, _save),
+    lower_in_autocast=True,
+)
+
+_qk_norm_attention_backward = define(
+    "qk_norm_attention_backward(Tensor grad, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor out, Tensor lse, Tensor rstd, float eps, float scale) -> (Tensor, Tensor, Tensor)",
+    reference=_backward_reference,
+    fake=lambda grad, qkv, q_weight, k_weight, *rest: (
+        qkv.new_empty(qkv.shape),
+        *(qkv.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight)),
+    ),
+    cpu={"sdpa": qk_norm_attention_backward_sdpa},
+    cuda={"triton": triton_launcher("qk_norm_attention", "qk_norm_attention_backward_triton")},
+)
+
+
+def qk_norm_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float = 1e-6,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention over qkv, with q and k normed over all heads together.
+
+    Args:
+        qkv: (B, N, 3, H, D), D up to 128 for the kernels; the last two dimensions contiguous, else
+            it is copied. float32, float16 or bfloat16; float64 runs the reference.
+        q_weight, k_weight: (H * D,), of the dtype of qkv, or float32 (then q, k and v are computed
+            in float32, as PyTorch promotes them, which is slow: cast the weights). None, both, for
+            attention without norms.
+        eps: added to the mean squares.
+        scale: of the scores; None is D ** -0.5.
+
+    Returns:
+        (B, N, H, D), contiguous, of the dtype to which qkv and the weights promote.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, only one weight is given, or scale is not positive.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"qk_norm_attention: qkv must be (B, N, 3, H, D), got {tuple(qkv.shape)}"
+        )
+    width = qkv.shape[-2] * qkv.shape[-1]
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("qk_norm_attention: give q_weight and k_weight, or neither")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and (
+            weight.shape != (width,) or weight.dtype not in (qkv.dtype, torch.float32)
+        ):
+            raise ValueError(
+                f"qk_norm_attention: {name} must be {qkv.dtype} or float32, of shape ({width},) to "
+                f"go with qkv of shape {tuple(qkv.shape)}, got {weight.dtype} of shape "
+                f"{tuple(weight.shape)}"
+            )
+    if q_weight is not None and not torch.is_autocast_enabled(qkv.device.type):
+        dtype = torch.promote_types(q_weight.dtype, k_weight.dtype)
+        qkv, q_weight, k_weight = (x.to(dtype) for x in (qkv, q_weight, k_weight))
+    saves = needs_gradient(qkv, q_weight, k_weight)
+    scale = scale_of(scale, qkv.shape[-1])
+    return _qk_norm_attention(qkv, q_weight, k_weight, eps, scale, saves)[0]
