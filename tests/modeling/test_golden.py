@@ -33,6 +33,15 @@ def finish(request):
     return finished
 
 
+@pytest.fixture(autouse=True)
+def not_for_bf16(request):
+    """Published bf16 outputs are 0.9998 by cosine from the truth themselves; a fused model rounds
+    elsewhere, and tests/test_accelerate.py compares both with the truth."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters and "accelerated" in parameters.id and "bf16" in parameters.id:
+        pytest.skip("accelerated bf16 is compared with the truth in tests/test_accelerate.py")
+
+
 @pytest.fixture
 def build(finish):
     """The case's model in its dtype and in eval mode; every weight is loaded strictly."""

@@ -1,0 +1,197 @@
+"""Puts the fused modules into a model, says what it did, and takes them out again.
+
+Modules are recognised by their structure (the names and shapes of what they hold), so our eager
+model, copies of the published code and transformers' own InternViT and LLaMA are all served.
+Instances are replaced, never classes; the loops, masks and caches around them stay.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .fused import (
+    FusedAttentionPooling,
+    FusedDecoderLayer,
+    FusedLlamaMLP,
+    FusedModule,
+    FusedRMSNorm,
+    FusedTransformersVisionLayer,
+    FusedVisionLayer,
+)
+from .fused.base import Handoff
+from .fused.qllama import Constants, NormalizedImage
+
+# The first that claims a module gets it; what is inside a fused module is its own business.
+FUSED: tuple[type[FusedModule], ...] = (
+    FusedVisionLayer,
+    FusedTransformersVisionLayer,
+    FusedDecoderLayer,
+    FusedAttentionPooling,
+    FusedLlamaMLP,
+    FusedRMSNorm,
+)
+MODES = ("inference", "training")
+
+
+@dataclass
+class Entry:
+    """One module that `accelerate` knows: where it is, what became of it, and why."""
+
+    name: str
+    kind: str
+    fused: str | None
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """What `accelerate` did to a model; `print` it, or take it back with `undo()`."""
+
+    mode: str
+    entries: list[Entry] = field(default_factory=list)
+    _replaced: list[tuple[nn.Module, str, FusedModule]] = field(default_factory=list, repr=False)
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the modules that are fused now."""
+        return [entry.name for entry in self.entries if entry.fused]
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Names of known modules that stayed eager, and the reasons."""
+        return {entry.name: entry.reason for entry in self.entries if not entry.fused}
+
+    def undo(self) -> None:
+        """Puts the original modules back, with the bits of every weight as they were."""
+        for parent, name, fused in reversed(self._replaced):
+            eager = fused.release()
+            if parent._modules.get(name) is fused:
+                parent._modules[name] = eager
+        self._replaced.clear()
+        self.entries.clear()
+
+    def __str__(self) -> str:
+        lines = [f"accelerate: {len(self.replaced)} modules fused for {self.mode}"]
+        groups: dict[tuple[str, str, str], int] = {}
+        for entry in self.entries:
+            key = (entry.kind, entry.fused or "kept", entry.reason)
+            groups[key] = groups.get(key, 0) + 1
+        for (kind, fused, reason), count in groups.items():
+            lines.append(f"  {count:4} x {kind} -> {fused}" + (f": {reason}" if reason else ""))
+        return "\n".join(lines)
+
+
+def accelerate(
+    model: nn.Module, mode: str = "inference", *, compile: bool = False, strict: bool = False
+) -> Report:
+    """Replaces the modules of a model that have a fused form, in place.
+
+    Inference merges the weights of neighbouring products and packs them for the CPU; they are
+    constants then, held once, and `state_dict()`, saving, copying and `undo()` give the published
+    tensors. Training leaves every parameter as it is. What a fused module cannot serve (attention
+    probabilities, hooks inside it) its eager module computes. Calling it again changes nothing.
+
+    Args:
+        model: any module: ours, the published one, one with an InternViT or a LLaMA inside.
+        mode: "inference" or "training".
+        compile: also compile every replaced layer with torch.compile (fullgraph, any batch size).
+        strict: fail, and change nothing, where a known module would have to stay eager.
+
+    Returns:
+        A Report of every module that was replaced or kept, and why.
+
+    Raises:
+        ValueError: mode is unknown, the model itself has a fused form and no parent to be replaced
+            in, or with strict, a known module cannot be replaced.
+    """
+    if mode not in MODES:
+        raise ValueError(f"accelerate: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if any(kind.claims(model) for kind in FUSED):
+        raise ValueError(
+            f"accelerate: give the model around this {type(model).__name__}; a module is replaced "
+            "in its parent"
+        )
+    found = list(_find(model, ""))
+    report = Report(mode, [entry for _, _, entry in found])
+    if strict and report.kept:
+        name, reason = next(iter(report.kept.items()))
+        raise ValueError(
+            f"accelerate: {len(report.kept)} modules cannot be replaced; {name}: {reason}"
+        )
+    classes = {kind.__name__: kind for kind in FUSED}
+    for parent, attribute, entry in found:
+        child = parent._modules[attribute]
+        if entry.fused and not isinstance(child, FusedModule):
+            fused = classes[entry.fused](child, mode == "inference")
+            fused.prepare()
+            parent._modules[attribute] = fused
+            report._replaced.append((parent, attribute, fused))
+            if compile:
+                fused.compile(fullgraph=True, dynamic=True)
+    _link(model)
+    return report
+
+
+def _find(parent: nn.Module, prefix: str):
+    """(parent, attribute, Entry) of every known module below, outermost first."""
+    for attribute, child in parent.named_children():
+        name = f"{prefix}{attribute}"
+        if isinstance(child, FusedModule):
+            yield (
+                parent,
+                attribute,
+                Entry(name, type(child.eager).__name__, type(child).__name__, "already fused"),
+            )
+            continue
+        kind = next((kind for kind in FUSED if kind.claims(child)), None)
+        reason = None if kind is None else _offloaded(child) or kind.objection(child)
+        if kind is not None and reason is None:
+            yield parent, attribute, Entry(name, type(child).__name__, kind.__name__)
+            continue
+        if kind is not None:
+            yield parent, attribute, Entry(name, type(child).__name__, None, reason or "")
+            if _offloaded(child):
+                continue
+        yield from _find(child, f"{name}.")
+
+
+def _offloaded(module: nn.Module) -> str | None:
+    if any(hasattr(m, "_hf_hook") for m in module.modules()):
+        return "its weights are moved in and out by hooks (device_map)"
+    if any(p.is_meta for p in module.parameters()):
+        return "its weights are on the meta device"
+    return None
+
+
+def _link(model: nn.Module) -> None:
+    """Lets every layer leave the next one's norm, and layers share what is the same for all."""
+    for loop in model.modules():
+        for layers in (m for m in loop.children() if isinstance(m, nn.ModuleList)):
+            _link_layers(loop, list(layers))
+    tokens = getattr(model, "query_tokens", None)
+    first = next((m for m in model.modules() if isinstance(m, FusedDecoderLayer)), None)
+    if isinstance(tokens, torch.Tensor) and first is not None and first.layer_idx == 0:
+        first.constants = Constants(model)
+
+
+def _link_layers(loop: nn.Module, layers: list[nn.Module]) -> None:
+    image = NormalizedImage()
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        if isinstance(layer, FusedDecoderLayer):
+            layer.share_image(image)
+        norm = None
+        if isinstance(layer, FusedDecoderLayer) and isinstance(following, FusedDecoderLayer):
+            norm = following.input_layernorm
+        elif isinstance(layer, FusedVisionLayer) and isinstance(following, FusedVisionLayer):
+            norm = getattr(following, following.NORMS[0])
+        elif isinstance(layer, FusedDecoderLayer) and following is None:
+            following = getattr(loop, "norm", None)
+            norm = following.eager if isinstance(following, FusedRMSNorm) else None
+        if norm is not None:
+            handoff = Handoff(norm, loop)
+            layer.after = handoff
+            if isinstance(following, FusedRMSNorm):
+                following.handoff = handoff
+            else:
+                following.before = handoff

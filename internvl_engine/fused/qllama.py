@@ -1,0 +1,296 @@
+"""The layers of QLLaMA on the fused operators.
+
+    q, k, v = n Wqkv                         one product; n comes from the layer before
+    q, k = rotary(q, k)                      with the cache's write, where it is a KVCache
+    n, h = add_rms_norm(attention Wo, h)     residual and the next norm in one pass
+    cross-attention                          image states normalised once for all layers
+    n', h = add_rms_norm(swiglu(n Wgu) Wd, h)
+
+What is merged, packed or handed on: projection.py and base.py.
+"""
+
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .. import kernels
+from ..modeling.masks import AttentionMask
+from ..modeling.qllama import LlamaAttention, LlamaCrossAttention, LlamaDecoderLayer
+from ..modeling.qllama_layers import split_heads
+from .base import FusedModule, Handoff
+from .norm import add_normalize, normalize
+from .projection import Projection, state_of, version_of
+
+MAX_HEAD_DIM = 128
+
+
+class FusedLlamaMLP(FusedModule):
+    """In place of any LLaMA's MLP: down(silu(gate(x)) * up(x)), gate and up as one product."""
+
+    def __init__(self, eager: nn.Module, inference: bool) -> None:
+        super().__init__(eager, inference)
+        self._gate_up = Projection(eager, "gate_proj", "up_proj", inference=inference)
+        self._down = Projection(eager, "down_proj", inference=inference)
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+        return all(hasattr(module, name) for name in names)
+
+    @classmethod
+    def objection(cls, module: nn.Module) -> str | None:
+        if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+            return f"its activation is {type(module.act_fn).__name__}, not SiLU"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_watched:
+            return self.eager.forward(x)
+        return self._down(self._gate_up(x, "swiglu"))
+
+
+class FusedDecoderLayer(FusedModule):
+    """In place of our LlamaDecoderLayer, with or without cross-attention."""
+
+    before: Handoff | None = None  # from the layer before, and to the layer after
+    after: Handoff | None = None
+
+    def __init__(self, eager: nn.Module, inference: bool) -> None:
+        super().__init__(eager, inference)
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self._qkv = Projection(eager, *names, inference=inference)
+        self._o = Projection(eager, "self_attn.o_proj", inference=inference)
+        self._gate_up = Projection(eager, "mlp.gate_proj", "mlp.up_proj", inference=inference)
+        self._down = Projection(eager, "mlp.down_proj", inference=inference)
+        self._cross = eager.cross_attn and _CrossAttention(eager.cross_attn, inference)
+        self.constants: Constants | None = None  # of the first layer of a model with query tokens
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        return isinstance(module, LlamaDecoderLayer)
+
+    @classmethod
+    def objection(cls, module: nn.Module) -> str | None:
+        if type(module.self_attn) is not LlamaAttention:
+            return "its attention was replaced"
+        if module.self_attn.head_dim > MAX_HEAD_DIM or module.self_attn.head_dim % 8:
+            return f"its heads are {module.self_attn.head_dim} wide; the kernels take up to 128"
+        return FusedLlamaMLP.objection(module.mlp)
+
+    def projections(self) -> list[Projection]:
+        own = super().projections()
+        return own + (self._cross.projections() if self._cross is not None else [])
+
+    def share_image(self, image: "NormalizedImage") -> None:
+        """Takes part in normalising the image states once for all layers."""
+        if self._cross is not None:
+            self._cross.image = image
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | AttentionMask | None = None,
+        position_ids: Tensor | None = None,
+        past_key_value: Cache | None = None,
+        output_attentions: bool = False,
+        vision_hidden_states: Tensor | None = None,
+        repeat_time: int = 1,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As LlamaDecoderLayer.forward, which runs where probabilities are asked for."""
+        if output_attentions or self.is_watched or position_embeddings is None:
+            return self.eager.forward(
+                hidden_states, attention_mask, position_ids, past_key_value, output_attentions,
+                vision_hidden_states, repeat_time, position_embeddings,
+            )  # fmt: skip
+        past = past_key_value.get_seq_length(self.layer_idx) if past_key_value is not None else 0
+        queries = min(self.num_query_token - past, hidden_states.shape[1])
+        crosses = self._cross is not None and vision_hidden_states is not None and queries > 0
+        norm = self.post_attention_layernorm
+        if crosses and queries == hidden_states.shape[1]:
+            norm = self._cross.norm1
+        normed, hidden = self._self_attend_once(
+            hidden_states, attention_mask, position_ids, past_key_value, position_embeddings, norm
+        )
+        if crosses:
+            normed, hidden = self._cross_attend(
+                normed, hidden, queries, vision_hidden_states, repeat_time
+            )
+        update = self._down(self._gate_up(normed, "swiglu"))
+        if self.after is None or not self.after.is_open:
+            return hidden + update, None
+        normed, hidden = add_normalize(update, hidden, None, self.after.norm)
+        self.after.put(hidden, normed)
+        return hidden, None
+
+    def _self_attend_once(
+        self,
+        hidden: Tensor,
+        mask: Tensor | AttentionMask | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        tables: tuple[Tensor, Tensor],
+        norm: nn.Module,
+    ) -> tuple[Tensor, Tensor]:
+        """As `_self_attend`; once and for all where hidden is the model's constant queries."""
+        constants = self.constants
+        if constants is not None and cache is None and constants.are(hidden, mask):
+            weights = self._state_of_weights(norm)
+            if weights is not None:
+                return constants.get(
+                    hidden.shape[0],
+                    weights,
+                    lambda one: self._self_attend(one, None, position_ids[:1], None, tables, norm),
+                )
+        return self._self_attend(hidden, mask, position_ids, cache, tables, norm)
+
+    def _state_of_weights(self, norm: nn.Module) -> tuple | None:
+        """What changes when a weight of the self-attention does; None where nobody can tell."""
+        linears = [*self._qkv.linears(), *self._o.linears()]
+        states = [state_of(linear) for linear in linears]
+        if None in states:
+            return None
+        return (*states, *(version_of(each.weight) for each in (self.input_layernorm, norm)))
+
+    def _self_attend(
+        self,
+        hidden: Tensor,
+        mask: Tensor | AttentionMask | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        tables: tuple[Tensor, Tensor],
+        norm: nn.Module,
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(h), h) of h = hidden + self-attention."""
+        normed = None if self.before is None else self.before.take(hidden)
+        if normed is None:
+            normed = normalize(self.input_layernorm, hidden)
+        heads = self.self_attn.num_heads
+        q, k, v = (split_heads(x, heads) for x in self._qkv(normed).chunk(3, dim=-1))
+        if hasattr(cache, "rotary_append"):
+            q, k, v = cache.rotary_append(q, k, v, *tables, position_ids, self.layer_idx)
+        else:
+            q, k = kernels.rotary(q, k, *tables, position_ids)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer_idx)
+        output = self._o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return add_normalize(output, hidden, None, norm)
+
+    def _cross_attend(
+        self, normed: Tensor, hidden: Tensor, queries: int, image: Tensor, repeat_time: int
+    ) -> tuple[Tensor, Tensor]:
+        """(post_attention_layernorm(h), h) after the first `queries` positions read the image."""
+        norm = self.post_attention_layernorm
+        if queries == hidden.shape[1]:  # normed is the cross-attention's own
+            return add_normalize(self._cross(normed, image, repeat_time), hidden, None, norm)
+        states = hidden[:, :queries]
+        states = states + self._cross(normalize(self._cross.norm1, states), image, repeat_time)
+        hidden = torch.cat((states, hidden[:, queries:]), dim=1)
+        return normalize(norm, hidden), hidden
+
+
+class _CrossAttention:
+    """The cross-attention inside a fused layer: what LlamaCrossAttention does after its norm1."""
+
+    def __init__(self, eager: LlamaCrossAttention, inference: bool) -> None:
+        self.norm1, self.norm2 = eager.norm1, eager.norm2
+        self.num_heads = eager.num_heads
+        self.image: NormalizedImage | None = None
+        self._q = Projection(eager, "q_proj", inference=inference)
+        self._kv = Projection(eager, "k_proj", "v_proj", inference=inference)
+        self._o = Projection(eager, "o_proj", inference=inference)
+
+    def projections(self) -> list[Projection]:
+        return [self._q, self._kv, self._o]
+
+    def __call__(self, normed: Tensor, image: Tensor, repeat_time: int) -> Tensor:
+        q = split_heads(self._q(normed), self.num_heads)
+        if self.image is not None and self.norm2.weight.dtype == image.dtype:
+            states = self.image.of(image, self.norm2.variance_epsilon) * self.norm2.weight
+        else:
+            states = normalize(self.norm2, image)
+        k, v = (split_heads(x, self.num_heads) for x in self._kv(states).chunk(2, dim=-1))
+        output = kernels.cross_attention(q, k, v)
+        return self._o(output.transpose(1, 2).flatten(2))
+
+
+class NormalizedImage:
+    """The image states divided by their root mean square, once for all cross-attention layers.
+
+    Each layer then applies its own weight, which gives the very bits of its own RMSNorm; folding
+    the weights into the K and V projections would save that product but lose the published bits.
+    """
+
+    def __init__(self) -> None:
+        self._image: weakref.ref[Tensor] | None = None
+        self._normed: Tensor | None = None
+
+    def of(self, image: Tensor, eps: float) -> Tensor:
+        """image (B, N, C_v) over its root mean square; the same tensor again costs nothing."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # each layer its own graph
+            return kernels.rms_norm(image, image.new_ones(image.shape[-1]), eps)
+        if self._image is None or self._image() is not image or self._normed is None:
+            self._normed = kernels.rms_norm(image, image.new_ones(image.shape[-1]), eps)
+            self._image = weakref.ref(image, self._forget)
+        return self._normed
+
+    def _forget(self, image: weakref.ref[Tensor]) -> None:
+        if self._image is image:
+            self._image = self._normed = None
+
+    def __reduce__(self) -> tuple[type["NormalizedImage"], tuple]:
+        return NormalizedImage, ()  # copies and pickles remember nothing
+
+
+class Constants:
+    """The first layer's self-attention over the query tokens, which no image has reached yet."""
+
+    def __init__(self, owner: nn.Module, name: str = "query_tokens") -> None:
+        self.owner = owner
+        self.name = name
+        self._key: tuple = ()
+        self._value: tuple[Tensor, Tensor] | None = None
+
+    def are(self, hidden: Tensor, mask: Tensor | AttentionMask | None) -> bool:
+        """Whether hidden is nothing but the query tokens, for any number of images."""
+        tokens = getattr(self.owner, self.name)
+        is_open = mask is None or (isinstance(mask, AttentionMask) and mask.is_open)
+        return (
+            is_open
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and hidden.data_ptr() == tokens.data_ptr()
+            and hidden.shape[1:] == tokens.shape[1:]
+            and (hidden.stride(0) == 0 or hidden.shape[0] == 1)
+        )
+
+    def get(
+        self, batch: int, weights: tuple, compute: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """What compute makes of the tokens, for every image; anew when they or weights change."""
+        tokens = getattr(self.owner, self.name)
+        key = (version_of(tokens), weights)
+        if self._value is None or self._key != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._key, self._value = key, compute(tokens.detach())
+        normed, hidden = (x.expand(batch, -1, -1) for x in self._value)
+        return normed, hidden
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Constants":
+        return Constants(deepcopy(self.owner, memo), self.name)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | AttentionMask | None) -> Tensor:
+    """Self-attention under a described or a ready mask: q (B, H, S, D) to (B, H, S, D)."""
+    if mask is None:
+        return kernels.attention(q, k, v)
+    if isinstance(mask, AttentionMask):
+        kind = "full" if mask.is_open else mask.kind
+        return kernels.attention(q, k, v, kind, mask.prefix, mask.visible)
+    mask = mask.clamp(min=torch.finfo(q.dtype).min)
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask)

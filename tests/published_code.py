@@ -1,0 +1,163 @@
+"""Modules named, shaped and called as the published remote code's, written from its description.
+
+Only what `accelerate` must recognise in a foreign model; no class of internvl_engine is used.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.variance_epsilon = eps
+
+    def forward(self, x):
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(x.dtype)
+
+
+class InternRMSNorm(RMSNorm):
+    pass
+
+
+class LlamaRMSNorm(RMSNorm):
+    pass
+
+
+class InternAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.num_heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.q_norm, self.k_norm = InternRMSNorm(width), InternRMSNorm(width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(batch, tokens, self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
+        attention = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
+        x = (attention @ v).transpose(1, 2).reshape(batch, tokens, width)
+        return self.proj_drop(self.proj(x))
+
+
+class InternMLP(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.act = nn.GELU()
+        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class InternVisionEncoderLayer(nn.Module):
+    def __init__(self, width, heads, inner):
+        super().__init__()
+        self.attn, self.mlp = InternAttention(width, heads), InternMLP(width, inner)
+        self.norm1, self.norm2 = InternRMSNorm(width), InternRMSNorm(width)
+        self.ls1 = nn.Parameter(torch.rand(width))
+        self.ls2 = nn.Parameter(torch.rand(width))
+        self.drop_path1 = self.drop_path2 = nn.Identity()
+
+    def forward(self, hidden_states):
+        hidden = hidden_states
+        hidden = hidden + self.drop_path1(self.attn(self.norm1(hidden)) * self.ls1)
+        return hidden + self.drop_path2(self.mlp(self.norm2(hidden)) * self.ls2)
+
+
+class InternVisionEncoder(nn.Module):
+    def __init__(self, layers, *sizes):
+        super().__init__()
+        self.layers = nn.ModuleList(InternVisionEncoderLayer(*sizes) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """With a tuple for a cache and a tuple for a result, as code of its time has it."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.self_attn = nn.Linear(width, width, bias=False)  # stands for any attention
+        self.mlp = LlamaMLP(width, inner)
+        self.input_layernorm = LlamaRMSNorm(width)
+        self.post_attention_layernorm = LlamaRMSNorm(width)
+
+    def forward(self, hidden_states, past_key_value=None, use_cache=False):
+        hidden = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
+        return (hidden + self.mlp(self.post_attention_layernorm(hidden)), past_key_value)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width, heads, out):
+        super().__init__()
+        self.num_heads, self.scale = heads, (width // heads) ** -0.5
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.q_bias, self.k_bias, self.v_bias = (nn.Parameter(torch.randn(width)) for _ in range(3))
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.proj = nn.Linear(width, out)
+
+    def forward(self, x, k, v):
+        q, k, v = (
+            F.linear(t, linear.weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for t, linear, bias in (
+                (x, self.q, self.q_bias), (k, self.k, self.k_bias), (v, self.v, self.v_bias)
+            )
+        )  # fmt: skip
+        x = (((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(x))
+
+
+class AttentionPoolingBlock(nn.Module):
+    def __init__(self, width, heads, out):
+        super().__init__()
+        self.norm1_q, self.norm1_k, self.norm1_v = (nn.LayerNorm(width) for _ in range(3))
+        for norm in (self.norm1_q, self.norm1_k, self.norm1_v):
+            nn.init.normal_(norm.weight, 1.0)
+            nn.init.normal_(norm.bias)
+        self.cross_attn = CrossAttention(width, heads, out)
+
+    def forward(self, x):
+        query = self.norm1_q(x.mean(1, keepdim=True))
+        return self.cross_attn(query, self.norm1_k(x), self.norm1_v(x)).squeeze(1)
+
+
+class InternVLModel(nn.Module):
+    """Tower, pooler and decoder layers, enough to see every kind of module."""
+
+    def __init__(self, width=48, heads=3, inner=96, layers=3):
+        super().__init__()
+        self.encoder = InternVisionEncoder(layers, width, heads, inner)
+        self.clip_projector = AttentionPoolingBlock(width, 4, 24)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(width, inner) for _ in range(layers))
+        self.norm = LlamaRMSNorm(width)
+
+    def forward(self, x):
+        x = self.encoder(x)
+        pooled = self.clip_projector(x)
+        for layer in self.layers:
+            x = layer(x)[0]
+        return pooled, self.norm(x)

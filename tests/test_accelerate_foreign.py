@@ -1,0 +1,108 @@
+"""`accelerate` on models that are not ours."""
+
+import copy
+
+import published_code
+import pytest
+import torch
+
+from internvl_engine.accelerate import accelerate
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_the_published_code():
+    torch.manual_seed(0)
+    model, x = published_code.InternVLModel().eval(), torch.randn(2, 17, 48)
+    state = copy.deepcopy(model.state_dict())
+    expected = model(x)
+    report = accelerate(model, strict=True)
+    kinds = [entry.fused for entry in report.entries]
+    assert kinds.count("FusedVisionLayer") == 3 and kinds.count("FusedAttentionPooling") == 1
+    assert kinds.count("FusedLlamaMLP") == 3 and kinds.count("FusedRMSNorm") == 2 * 3 + 1
+    for ours, theirs in zip(model(x), expected, strict=True):
+        close(ours, theirs)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    report.undo()
+    assert all(type(m).__module__.startswith(("published", "torch")) for m in model.modules())
+    assert torch.equal(model(x)[1], expected[1])
+
+
+def vision_tower(**changes):
+    modeling = pytest.importorskip("transformers.models.internvl.modeling_internvl")
+    from transformers import InternVLVisionConfig
+
+    torch.manual_seed(0)
+    fields = {
+        "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96,
+        "num_hidden_layers": 3, "image_size": (28, 28), "patch_size": (7, 7),
+        "norm_type": "rms_norm", "use_qk_norm": True,
+    }  # fmt: skip
+    return modeling.InternVLVisionModel(InternVLVisionConfig(**(fields | changes))).eval()
+
+
+@pytest.mark.parametrize("qk_norm, bias", [(True, False), (False, True)])
+@torch.no_grad()
+def test_transformers_vision_tower(qk_norm, bias):
+    model = vision_tower(use_qk_norm=qk_norm, attention_bias=bias)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    x = torch.randn(2, 3, 28, 28)
+    expected = model(x).last_hidden_state
+    state = copy.deepcopy(model.state_dict())
+    report = accelerate(model, strict=True)
+    assert [e.fused for e in report.entries] == ["FusedTransformersVisionLayer"] * 3
+    close(model(x).last_hidden_state, expected)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    report.undo()
+    assert torch.equal(model(x).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_transformers_vision_tower_trains(recompute):
+    model = vision_tower()
+    fused = copy.deepcopy(model)
+    accelerate(fused, "training")
+    x, gradients = torch.randn(2, 3, 28, 28), []
+    for one in (model, fused):
+        one.train()
+        if recompute:
+            one.gradient_checkpointing_enable()
+        one(x).last_hidden_state.square().sum().backward()
+        gradients.append([p.grad for p in one.parameters() if p.grad is not None])
+    for ours, theirs in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_layer_norm_towers_keep_their_layers():
+    model = vision_tower(norm_type="layer_norm")
+    x = torch.randn(1, 3, 28, 28)
+    expected = model(x).last_hidden_state
+    report = accelerate(model)
+    assert set(report.kept.values()) == {"its norms are not RMSNorm"}
+    close(model(x).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_transformers_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 61, (2, 9))
+    expected = model(ids).logits
+    report = accelerate(model, strict=True)
+    kinds = [entry.fused for entry in report.entries]
+    assert kinds.count("FusedLlamaMLP") == 3 and kinds.count("FusedRMSNorm") == 7
+    close(model(ids).logits, expected)
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+    report.undo()
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
