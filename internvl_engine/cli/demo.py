@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 QUESTIONS = {"colour": "what colour is it?", "digit": "what digit is it?"}
 MODES: "tuple[Mode, ...]" = ("c", "g")
 BATCH = 90
+SHOWN = 8  # pictures of every search
 NEW_TOKENS = 8  # the longest of its captions has 4 words
 
 
@@ -136,15 +137,17 @@ def _classify(engine: "InternVL", pictures: list[Picture], mode: "Mode") -> None
 def _search(
     engine: "InternVL", images: "list[Image]", queries: list[str]
 ) -> dict[str, list[tuple[int, float]]]:
-    """The eight nearest pictures of every query, through an index on disk."""
+    """The nearest pictures of every query, through an index on disk."""
     with tempfile.TemporaryDirectory() as folder:
         for place, image in enumerate(images):
             image.save(Path(folder) / f"{place}.png", compress_level=1)
-        engine.index(folder, batch_size=BATCH)
-        return {
-            query: [(int(Path(hit.path).stem), hit.score) for hit in engine.search(query, 8)]
-            for query in queries
-        }
+        index = engine.index(folder, batch_size=BATCH)
+        vectors = engine.encode_text(queries).cpu()
+        found = [index.search(engine, vector, SHOWN) for vector in vectors]
+    return {
+        query: [(int(Path(hit.path).stem), hit.score) for hit in hits]
+        for query, hits in zip(queries, found, strict=True)
+    }
 
 
 def _accuracy(

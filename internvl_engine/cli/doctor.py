@@ -77,9 +77,10 @@ def machine(engine: "Embedder") -> dict[str, Any]:
     import torch
 
     kind = engine.device.type
-    name = torch.cuda.get_device_name(engine.device) if kind == "cuda" else processor_name()
+    threads = torch.get_num_threads()
+    cpu = f"{processor_name()}, {threads} thread{'s' * (threads > 1)}"
     return {
-        "device": name if kind == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(engine.device) if kind == "cuda" else cpu,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
