@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .tasks.classify import Prediction
     from .tasks.index import FolderIndex, Hit
 
-ACCELERATE = False  # until the fused modules are complete
+ACCELERATE = True  # until the fused modules are complete
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
@@ -180,6 +180,6 @@ def _accelerated(model: "InternVLModel") -> Any:
     """Swaps in the fused modules; returns the report, None while `ACCELERATE` is off."""
     if not ACCELERATE:
         return None
-    from .accelerate import accelerate
+    from .acceleration import accelerate
 
     return accelerate(model)

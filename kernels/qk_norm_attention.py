@@ -164,10 +164,9 @@ def _save(ctx, inputs: tuple, output: Three) -> None:
 
 
 def _backward(ctx, grad: Tensor, *_) -> tuple:
-    d_qkv, d_q_weight, d_k_weight = _qk_norm_attention_backward(
-        grad, *ctx.saved_tensors, ctx.eps, ctx.scale
-    )
-    none = ctx.saved_tensors[1] is None
+    saved = ctx.saved_tensors  # to be read once: recomputation lets go of them
+    d_qkv, d_q_weight, d_k_weight = _qk_norm_attention_backward(grad, *saved, ctx.eps, ctx.scale)
+    none = saved[1] is None
     return d_qkv, None if none else d_q_weight, None if none else d_k_weight, None, None, None
 
 

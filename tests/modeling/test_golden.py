@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from internvl_engine.accelerate import accelerate
+from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVisionConfig, InternVLConfig
 from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G, InternVLModel
 from internvl_engine.modeling.masks import stage2_mask
@@ -36,10 +36,10 @@ def finish(request):
 @pytest.fixture(autouse=True)
 def not_for_bf16(request):
     """Published bf16 outputs are 0.9998 by cosine from the truth themselves; a fused model rounds
-    elsewhere, and tests/test_accelerate.py compares both with the truth."""
+    elsewhere, and tests/test_acceleration.py compares both with the truth."""
     parameters = getattr(request.node, "callspec", None)
     if parameters and "accelerated" in parameters.id and "bf16" in parameters.id:
-        pytest.skip("accelerated bf16 is compared with the truth in tests/test_accelerate.py")
+        pytest.skip("accelerated bf16 is compared with the truth in tests/test_acceleration.py")
 
 
 @pytest.fixture

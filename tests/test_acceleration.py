@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from internvl_engine.accelerate import accelerate
+from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.fused import FusedModule
 from internvl_engine.modeling import InternVL_G

@@ -6,7 +6,7 @@ import published_code
 import pytest
 import torch
 
-from internvl_engine.accelerate import accelerate
+from internvl_engine.acceleration import accelerate
 
 
 def close(actual, expected):
