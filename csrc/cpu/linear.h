@@ -26,10 +26,10 @@ constexpr int kTileRows = 14;  // 28 of 32 registers hold sums
 #else
 constexpr int kTileRows = 6;  // 12 of 16
 #endif
-constexpr int64_t kBlockTiles = 168 / kTileRows;  // tiles of x that stay in L2 together
-constexpr int64_t kGroupPanels = 8;               // panels whose sums stay in L2 together
+constexpr int64_t kBlockTiles = 140 / kTileRows;  // tiles of x that stay in L2 together
+constexpr int64_t kGroupPanels = 16;              // panels whose sums stay in L2 together
 constexpr int64_t kPackedRows = 1024;             // rows of x packed at a time: bounds the workspace
-constexpr int64_t kFewTiles = 8;                  // below this, reading the weights takes the time
+constexpr int64_t kFewTiles = 6;                  // below this, reading the weights takes the time
 
 // How T is multiplied: kDepth columns of C a step, Word what a panel holds of them, chain() the steps of
 // one chain of sums, which a block of x and of a panel spans. MKL has shorter ones where C is small.
@@ -60,7 +60,7 @@ struct Step {
 template <>
 struct Step<bf16> {
   static constexpr int kDepth = 2;
-  static int64_t chain(int64_t) { return 512; }
+  static int64_t chain(int64_t) { return 320; }
   struct Word {
     bf16 pair[2];
   };
