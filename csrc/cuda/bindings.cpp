@@ -1,7 +1,7 @@
 // The module internvl_engine._native_cuda. Addresses are device memory; `stream` is a cudaStream_t.
-// dtype is 0 for float32, 1 for bfloat16, 2 for float16; tuples are explained in arguments.h.
+// dtype is 0 for float32, 1 for bfloat16, 2 for float16; tuples are explained in bindings_arguments.h.
 
-#include "../arguments.h"
+#include "../bindings_arguments.h"
 #include "operators.h"
 
 namespace py = pybind11;

@@ -1,6 +1,7 @@
 """Compiles the kernels for GPUs that are not there, and reads what the compiler made of them.
 
     python -m internvl_engine.kernels.triton._cross_compile [--targets sm90 ...] [--operator NAME]
+                                                            [--sample]
                                                             [--markdown FILE] [--json FILE]
 
 Every file of this folder contributes `cross_compile_cases(architecture)`, its default
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 from ._tuning import ARCHITECTURES, OPTIONS, Config, target
@@ -129,11 +131,14 @@ def _amd(compiled) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}\s*(\d+)", text)[1]) for name in names)  # type: ignore
 
 
-def cases(architecture: str, operator: str | None = None) -> Iterator[Case]:
-    """The cases of every file of this folder, or of one."""
+def cases(
+    architecture: str, operator: str | None = None, only_first: bool = False
+) -> Iterator[Case]:
+    """The cases of every file of this folder, or of one; all of a file, or its first."""
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         if operator in (None, path.stem):
-            yield from import_module(f".{path.stem}", __package__).cross_compile_cases(architecture)
+            module = import_module(f".{path.stem}", __package__)
+            yield from islice(module.cross_compile_cases(architecture), 1 if only_first else None)
 
 
 def markdown(rows: Iterable[Row]) -> str:
@@ -160,6 +165,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel's defaults without a GPU.")
     parser.add_argument("--targets", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--operator", help="only this one")
+    parser.add_argument(
+        "--sample", action="store_true", help="for other targets than sm90, one case of each file"
+    )
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
@@ -168,7 +176,9 @@ def main() -> int:
     rows = [
         compile_case(case, architecture)
         for architecture in arguments.targets
-        for case in cases(architecture, arguments.operator)
+        for case in cases(
+            architecture, arguments.operator, arguments.sample and architecture != "sm90"
+        )
     ]
     rows.sort(key=lambda row: (row.operator, row.case, ARCHITECTURES.index(row.architecture)))
     table = markdown(rows)

@@ -24,9 +24,12 @@ def add_exactly(total, lost, term):
 
 
 def tile(cols: int, elements: int) -> dict[str, int]:
-    """BLOCK_C that covers a row, and as many rows as fill about `elements`."""
+    """BLOCK_C that covers a row, and as many rows as fill about `elements`, at most 16.
+
+    More rows would be added up plainly, before Kahan's sum, in the gradients of the weights.
+    """
     block = triton.next_power_of_2(max(cols, 16))
-    return {"BLOCK_R": max(1, min(elements // block, 64)), "BLOCK_C": block}
+    return {"BLOCK_R": max(1, min(elements // block, 16)), "BLOCK_C": block}
 
 
 def persistent_programs(device: torch.device, tiles: int, per_processor: int) -> int:

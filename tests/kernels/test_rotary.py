@@ -1,10 +1,10 @@
 import pytest
 import torch
-from kernel_runs import backend_in_use, runs
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import rotary
 
+from kernel_runs import backend_in_use, runs
 from numerics import assert_as_accurate_as_eager, assert_gradient_as_accurate_as_eager
 
 RUNS = runs("rotary")

@@ -1,0 +1,83 @@
+"""Every Triton kernel's default configuration, compiled for GPUs that are not here.
+
+sm90 for all cases and one case of each file for the other chips, which takes seconds; all of it
+with INTERNVL_CROSS_COMPILE=all. Triton keeps what it compiled on disk.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from internvl_engine.kernels.triton import _cross_compile
+from internvl_engine.kernels.triton._cross_compile import Row
+
+ROOT = Path(__file__).parents[2]
+ALL = os.environ.get("INTERNVL_CROSS_COMPILE") == "all"
+STEMS = sorted(p.stem for p in (ROOT / "kernels/triton").glob("[!_]*.py"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[Row]:
+    """The table, from a process without the interpreter."""
+    file = tmp_path_factory.mktemp("cross") / "rows.json"
+    command = [sys.executable, "-m", _cross_compile.__name__, "--json", str(file)]
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command if ALL else [*command, "--sample"], env=variables, capture_output=True, text=True
+    )
+    assert file.exists(), done.stderr
+    return [Row(**row) for row in json.loads(file.read_text())]
+
+
+def test_no_spills_shared_memory_that_fits_and_matrix_instructions(rows):
+    assert not [problem for row in rows for problem in row.problems()]
+
+
+def test_every_kernel_is_in_the_table(rows):
+    assert sorted({row.operator for row in rows if row.architecture == "sm90"}) == STEMS
+    for architecture in ("sm80", "sm100", "gfx942"):
+        assert sorted({row.operator for row in rows if row.architecture == architecture}) == STEMS
+
+
+def test_the_attention_kernels_and_linear_need_the_matrix_unit(rows):
+    """A case that forgot to ask for it would pass without."""
+    for stem in {"attention", "qk_norm_attention", "cross_attention", "linear"} & set(STEMS):
+        of_stem = [row for row in rows if row.operator == stem and row.architecture == "sm90"]
+        assert any(row.needs_matrix and row.matrix > 0 for row in of_stem), stem
+
+
+def test_problems_are_found():
+    """The checks themselves, on rows that are wrong in one way each."""
+    good = {
+        "operator": "x", "case": "forward", "architecture": "sm90", "registers": 255, "stack": 0,
+        "shared": 227 << 10, "matrix": 4, "needs_matrix": True,
+    }  # fmt: skip
+    assert Row(**good).problems() == []
+    for change, text in (
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"shared": (227 << 10) + 16}, "of shared memory, 232448 there are"),
+        ({"matrix": 0}, "no matrix instruction"),
+    ):
+        (problem,) = Row(**good | change).problems()
+        assert text in problem
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted(p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")))
+def test_cuda_sources_compile_without_spills(source, tmp_path):
+    targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in ("80", "90a", "100")]
+    command = [
+        "nvcc", "-std=c++17", "-O3", "-fatbin", *targets, "--threads=2", "--Werror=all-warnings",
+        "-Xptxas=-v,--warn-on-spills", "-o", str(tmp_path / "out.fatbin"),
+        str(ROOT / "csrc/cuda" / f"{source}.cu"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used = [line for line in done.stderr.splitlines() if "stack frame" in line]
+    assert used and all("0 bytes stack frame, 0 bytes spill" in line for line in used), used
