@@ -1,6 +1,7 @@
 """Writes checkpoints as they are published, from the recorded states of tiny models."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,36 @@ def write_index(
     total = sum(tensor.nbytes for tensor in state.values())
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / index).write_text(json.dumps(content))
+
+
+def write_sparse(path: Path, shapes: Mapping[str, list[int]]) -> int:
+    """Zeros in bfloat16 that take no room on disk. Returns the bytes of the tensors."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def write_sparse_shards(folder: Path, shapes: Mapping[str, list[int]]) -> list[int]:
+    """The same in shards of at most 10 GB with their index. Returns the bytes of each."""
+    shards: list[dict] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        if size + 2 * math.prod(shape) > 10e9:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += 2 * math.prod(shape)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    sizes = [write_sparse(folder / name, part) for name, part in zip(names, shards, strict=True)]
+    weight_map = {key: name for name, part in zip(names, shards, strict=True) for key in part}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sizes

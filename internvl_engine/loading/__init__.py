@@ -3,8 +3,8 @@
 Models are loaded by their own `from_pretrained` (internvl_engine.checkpoint).
 """
 
-from .convert import convert
+from .conversion import convert
 from .example import check_example
-from .verify import Finding, Report, verify
+from .verification import Finding, Report, verify
 
 __all__ = ["Finding", "Report", "check_example", "convert", "verify"]

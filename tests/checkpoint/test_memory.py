@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from published_layout import write_sparse, write_sparse_shards
 
 from internvl_engine.checkpoint.writing import Planned, write_shards
 from internvl_engine.configuration import InternVLConfig
@@ -125,46 +126,14 @@ def test_one_file_larger_than_the_memory(measured):
     assert memory["peak"] < 100e6
 
 
-def write_sparse(path, shapes) -> int:
-    """Zeros in bfloat16 that take no room on disk. Returns the bytes of the tensors."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return end
-
-
-def published_shards(shapes) -> list[dict]:
-    """At most 10 GB a file, in the published order."""
-    shards, size = [{}], 0
-    for name, shape in shapes.items():
-        if size + 2 * math.prod(shape) > 10e9:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
-        size += 2 * math.prod(shape)
-    return shards
-
-
 @pytest.fixture(scope="module")
 def full_size_shapes():
     return json.loads((GOLDEN / "checkpoint_14b.json").read_text())
 
 
 def test_the_14b_at_full_size(tmp_path, full_size_shapes):
-    shards = published_shards(full_size_shapes)
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    sizes = [write_sparse(tmp_path / n, s) for n, s in zip(names, shards, strict=True)]
+    sizes = write_sparse_shards(tmp_path, full_size_shapes)
     assert [round(size / 1e9, 2) for size in sizes] == [9.93, 9.98, 7.76]  # as on the hub
-    weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     InternVLConfig().save_pretrained(tmp_path)
     model = InternVL_G.from_pretrained(tmp_path, dtype=torch.bfloat16)
     state = model.state_dict()
