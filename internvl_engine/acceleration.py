@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .checkpoint.parts import AbsentModule
 from .fused import (
     FusedAttentionPooling,
     FusedDecoderLayer,
@@ -137,6 +138,8 @@ def _find(parent: nn.Module, prefix: str):
     """(parent, attribute, Entry) of every known module below, outermost first."""
     for attribute, child in parent.named_children():
         name = f"{prefix}{attribute}"
+        if isinstance(child, AbsentModule):  # of a part that was not loaded
+            continue
         if isinstance(child, FusedModule):
             yield (
                 parent,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_engine import pictures, tiny_engine
+from tiny_engine import pictures, saved, tiny_engine
 
 from internvl_engine.cli import main
 
@@ -22,11 +22,7 @@ COMMANDS = "demo classify caption ask embed index search doctor verify convert b
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    engine = tiny_engine()
-    engine.model.save_pretrained(folder)
-    engine.processor.save_pretrained(folder)
-    return str(folder)
+    return saved(tmp_path_factory)
 
 
 @pytest.fixture

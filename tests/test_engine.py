@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_engine import pictures, tiny_engine
+from tiny_engine import pictures, saved, tiny_engine
 
 from internvl_engine import InternVL
+from internvl_engine.checkpoint import PARTS
 from internvl_engine.processing import ImageError
 from internvl_engine.tasks.batches import image_batches, text_batches
 from internvl_engine.tasks.embedder import PROVIDES
@@ -110,6 +111,7 @@ def test_an_error_has_the_number_of_the_image(engine):
         engine.encode_image(images, batch_size=2)
 
 
+FUSED = 2e-5  # 7 layers of float32 products in another order, on unit vectors
 TEXTS = ["a red panda", "two dogs", "a", "the quick brown fox jumps over the lazy dog " * 3, "猫"]
 
 
@@ -213,8 +215,39 @@ def test_wrong_arguments_are_said(engine):
 
 
 def test_parts_are_those_of_the_checkpoint_reader():
-    parts = pytest.importorskip("internvl_engine.checkpoint.parts")
-    assert set(PROVIDES) == set(parts.PARTS)
+    assert set(PROVIDES) == set(PARTS)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_each_part_loads_alone_and_accelerated(tmp_path_factory, parts):
+    """Fused modules in place of eager ones, and only of what is there."""
+    whole = tiny_engine()
+    folder = saved(tmp_path_factory)
+    engine = InternVL.from_pretrained(folder, parts=parts, dtype="float32", device="cpu")
+    assert engine.parts == parts and engine.report.replaced and not engine.report.kept
+    assert engine.num_parameters <= whole.num_parameters
+    able, images = PROVIDES[parts], pictures(3)
+    assert {"C embeddings of images", "embeddings of texts", "captions"} & able
+    for mode in "cg":
+        if f"{mode.upper()} embeddings of images" in able:
+            actual, expected = (e.encode_image(images, mode) for e in (engine, whole))
+            torch.testing.assert_close(actual, expected, atol=FUSED, rtol=0)
+    if "embeddings of texts" in able:
+        actual, expected = (e.encode_text(TEXTS) for e in (engine, whole))
+        torch.testing.assert_close(actual, expected, atol=FUSED, rtol=0)
+    if "captions" in able:
+        actual, expected = (e.caption(images, max_new_tokens=5) for e in (engine, whole))
+        assert actual == expected
+    if parts != "caption":  # which embeds nothing: its poolers are not loaded
+        assert set(engine.fingerprint) <= set(whole.fingerprint)
+        assert all(whole.fingerprint[part] == hash for part, hash in engine.fingerprint.items())
+
+
+def test_a_missing_checkpoint_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        InternVL.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="tokenizer.model"):
+        InternVL.from_pretrained(tmp_path)
 
 
 def test_the_fingerprint_knows_weights_but_not_their_dtype():

@@ -50,3 +50,13 @@ def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
     sizes = random.integers(20, 60, (count, 2))
     return [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
+
+
+def saved(tmp_path_factory) -> str:
+    """The folder of the first engine as a checkpoint; written once."""
+    folder = tmp_path_factory.getbasetemp() / "tiny-checkpoint"
+    if not folder.exists():
+        engine = tiny_engine()
+        engine.model.save_pretrained(folder)
+        engine.processor.save_pretrained(folder)
+    return str(folder)

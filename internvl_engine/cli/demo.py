@@ -118,7 +118,7 @@ def run(device: str | None = None, dtype: str | None = None) -> Demo:
         _more(pictures),
         seconds,
         machine(engine),
-        sum(parameter.numel() for parameter in engine.model.parameters()),
+        engine.num_parameters,
     )
 
 

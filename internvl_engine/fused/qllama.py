@@ -67,7 +67,10 @@ class FusedDecoderLayer(FusedModule):
         self._o = Projection(eager, "self_attn.o_proj", inference=inference)
         self._gate_up = Projection(eager, "mlp.gate_proj", "mlp.up_proj", inference=inference)
         self._down = Projection(eager, "mlp.down_proj", inference=inference)
-        self._cross = eager.cross_attn and _CrossAttention(eager.cross_attn, inference)
+        cross = eager.cross_attn  # None, or absent where its part was not loaded
+        loaded = isinstance(cross, LlamaCrossAttention)
+        self._cross = _CrossAttention(cross, inference) if loaded else None
+        self._says_absent = cross is not None and not loaded
         self.constants: Constants | None = None  # of the first layer of a model with query tokens
 
     @classmethod
@@ -103,7 +106,8 @@ class FusedDecoderLayer(FusedModule):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As LlamaDecoderLayer.forward, which runs where probabilities are asked for."""
-        if output_attentions or self.is_watched or position_embeddings is None:
+        absent = self._says_absent and vision_hidden_states is not None
+        if absent or output_attentions or self.is_watched or position_embeddings is None:
             return self.eager.forward(
                 hidden_states, attention_mask, position_ids, past_key_value, output_attentions,
                 vision_hidden_states, repeat_time, position_embeddings,

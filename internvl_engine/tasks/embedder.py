@@ -63,7 +63,9 @@ class Embedder:
         self.model, self.processor = model.eval(), processor
         self.name = name or type(model).__name__
         self.parts = parts
+        # Before any acceleration, which may hold weights in other forms than parameters.
         self.fingerprint = fingerprint(model)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
     @property
     def device(self) -> torch.device:
