@@ -34,6 +34,8 @@ class Layer:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dense = {name: _random(shape, dtype) for name, shape in SHAPES.items()}
         self.packed = {name: PackedWeight(weight) for name, weight in self.dense.items()}
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self.onednn = {name: reorder(weight) for name, weight in self.dense.items()}
         self.bias = {name: _random(SHAPES[name][:1], dtype) for name in BIASES}
         self.vector = {name: torch.rand(C).to(dtype) + 0.5 for name in VECTORS}
 
@@ -51,6 +53,16 @@ class Layer:
         return tuple(
             linear_packed(inputs[name], weight, self.bias.get(name))
             for name, weight in self.packed.items()
+        )
+
+    def products_onednn(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The four products alone, with oneDNN's own packing, as Inductor's freezing has them."""
+        inputs = {"qkv": x, "proj": x, "fc1": x, "fc2": hidden}
+        return tuple(
+            torch.ops.mkldnn._linear_pointwise(
+                inputs[name], weight, self.bias.get(name), "none", [], ""
+            )
+            for name, weight in self.onednn.items()
         )
 
     def ours(self, x: Tensor) -> Tensor:
@@ -108,6 +120,7 @@ def variants(layer: Layer, images: int, dtype: torch.dtype) -> dict[str, Callabl
     runs: dict[str, Callable[[], object]] = {
         "four products, F.linear": lambda: layer.products(x, hidden),
         "four products, packed": lambda: layer.products_packed(x, hidden),
+        "four products, oneDNN": lambda: layer.products_onednn(x, hidden),
         "layer, ours": lambda: layer.ours(x),
         "layer, eager": lambda: layer.eager(x),
         "layer, SDPA": lambda: layer.eager(x, _sdpa),
