@@ -41,7 +41,7 @@ class Reading:
 
 
 def read_config(
-    config_class: type, location: Location, config: Any, overrides: dict[str, Any], standalone: bool
+    config_class: Any, location: Location, config: Any, overrides: dict[str, Any], standalone: bool
 ) -> Reading:
     """The configuration of a model class.
 
@@ -66,7 +66,7 @@ def read_config(
         )
     composite = "vision_config" in values and "qllama_config" in values
     stated = _states_frequency(values) or "cross_attention_frequency" in overrides
-    known = set(inspect.signature(config_class.__init__).parameters) | set(values)
+    known = set(inspect.signature(config_class).parameters) | set(values)
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise TypeError(
@@ -85,7 +85,7 @@ def read_config(
     return Reading(result, stated, alphas, values.get("parts") or ("c" if standalone else None))
 
 
-def _build(config_class: type, values: dict, overrides: dict, composite: bool) -> Any:
+def _build(config_class: Any, values: dict, overrides: dict, composite: bool) -> Any:
     if issubclass(config_class, InternVLConfig):
         if not composite:
             raise ValueError(

@@ -77,9 +77,9 @@ def fill(
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if leaf in module._parameters:
-        requires_grad = module._parameters[leaf].requires_grad
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad)
+    placeholder = module._parameters.get(leaf)
+    if placeholder is not None:
+        module._parameters[leaf] = nn.Parameter(tensor, placeholder.requires_grad)
     else:
         module._buffers[leaf] = tensor
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..configuration import InternVisionConfig, InternVLConfig
 from .configs import Reading, adopt, read_config
@@ -117,7 +116,7 @@ def prepare(
     local_files_only: bool | None = None,
     subfolder: str | None = None,
     **overrides: Any,
-) -> tuple[nn.Module, Plan, Location]:
+) -> tuple[Any, Plan, Location]:
     """All of `load_pretrained` that comes before the first weight is read, and all its checks.
 
     Args, Raises: as `load_pretrained`.
@@ -200,8 +199,10 @@ def _finish(model: Any, location: Location, placement: Placement, dtype: torch.d
     model.config.dtype = dtype
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]
-    model.placement = placement
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.placement = placement
     if location.json("generation_config.json") is not None:
-        generator = model if model.can_generate() else getattr(model, "language_model", None)
+        generator: Any = model if model.can_generate() else getattr(model, "language_model", None)
         if hasattr(generator, "generation_config"):
             generator.generation_config = GenerationConfig.from_pretrained(location.folder)

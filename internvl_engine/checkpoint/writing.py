@@ -104,7 +104,7 @@ def _write(path: Path, tensors: list[Planned], read: Callable[[str], Tensor]) ->
         for tensor in tensors:
             value = read(tensor.name)
             assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), tensor.name
-            file.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

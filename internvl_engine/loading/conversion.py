@@ -101,7 +101,7 @@ def _planned(plan: Plan, name: str, dtype: torch.dtype | None) -> Planned:
 
 def _read(plan: Plan, name: str, dtype: torch.dtype) -> Tensor:
     tensor = plan.read(name, dtype)
-    if plan.resize and name.endswith(POSITIONS):
+    if plan.resize and plan.patch_size and name.endswith(POSITIONS):
         side = plan.resize // plan.patch_size
         tensor = interpolate_positions(tensor, side, side)
     return tensor

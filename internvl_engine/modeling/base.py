@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import load_pretrained
+from ..checkpoint import Placement, load_pretrained
 from ..configuration import InternVLConfig
 
 
@@ -21,6 +21,7 @@ class InternVLPreTrainedModel(PreTrainedModel):
     config_class = InternVLConfig
     base_model_prefix = "internvl"
     supports_gradient_checkpointing = True
+    placement: Placement | None = None  # set by loading
     _tied_weights_keys = None  # LM head and embedding are two tensors in every checkpoint
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -41,6 +42,12 @@ class InternVLPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_extra_parameters"):
             module.reset_extra_parameters(std)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: of an offloaded model, not the meta device of its first weight."""
+        device = super().device
+        return self.placement.main if device.type == "meta" and self.placement else device
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

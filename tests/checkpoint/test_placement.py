@@ -69,6 +69,7 @@ def test_answers_of_an_offloaded_model(published, golden_g, plain, name):
     assert offloaded(model) == away, "weights that were brought in must go again"
     own = {"query_tokens", "text_projection", "logit_scale"}
     assert not own & away
+    assert model.device == model.qllama.device == model.vision_model.device == torch.device("cpu")
 
 
 def test_weights_leave_after_a_failure_too(published):
