@@ -18,7 +18,7 @@ from ._attention_core import (
     score_gradient_by_key,
     store_at,
 )
-from ._attention_masks import see, see_by_key, seen_interval
+from ._attention_masks import BLOCK, CAUSAL, FULL, see, see_by_key, seen_interval
 
 
 @triton.jit
@@ -136,11 +136,11 @@ def _rows_that_see(
     """[low, high) of the packed rows with a key in [first_key, end_key), or that see nothing."""
     low = 0
     high = M
-    if MASK != "full":  # one batch: packed rows are positions, shifted by T - S
+    if MASK != FULL:  # one batch: packed rows are positions, shifted by T - S
         low = tl.maximum(first_key - (T - S), 0)
-        if MASK != "causal":
+        if MASK != CAUSAL:
             low = tl.where(first_key < prefix, 0, low)
-        if MASK == "block":
+        if MASK == BLOCK:
             high = tl.where(end_key > prefix, S, tl.maximum(prefix - (T - S), 0))
         if VISIBLE:
             for start in range(0, S, 256):
@@ -181,7 +181,7 @@ def _keys_tile(
         delta = tl.load(delta_ptr + places, mask=valid, other=0.0)
         lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
         scores = product(k, q.T)
-        if MASK != "full" or VISIBLE:
+        if MASK != FULL or VISIBLE:
             first, end = seen_interval(T - S + rows % S, prefix, T, MASK)
             scores = see_by_key(scores, keys, first, end, visible_ptr, T, VISIBLE)
         if VISIBLE:

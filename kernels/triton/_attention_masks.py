@@ -3,15 +3,22 @@
 import triton
 import triton.language as tl
 
+from internvl_engine.reference import MASKS
+
+FULL = tl.constexpr(MASKS.index("full"))
+CAUSAL = tl.constexpr(MASKS.index("causal"))
+PREFIX = tl.constexpr(MASKS.index("prefix"))
+BLOCK = tl.constexpr(MASKS.index("block"))
+
 
 @triton.jit
 def seen_interval(position, prefix, T, MASK: tl.constexpr):
     """[first, end) of the keys that a query at this position sees, before `visible`."""
-    if MASK == "full":
+    if MASK == FULL:
         return position * 0, position * 0 + T
-    if MASK == "causal":
+    if MASK == CAUSAL:
         return position * 0, position + 1
-    if MASK == "prefix":
+    if MASK == PREFIX:
         return position * 0, tl.where(position < prefix, tl.minimum(prefix, T), position + 1)
     first = tl.where(position < prefix, 0, prefix)
     return first, tl.where(position < prefix, tl.minimum(prefix, T), position + 1)

@@ -277,6 +277,7 @@ def norm_kernel(
         grad = rstd * (grad - normed * (tl.sum(grad * normed, axis=0) / C))
         tl.store(grad_ptr + cols, grad.to(d_qkv_ptr.dtype.element_ty), mask=mask)
     if part == 0:
-        d_weights_ptr += tl.program_id(0) * C + cols
-        tl.store(d_weights_ptr, common * k_weight, mask=mask)
-        tl.store(d_weights_ptr + tl.num_programs(0) * C, common * q_weight, mask=mask)
+        d_q_weight_ptr = d_weights_ptr + tl.program_id(0) * C
+        d_k_weight_ptr = d_q_weight_ptr + tl.num_programs(0) * C
+        tl.store(d_q_weight_ptr + cols, common * k_weight, mask=mask)
+        tl.store(d_k_weight_ptr + cols, common * q_weight, mask=mask)

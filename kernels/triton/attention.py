@@ -11,10 +11,14 @@ sum of 0; only a tile with such a row then averages all values. Its log-sum-exp 
 tells the backward pass. Outputs and gradients are (B, S, H, D) in memory, as projections need them.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from internvl_engine.reference import MASKS
 
 from ._attention_backward import keys_kernel, queries_kernel
 from ._attention_core import (
@@ -33,6 +37,7 @@ from ._attention_core import (
     width_class,
 )
 from ._attention_masks import see, seen_interval
+from ._cross_compile import Case
 from ._tuning import ARCHITECTURES, Config, launch_config
 
 
@@ -135,23 +140,23 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
 # By width class, then architecture. Chosen by what compiles without spills; not yet timed on a GPU.
 FORWARD = {
     "wide": {
-        "sm80": _config(64, 32, 4, 2), "sm90": _config(64, 64, 4, 2),
-        "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 32, 4, 1),
+        "sm80": _config(128, 32, 8, 2), "sm90": _config(128, 64, 8, 2),
+        "sm100": _config(128, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "narrow": {
         "sm80": _config(64, 64, 4, 2), "sm90": _config(64, 64, 4, 2),
-        "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 64, 4, 1),
+        "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "fp32": dict.fromkeys(ARCHITECTURES, _config(32, 16, 8, 2)),
 }  # fmt: skip
 QUERIES = {
     "wide": {
         "sm80": _config(64, 32, 8, 2), "sm90": _config(64, 64, 8, 2),
-        "sm100": _config(64, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
+        "sm100": _config(64, 64, 8, 2), "gfx942": _config(64, 32, 8, 1),
     },
     "narrow": {
         "sm80": _config(64, 64, 8, 2), "sm90": _config(64, 64, 4, 2),
-        "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 64, 4, 1),
+        "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "fp32": dict.fromkeys(ARCHITECTURES, _config(16, 16, 8, 1)),
 }  # fmt: skip
@@ -189,10 +194,11 @@ def row_tiles(config: Config, own: str, rows: int) -> tuple[int, dict[str, int]]
     return triton.cdiv(rows, config[own]), {f"TAIL_{own[-1]}": tail(rows, config[own])}
 
 
-def head_constants(D: int, mask: str, visible: Tensor | None) -> dict[str, int | str | bool]:
+def head_constants(D: int, mask: str, visible: Tensor | None) -> dict[str, int | bool]:
     """What all three kernels are specialised for."""
     width = max(16, triton.next_power_of_2(D))
-    return {"D": D, "BLOCK_D": width, "MASK": mask, "VISIBLE": visible is not None}
+    case = MASKS.index(mask)
+    return {"D": D, "BLOCK_D": width, "MASK": case, "VISIBLE": visible is not None}
 
 
 def attention_triton(
@@ -282,3 +288,39 @@ def packed_backward(
             f"{operator}_{name}", key, defaults[kind], CANDIDATES, run, device
         ))  # fmt: skip
     return dq, dk, dv
+
+
+def compile_values(D: int, mask: str, visible: bool) -> dict[str, object]:
+    """The arguments of all three kernels for cross-compiling, bf16."""
+    pointers = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "d_out_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+    strides = [f"{x}{s}stride" for x in "qkv" for s in ("_batch_", "_head_", "_")]
+    counts = ("image_step", "repeat_step", "H", "S", "M", "T", "prefix", "plane", "tiles",
+              "keys_per_split")  # fmt: skip
+    return {
+        **dict.fromkeys(pointers, "*bf16"), **dict.fromkeys(strides, "i32:16"),
+        **dict.fromkeys(counts, "i32"), "scale": "fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32",
+        "visible_ptr": "*u8" if visible else None, "MASK": MASKS.index(mask), "VISIBLE": visible,
+        "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)),
+    }  # fmt: skip
+
+
+def compile_case(
+    operator: str, name: str, kernel, config: Config, values: dict[str, object]
+) -> Case:
+    """One kernel with the arguments that it has among `values`."""
+    kept = {n: values[n] for n in kernel.arg_names if n in values and n not in config}
+    return Case(operator, name, kernel, kept, config, matrix=True)
+
+
+def cross_compile_cases(architecture: str) -> Iterator[Case]:
+    """QLLaMA's masks with padding, 96 queries and 80 text positions, and the nano model's heads."""
+    for D, mask, visible in ((128, "full", False), (128, "prefix", True), (16, "causal", True)):
+        for name, kernel, table, own in (
+            ("forward", forward_kernel, FORWARD, "BLOCK_M"),
+            ("dq", queries_kernel, QUERIES, "BLOCK_M"),
+            ("dk and dv", keys_kernel, KEYS, "BLOCK_N"),
+        ):
+            config = table["wide" if D == 128 else "narrow"][architecture]
+            values = compile_values(D, mask, visible) | row_tiles(config, own, 96 + 80)[1]
+            label = f"{name} {mask}{' padded' if visible else ''} D={D} bf16"
+            yield compile_case("attention", label, kernel, config, values)

@@ -5,14 +5,19 @@ block of rows, so K and V are read once for them and nothing is copied. Where th
 programs (batch 1: 32 heads of 96 queries), the keys are split and a second kernel combines.
 """
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
-from ._attention_combine import combine, partial_outputs, split_keys
+from ._attention_combine import combine, combine_kernel, partial_outputs, split_keys
 from ._attention_core import length_class, lse_dtype, supported, width_class
+from ._cross_compile import Case
 from ._tuning import Config, launch_config
 from .attention import (
     CANDIDATES,
     FORWARD,
+    compile_case,
+    compile_values,
     forward_kernel,
     head_constants,
     packed_backward,
@@ -72,3 +77,18 @@ def cross_attention_backward_triton(
     return packed_backward(
         grad, q, k, v, out, lse, "full", 0, None, scale, *steps, "cross_attention", configs
     )
+
+
+def cross_compile_cases(architecture: str) -> Iterator[Case]:
+    """96 queries split over the keys, which are then combined; other shapes are attention's."""
+    config = FORWARD["wide"][architecture]
+    values = compile_values(128, "full", False) | row_tiles(config, "BLOCK_M", 96)[1]
+    split = values | {"out_ptr": "*fp32"}
+    yield compile_case("cross_attention", "forward S=96 D=128 bf16", forward_kernel, config, split)
+    arguments = {
+        "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": None,
+        "rows": "i32", "S": "i32", "H": "i32", "parts": "i32",
+        "D": 128, "BLOCK_D": 128, "BLOCK_P": 8,
+    }  # fmt: skip
+    one = {"num_warps": 1, "num_stages": 1}
+    yield Case("cross_attention", "combine 8 parts D=128", combine_kernel, arguments, one)

@@ -4,12 +4,15 @@ Bound by memory: every key and value that is valid is read once. A query times a
 sum over D in fp32, without the matrix unit, which one row would leave idle at 15 of 16.
 """
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._attention_combine import combine, partial_outputs, split_keys
 from ._attention_core import LOG2E, LOWEST, load_row, load_tile, log_sum_exp, supported
+from ._cross_compile import Case
 from ._tuning import ARCHITECTURES, Config, launch_config
 from .attention import as_bytes, unit_stride
 
@@ -95,3 +98,17 @@ def decode_attention_triton(
     if parts > 1:
         combine(to, to_lse, out, None)
     return out
+
+
+def cross_compile_cases(architecture: str) -> Iterator[Case]:
+    """A decoding step of QLLaMA, with padding."""
+    strides = ("q_batch_stride", "q_head_stride", "k_batch_stride", "k_head_stride", "k_stride",
+               "v_batch_stride", "v_head_stride", "v_stride")  # fmt: skip
+    arguments = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16"), "lengths_ptr": "*i64",
+        "visible_ptr": "*u8", "out_ptr": "*fp32", "lse_ptr": "*fp32",
+        **dict.fromkeys(strides, "i32:16"), **dict.fromkeys(("H", "T", "plane"), "i32"),
+        "scale": "fp32", "keys_per_part": "i32", "D": 128, "BLOCK_D": 128, "VISIBLE": True,
+    }  # fmt: skip
+    config = DEFAULTS[architecture]
+    yield Case("decode_attention", "padded D=128 bf16", _decode_kernel, arguments, config)

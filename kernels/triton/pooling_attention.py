@@ -10,12 +10,15 @@ With n = (x - mean) * rstd: query . n = rstd * (query . x - mean * sum(query)), 
 sum_j p_j n_j = sum_j (p_j * rstd_j) x_j - sum_j p_j * rstd_j * mean_j.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._attention_core import product
+from ._cross_compile import Case
 from ._tuning import ARCHITECTURES, Config, launch_config
 
 SCORES = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2})
@@ -149,3 +152,16 @@ def pooling_attention_triton(
             f"pooling_attention_{name}", (C, x.dtype), defaults, CANDIDATES, run, device
         ))  # fmt: skip
     return out
+
+
+def cross_compile_cases(architecture: str) -> Iterator[Case]:
+    """16 queries of 3200 channels."""
+    arguments = {
+        **dict.fromkeys(("query_ptr", "x_ptr", "out_ptr"), "*bf16"), "scores_ptr": "*fp32",
+        "statistics_ptr": "*fp32", "x_batch_stride": "i32:16", "x_stride": "i32:16",
+        "H": "i32", "N": "i32", "eps": "fp32", "C": 3200, "BLOCK_H": 16, "BLOCK_C": BLOCK_C,
+    }  # fmt: skip
+    kernels = (("scores", _scores_kernel, SCORES), ("means", _means_kernel, MEANS))
+    for name, kernel, table in kernels:
+        kept = {n: arguments[n] for n in kernel.arg_names if n in arguments}
+        yield Case("pooling_attention", f"{name} C=3200 bf16", kernel, kept, table[architecture])

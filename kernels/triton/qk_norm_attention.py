@@ -1,5 +1,7 @@
 """qk_norm_attention in Triton. What it computes and why: kernels/qk_norm_attention.py."""
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from ._attention_core import (
     tail,
     width_class,
 )
+from ._cross_compile import Case
 from ._qk_norm_attention_backward import keys_kernel, norm_kernel, queries_kernel
 from ._tuning import ARCHITECTURES, Config, launch_config
 
@@ -299,3 +302,33 @@ def qk_norm_attention_backward_triton(
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return d_qkv, *(d_weights[part].sum(0).to(qkv.dtype) for part in range(2))
+
+
+def cross_compile_cases(architecture: str) -> Iterator[Case]:
+    """Every kernel at 257 tokens of 25 heads of 128; the last two with masked blocks at 677."""
+    values = dict.fromkeys(
+        ("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr", "d_out_ptr", "d_qkv_ptr"), "*bf16"
+    ) | {"folded_ptr": "*bf16", "rstd_ptr": "*fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    sizes = dict.fromkeys(("batch_stride", "token_stride", "part_stride", "head_stride"), "i32:16")
+    sizes |= dict.fromkeys(("B", "N", "H", "tiles"), "i32")
+    values |= sizes | {"scale": "fp32", "eps": "fp32", "d_weights_ptr": "*fp32", "C": 3200}
+    values |= {"D": 128, "BLOCK_D": 128, "NORM": True}
+
+    def case(name, kernel, config, blocks, **constants):
+        arguments = values | constants
+        kept = {n: arguments[n] for n in kernel.arg_names if n in arguments and n not in config}
+        return Case("qk_norm_attention", name, kernel, kept, config, matrix=blocks)
+
+    four = {"num_warps": 4, "num_stages": 1}
+    yield case("statistics C=3200", statistics_kernel, four, False, BLOCK_C=4096)
+    eight = {"num_warps": 8, "num_stages": 1}
+    yield case("norm backward C=3200", norm_kernel, eight, False, BLOCK_C=4096)
+    for N in (257, 677):
+        for name, kernel, table, own, other in (
+            ("forward", forward_kernel, FORWARD, "BLOCK_M", "BLOCK_N"),
+            ("dq", queries_kernel, QUERIES, "BLOCK_M", "BLOCK_N"),
+            ("dk and dv", keys_kernel, KEYS, "BLOCK_N", "BLOCK_M"),
+        ):
+            config = table["wide"][architecture]
+            _, constants = _tiles(config, own, other, N)
+            yield case(f"{name} N={N} D=128 bf16", kernel, config, True, **constants)
