@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     """
     samples: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
-        part = "queries" if ".cross_attn." in name else _part(name)
+        part = _part(name)
         if part is not None and not tensor.is_meta:
             samples.setdefault(part, []).append((name, tensor))
     return {part: _hash(tensors) for part, tensors in samples.items()}
@@ -39,6 +39,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 def _part(name: str) -> str | None:
     if "lm_head" in name:
         return None
+    if name.startswith("qllama.") and ".cross_attn." in name:  # poolers have a cross_attn too
+        return "queries"
     return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
 
 

@@ -180,6 +180,24 @@ def test_a_broken_image_is_reported_and_stops_nothing(engine, embedded, tmp_path
     assert "empty.png" not in engine.index(folder).report.broken
 
 
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.integers(0, 400)
+)
+def test_damage_of_any_kind_stops_nothing(tmp_path_factory, changes, cut):
+    """A real file with bytes changed and its end cut off is embedded or reported."""
+    folder = tmp_path_factory.mktemp("damaged")
+    Image.fromarray(pictures(1)[0][:10, :10]).save(folder / "a.png")
+    content = bytearray((folder / "a.png").read_bytes())
+    for place, value in changes:
+        content[place % len(content)] = value
+    (folder / "b.png").write_bytes(content[: len(content) - cut % len(content)])
+    index = tiny_engine().index(folder)
+    assert "a.png" in everything(index)
+    assert ("b.png" in everything(index)) != ("b.png" in index.report.broken)
+    assert index.report.broken.get("b.png", "b.png").strip()
+
+
 def test_which_files_count(engine, tmp_path):
     files = fill(tmp_path)
     for name in ("notes.txt", ".hidden.png", "UPPER.PNG"):
