@@ -14,7 +14,8 @@ from .contents import Contents
 from .files import open_weights
 from .merge import Reader
 from .names import LORA
-from .placement import DISK, Placement, attach
+from .offload import attach
+from .placement import DISK, Placement
 from .plan import stored
 
 

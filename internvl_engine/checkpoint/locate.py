@@ -13,6 +13,7 @@ from typing import Any
 from .errors import CheckpointError, CheckpointNotFoundError, listed
 from .files import read_json
 from .hub import download
+from .names import canonical
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 STANDALONE = "internvl_c_13b_224px.pth"
@@ -49,7 +50,7 @@ def locate(source: str | Path, needed: Callable[[str], bool] | None = None, **hu
 
     Args:
         source: directory, weight file, index, or hub id.
-        needed: which stored names are wanted; shards without any are not downloaded.
+        needed: which published names are wanted; shards without any are not downloaded.
         hub: revision, token, cache_dir, local_files_only, subfolder.
 
     Raises:
@@ -122,4 +123,6 @@ def _patterns(folder: Path, needed: Callable[[str], bool] | None) -> list[str]:
     if not index.is_file():
         return ["*.safetensors"]
     shards = read_index(index)
-    return sorted({file for name, file in shards.items() if needed is None or needed(name)})
+    return sorted(
+        {file for name, file in shards.items() if needed is None or needed(canonical(name))}
+    )

@@ -1,21 +1,17 @@
-"""Spreading a model over devices, and keeping what does not fit in memory or on disk.
+"""Spreading a model over devices, and over memory and disk where they do not suffice.
 
-A block is what is moved as one: a layer, a pooler, an embedding, a norm, a head. Every block gets
-hooks, and no module above the blocks does: QLLaMA's encoders call `forward_train`, past any hook on
-the decoder itself, but whoever runs the model calls its blocks. Before a block runs, its hook moves
-the inputs to its device and brings offloaded weights there; after it, the weights go again, and
-blocks outside a stack of layers hand their output to the main device, where the model's own
-parameters (query tokens, text projection, logit scale) are.
+A block is what lies in one place: a layer, a pooler, an embedding, a norm, a head. The model's own
+parameters (query tokens, text projection, logit scale) lie on the main device, where inputs arrive
+and where the outputs of single blocks meet.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 SPARE = 0.1  # of a GPU, for activations
@@ -192,83 +188,3 @@ def parse_size(size: int | str) -> int:
     if not match:
         raise ValueError(f"max_memory: needed bytes or a size as '20GiB', got {size!r}")
     return int(float(match[1]) * UNITS[match[2] or ""])
-
-
-def attach(model: nn.Module, placement: Placement, kept: Mapping[str, Tensor]) -> None:
-    """Puts the hooks on the blocks.
-
-    Args:
-        kept: the offloaded parameters, on the CPU, by their names in the model.
-    """
-    for name in placement.blocks:
-        block = model.get_submodule(name)
-        device = placement.of(f"{name}.weight")[0]
-        weights = {
-            n.removeprefix(f"{name}."): t for n, t in kept.items() if n.startswith(f"{name}.")
-        }
-        output = None if in_stack(model, name) else placement.main
-        hook = BlockHook(block, device, weights, output)
-        block.register_forward_pre_hook(hook.before, with_kwargs=True)
-        block.register_forward_hook(hook.after, always_call=True)
-        if weights:
-            # Torch marks the hook with an attribute, which a bound method does not take.
-            block.register_state_dict_post_hook(partial(hook.give))
-            block.register_load_state_dict_pre_hook(hook.refuse)
-
-
-class BlockHook:
-    """Brings one block's inputs and offloaded weights to its device, and takes the latter away.
-
-    Args:
-        block: the module.
-        device: where it runs.
-        weights: its offloaded parameters by name; on the meta device while it does not run.
-        output: the device its output is handed to; None leaves it.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        device: torch.device,
-        weights: Mapping[str, Tensor],
-        output: torch.device | None,
-    ) -> None:
-        self.device, self.output = device, output
-        self.weights = dict(weights)
-        self.slots = []
-        for name, tensor in weights.items():
-            owner, _, leaf = name.rpartition(".")
-            module = block.get_submodule(owner)
-            self.slots.append((module, leaf, tensor, module._parameters[leaf]))
-
-    def before(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        for module, leaf, tensor, _ in self.slots:
-            module._parameters[leaf] = nn.Parameter(tensor.to(self.device), requires_grad=False)
-        return _move(args, self.device), _move(kwargs, self.device)
-
-    def after(self, block: nn.Module, args: tuple, output: Any) -> Any:
-        for module, leaf, _, placeholder in self.slots:
-            module._parameters[leaf] = placeholder
-        return output if self.output is None else _move(output, self.output)
-
-    def give(self, block: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
-        """Puts the offloaded weights into a state dict, in place of their placeholders."""
-        state.update({prefix + name: tensor for name, tensor in self.weights.items()})
-
-    def refuse(self, block: nn.Module, state: dict, prefix: str, *_: Any) -> None:
-        """Torch would load into placeholders, that is, not at all."""
-        raise RuntimeError(
-            f"{prefix.rstrip('.')} is offloaded and cannot take a state dict; load the model "
-            "without offloading"
-        )
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """Moves the tensors of nested tuples, lists and dicts; caches and masks move their own."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_move(item, device) for item in value)
-    if type(value) is dict:
-        return {name: _move(item, device) for name, item in value.items()}
-    return value

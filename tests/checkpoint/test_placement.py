@@ -1,7 +1,7 @@
 """device_map and offloading: the same answers, and nothing stays where it should not.
 
-An offloaded weight is on the meta device until its block runs, so a hook that did not fire, as on
-`forward_train` with hooks of the usual kind, is an error and not a small difference.
+An offloaded weight is on the meta device until its block runs: where a hook does not fire, as on
+`forward_train` with hooks of the usual kind, there is no weight to give the right answer with.
 """
 
 import copy
@@ -78,6 +78,22 @@ def test_weights_leave_after_a_failure_too(published):
     with pytest.raises(RuntimeError):
         model.vision_model.encoder.layers[0](torch.zeros(1, 2, 3))
     assert offloaded(model) == away
+
+
+def test_reaching_past_a_block_is_an_error(published):
+    model = InternVL_G.from_pretrained(published, device_map={"": "disk"}, **FP32)
+    layer = model.qllama.model.layers[0]
+    assert layer.mlp.up_proj.weight.shape == (112, 64)
+    for call in (
+        lambda: layer.mlp(torch.ones(1, 2, 64)),
+        lambda: torch.ones(2, 64) @ layer.self_attn.q_proj.weight.t(),
+        lambda: torch.nn.functional.embedding(
+            torch.tensor([1]), model.qllama.model.embed_tokens.weight
+        ),
+        lambda: model.clip_projector.norm1_q(torch.ones(1, 48)),
+    ):
+        with pytest.raises(RuntimeError, match="call the block it belongs to|meta"):
+            call()
 
 
 def test_converted_weights_need_a_folder(tmp_path, published, golden_g):
