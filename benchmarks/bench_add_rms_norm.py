@@ -12,6 +12,14 @@ from .bench_rms_norm import EPS, gradient_of, shapes
 from .harness import Case, Provider, Run, compiled, ours
 
 
+def fused(x: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor) -> tuple:
+    return add_rms_norm(x, residual, scale, weight, EPS)
+
+
+def eager(x: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor) -> tuple:
+    return reference.add_rms_norm(x, residual, scale, weight, EPS)
+
+
 def separate(x: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor) -> tuple:
     """What one writes without a fused operator: PyTorch's own norm after the sum."""
     residual_out = residual + (x if scale is None else x * scale)
@@ -32,10 +40,10 @@ def cases(device: str) -> Iterator[Case]:
 def _forward(label: str, x: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor) -> Case:
     inputs = (x, residual, scale, weight)
     providers: dict[str, Provider | Run] = {
-        **ours("add_rms_norm", lambda: add_rms_norm(*inputs, EPS)),
-        "eager": lambda: reference.add_rms_norm(*inputs, EPS),
+        **ours("add_rms_norm", lambda: fused(*inputs)),
+        "eager": lambda: eager(*inputs),
         "F.rms_norm": lambda: separate(*inputs),
-        **compiled(lambda *inputs: reference.add_rms_norm(*inputs, EPS), *inputs),
+        **compiled(eager, *inputs),
     }
     traffic = (4 * x.numel() + 2 * weight.numel()) * x.element_size()
     return Case("add_rms_norm", f"{label}, forward", tuple(x.shape), x.dtype, providers, traffic)
@@ -52,8 +60,8 @@ def _backward(
         return gradient_of(function, *leaves)
 
     providers: dict[str, Provider | Run] = {
-        **ours("add_rms_norm", of(lambda *inputs: add_rms_norm(*inputs, EPS))),
-        "eager": of(lambda *inputs: reference.add_rms_norm(*inputs, EPS)),
+        **ours("add_rms_norm", of(fused)),
+        "eager": of(eager),
         "F.rms_norm": of(separate),
     }
     passes = 6 if scale is not None else 4

@@ -1,6 +1,7 @@
 """Rotary embedding of q and k, read as slices of a packed qkv, at QLLaMA's shapes."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ def cases(device: str) -> Iterator[Case]:
             table = reference.rotary_table(tokens, DIM, 10000.0, dtype, torch.device(device))
             args = (q, k, *table, torch.arange(tokens, device=device)[None])
             providers: dict[str, Provider | Run] = {
-                **ours("rotary", lambda args=args: rotary(*args)),
-                "eager": lambda args=args: reference.rotary(*args),
+                **ours("rotary", partial(rotary, *args)),
+                "eager": partial(reference.rotary, *args),
                 **compiled(reference.rotary, *args),
             }
             traffic = 4 * q.numel() * q.element_size()

@@ -1,6 +1,7 @@
 """Rotary embedding with the write to the KV cache, at QLLaMA's shapes."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -24,8 +25,8 @@ def cases(device: str) -> Iterator[Case]:
             cache = torch.zeros(2, batch, HEADS, ROWS, DIM, dtype=dtype, device=device)
             args = (q, k, v, *table, slots[None], slots, *cache)
             providers: dict[str, Provider | Run] = {
-                **ours("rotary_append", lambda args=args: rotary_append(*args)),
-                "eager": lambda args=args: reference.rotary_append(*args),
+                **ours("rotary_append", partial(rotary_append, *args)),
+                "eager": partial(reference.rotary_append, *args),
             }
             traffic = 6 * q.numel() * q.element_size()
             yield Case("rotary_append", label, tuple(q.shape), dtype, providers, traffic)

@@ -28,7 +28,7 @@ def differentiate(reference: Callable) -> tuple[Callable, Callable]:
                 args[i] = tensor
             return reference(*args)
 
-        _, vjp = torch.func.vjp(forward, *(args[i] for i in wanted))
+        vjp = torch.func.vjp(forward, *(args[i] for i in wanted))[1]
         by_input = dict(zip(wanted, vjp(grads if len(grads) > 1 else grads[0]), strict=True))
         return tuple(by_input.get(i) for i in range(len(args)))
 
@@ -68,7 +68,7 @@ def gradient(function: Callable, wanted: tuple[int, ...]) -> Callable:
                 args[i] = tensor
             return function(*args)
 
-        _, vjp = torch.func.vjp(forward, *(args[i] for i in wanted))
+        vjp = torch.func.vjp(forward, *(args[i] for i in wanted))[1]
         found = vjp(grads if len(grads) > 1 else grads[0])
         # Contiguous, and none a view of another: operators must not return aliases.
         found = tuple(g.clone(memory_format=torch.contiguous_format) for g in found)

@@ -14,6 +14,8 @@ x is (..., C); C is 3200 in the vision tower and 4096 in QLLaMA. Bound by memory
 writes of x forward; four reads and two writes backward, three and one without a scale.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -94,7 +96,8 @@ def _add_rms_norm_backward_reference(
     weight: Tensor, eps: float,
 ) -> Four:  # fmt: skip
     """The norm differentiated at residual_out, then the sum."""
-    _, vjp = torch.func.vjp(lambda r, w: reference.rms_norm(r, w, eps), residual_out, weight)
+    norm = partial(reference.rms_norm, eps=eps)
+    vjp = torch.func.vjp(norm, residual_out, weight)[1]
     through_norm, dweight = vjp(grad)
     dresidual = grad_residual + through_norm
     if scale is None:

@@ -51,6 +51,10 @@ def swiglu_backward_native(grad: Tensor, gate_up: Tensor) -> Tensor:
     return d
 
 
+def _backward(ctx, grad: Tensor) -> Tensor:
+    return _swiglu_backward(grad, *ctx.saved_tensors)
+
+
 _swiglu = define(
     "swiglu(Tensor gate_up) -> Tensor",
     reference=reference.swiglu,
@@ -58,7 +62,7 @@ _swiglu = define(
     cpu={"native": swiglu_native},
     cuda={"triton": triton_launcher("swiglu")},
     backward=(
-        lambda ctx, grad: _swiglu_backward(grad, *ctx.saved_tensors),
+        _backward,
         lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     ),
 )

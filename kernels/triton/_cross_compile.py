@@ -17,10 +17,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 
 from ._tuning import ARCHITECTURES, OPTIONS, Config, target
@@ -53,7 +52,7 @@ class Case:
     operator: str
     name: str
     kernel: object
-    arguments: dict[str, object]
+    arguments: Mapping[str, object]
     config: Config = field(default_factory=dict)
     matrix: bool = False
 
@@ -90,7 +89,7 @@ def compile_case(case: Case, architecture: str) -> Row:
 
     names = case.kernel.arg_names  # type: ignore[attr-defined]
     options = OPTIONS | {k: v for k, v in case.config.items() if k not in names}
-    values = case.arguments | {k: v for k, v in case.config.items() if k in names}
+    values = {**case.arguments, **{k: v for k, v in case.config.items() if k in names}}
     assert set(values) == set(names), (case.name, set(values) ^ set(names))
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
@@ -120,7 +119,7 @@ def _nvidia(compiled) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [tools / "cuobjdump", "-res-usage", file.name]
+        command = [str(tools / "cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore
 
@@ -131,14 +130,18 @@ def _amd(compiled) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}\s*(\d+)", text)[1]) for name in names)  # type: ignore
 
 
-def cases(
-    architecture: str, operator: str | None = None, only_first: bool = False
-) -> Iterator[Case]:
-    """The cases of every file of this folder, or of one; all of a file, or its first."""
+def cases(architecture: str, operator: str | None = None, one_each: bool = False) -> Iterator[Case]:
+    """The cases of every file of this folder, or of one.
+
+    All of a file, or one: the first that needs the matrix unit, where there is such a case.
+    """
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         if operator in (None, path.stem):
             module = import_module(f".{path.stem}", __package__)
-            yield from islice(module.cross_compile_cases(architecture), 1 if only_first else None)
+            found = list(module.cross_compile_cases(architecture))
+            if one_each:
+                found = sorted(found, key=lambda case: not case.matrix)[:1]  # stable
+            yield from found
 
 
 def markdown(rows: Iterable[Row]) -> str:

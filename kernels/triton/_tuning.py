@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,11 +93,13 @@ def tune(
     from triton.runtime.errors import OutOfResources
 
     if milliseconds is None:
-        from triton.testing import do_bench as milliseconds
+        from triton.testing import do_bench
+
+        milliseconds = do_bench
     times: list[tuple[float, int]] = []
     for index, config in enumerate(candidates):
         try:
-            times.append((milliseconds(lambda config=config: run(config)), index))
+            times.append((milliseconds(partial(run, config)), index))
         except (OutOfResources, CompilationError):
             continue  # too large for this chip
     if not times:

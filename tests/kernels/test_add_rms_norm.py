@@ -62,11 +62,12 @@ def test_gradient_where_only_one_output_is_used(device, backend, dtype):
 
 @pytest.mark.parametrize("device, backend, dtype", RUNS)
 def test_outlier_channels(device, backend, dtype):
-    x, residual, scale, weight = inputs((512, 96), dtype, device)
+    x, residual, scale, weight = inputs((2048, 96), dtype, device)
     args = (x, with_outliers(residual), scale, weight)
     with backend_in_use("add_rms_norm", backend):
         result = add_rms_norm(*args, EPS)
         assert_as_accurate_as_eager(result, reference.add_rms_norm, *args, EPS, slack=1.05)
+        args = (args[0][:256], args[1][:256], *args[2:])
         # The gradient of weight is three large values, each one rounding: chance decides between 1
         # and 2 times eager's error.
         assert_gradient_as_accurate_as_eager(
