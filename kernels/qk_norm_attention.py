@@ -70,10 +70,10 @@ def _saved(
     if not saves or lse is None:
         return qkv.new_empty(0, dtype=lse_dtype(qkv.dtype)), qkv.new_empty(0, dtype=wide)
     if q_weight is None:
-        return lse.to(lse_dtype(qkv.dtype)), qkv.new_empty(0, dtype=wide)
+        return lse.to(lse_dtype(qkv.dtype)).contiguous(), qkv.new_empty(0, dtype=wide)
     q_and_k = qkv[:, :, :2].flatten(3).to(wide)
     rstd = torch.rsqrt(q_and_k.square().mean(-1) + eps)
-    return lse.to(lse_dtype(qkv.dtype)), rstd.permute(2, 0, 1).contiguous()
+    return lse.to(lse_dtype(qkv.dtype)).contiguous(), rstd.permute(2, 0, 1).contiguous()
 
 
 def qk_norm_attention_reference(

@@ -140,7 +140,7 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
 # By width class, then architecture. Chosen by what compiles without spills; not yet timed on a GPU.
 FORWARD = {
     "wide": {
-        "sm80": _config(128, 32, 8, 2), "sm90": _config(128, 64, 8, 2),
+        "sm80": _config(64, 32, 4, 2), "sm90": _config(128, 64, 8, 2),
         "sm100": _config(128, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "narrow": {
