@@ -95,9 +95,11 @@ def test_shares_are_counted():
 @pytest.mark.parametrize("light, palette", [(False, sheet.DARK), (True, sheet.LIGHT)])
 def test_mistakes_are_marked(light, palette):
     page = sheet.draw(by_hand(), light)
-    colours = {colour for _, colour in page.getcolors(1 << 24)}
-    for name in (palette.page, palette.wrong, palette.text, palette.inks["red"]):
-        assert tuple(bytes.fromhex(name[1:])) in colours, name
+    counts = {colour: count for count, colour in page.getcolors(1 << 24)}
+    for name in (palette.page, palette.text, palette.inks["red"]):
+        assert tuple(bytes.fromhex(name[1:])) in counts, name
+    outline = 4 * sheet.TILE  # pixels, at the least, around each of the four wrong pictures
+    assert counts[tuple(bytes.fromhex(palette.wrong[1:]))] > 4 * outline
 
 
 @pytest.fixture

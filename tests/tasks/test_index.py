@@ -146,6 +146,8 @@ def test_an_old_index_is_compacted(engine, tmp_path):
     files = fill(folder, 6)
     index = engine.index(folder, shard_size=2, batch_size=2)
     assert len(list((folder / ".internvl_index").glob("shard-*"))) == 3
+    shard = folder / ".internvl_index" / "shard-000000.safetensors"
+    old = shard.read_bytes()
     for name in list(files)[:5]:
         files.pop(name).unlink()
     (folder / "bad.png").write_bytes(b"no image")
@@ -155,6 +157,9 @@ def test_an_old_index_is_compacted(engine, tmp_path):
     reopened = FolderIndex.open(folder)
     assert_holds(reopened, engine, files)
     assert "bad.png" in reopened.shards.entries
+    shard.write_bytes(old)  # a kill, or a loss of power, while old shards were deleted
+    assert_holds(FolderIndex.open(folder), engine, files)
+    assert_holds(engine.index(folder), engine, files)
 
 
 def test_a_broken_image_is_reported_and_stops_nothing(engine, embedded, tmp_path):
