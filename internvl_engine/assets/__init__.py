@@ -1,0 +1,53 @@
+"""The embedded model, and the handwriting it never saw.
+
+`nano/` holds a complete InternVL of half a million parameters, trained by examples/train_nano.py on
+handwritten digits in five colours of ink, in the layout of every other checkpoint. Beside it lie
+360 held-out pictures as the tiles of one contact sheet, and a few as photos in `nano/samples/`.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COLOURS = ("red", "yellow", "green", "blue", "violet")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SHEET, LABELS = "held_out.png", "held_out.json"
+
+
+def nano_directory() -> Path:
+    """The directory of the embedded checkpoint, for any `from_pretrained`."""
+    return Path(__file__).parent / "nano"
+
+
+def held_out(directory: Path | None = None) -> tuple[list["Image"], list[tuple[str, str]]]:
+    """The held-out pictures and what they show.
+
+    Args:
+        directory: of a checkpoint that examples/train_nano.py wrote; None is the embedded one.
+
+    Returns:
+        RGB images, all of one size, and as many (colour, digit) pairs of `COLOURS` and `DIGITS`.
+
+    Raises:
+        FileNotFoundError: the sheet or its labels are not there.
+        ValueError: they do not belong together.
+    """
+    from PIL import Image
+
+    directory = directory or nano_directory()
+    labels = json.loads((directory / LABELS).read_text(encoding="utf-8"))
+    pairs = [(colour, digit) for colour, digit in labels["tiles"]]
+    side, columns = labels["side"], labels["columns"]
+    rows = -(-len(pairs) // columns)
+    with Image.open(directory / SHEET) as opened:
+        sheet = opened.convert("RGB")
+    if sheet.size != (columns * side, rows * side):
+        raise ValueError(
+            f"held_out: {directory / SHEET} must be {columns * side} x {rows * side} pixels for "
+            f"{len(pairs)} tiles of {side}, got {sheet.width} x {sheet.height}"
+        )
+    corners = [(i % columns * side, i // columns * side) for i in range(len(pairs))]
+    return [sheet.crop((x, y, x + side, y + side)) for x, y in corners], pairs
