@@ -12,14 +12,17 @@ memory beyond the chip's limit, or a product that does not reach the matrix unit
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 from ._tuning import ARCHITECTURES, OPTIONS, Config, target
@@ -144,6 +147,26 @@ def cases(architecture: str, operator: str | None = None, one_each: bool = False
             yield from found
 
 
+def compile_all(
+    architectures: Sequence[str], operator: str | None = None, sample: bool = False
+) -> list[Row]:
+    """Every case on every architecture, on all cores; `sample`: one of each file but on sm90."""
+    jobs = [
+        (architecture, operator, sample and architecture != "sm90", index)
+        for architecture in architectures
+        for index, _ in enumerate(cases(architecture, operator, sample and architecture != "sm90"))
+    ]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_compile_job, jobs))
+
+
+def _compile_job(job: tuple[str, str | None, bool, int]) -> Row:
+    """One case by its number: kernels do not travel between processes."""
+    architecture, operator, one_each, index = job
+    case = next(islice(cases(architecture, operator, one_each), index, None))
+    return compile_case(case, architecture)
+
+
 def markdown(rows: Iterable[Row]) -> str:
     """The table as the repository keeps it."""
     import triton
@@ -176,13 +199,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    rows = [
-        compile_case(case, architecture)
-        for architecture in arguments.targets
-        for case in cases(
-            architecture, arguments.operator, arguments.sample and architecture != "sm90"
-        )
-    ]
+    rows = compile_all(arguments.targets, arguments.operator, arguments.sample)
     rows.sort(key=lambda row: (row.operator, row.case, ARCHITECTURES.index(row.architecture)))
     table = markdown(rows)
     if arguments.markdown:
