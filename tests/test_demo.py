@@ -94,7 +94,9 @@ def test_shares_are_counted():
 
 @pytest.mark.parametrize("light, palette", [(False, sheet.DARK), (True, sheet.LIGHT)])
 def test_mistakes_are_marked(light, palette):
-    page = sheet.draw(by_hand(), light)
+    demo = by_hand()
+    demo.searches["a red one"] = [(0, 0.9)] * 8
+    page = sheet.draw(demo, light)
     counts = {colour: count for count, colour in page.getcolors(1 << 24)}
     for name in (palette.page, palette.text, palette.inks["red"]):
         assert tuple(bytes.fromhex(name[1:])) in counts, name

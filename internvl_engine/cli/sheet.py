@@ -101,10 +101,14 @@ def draw(demo: "Demo", light: bool = False) -> "Image.Image":
     for start in (0, COLUMNS * step):
         _row(sheet, [pictures[start + i * step] for i in range(COLUMNS)])
     hardest = sorted(pictures, key=_confidence)[:COLUMNS]
-    _title(sheet, "The hardest", "wrong captions and digits first, then where it was least sure")
+    _title(
+        sheet, "The hardest", "wrong captions and digits, outlined; then where it was least sure"
+    )
     _row(sheet, hardest, truth=True)
     query = _query(demo)
-    _title(sheet, f"Search: “{query}”", f"the best of {len(pictures)}, by cosine")
+    shown = sum(picture.truth == query for picture in pictures)
+    what = f"the best of {len(pictures)}, by cosine; {shown} show it"
+    _title(sheet, f"Search: “{query}”", what)
     _hits(sheet, demo, query)
     _questions(sheet, demo)
     return sheet.finish()
