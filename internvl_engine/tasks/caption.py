@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..generation import KVCache
 from ..processing.images import is_one_image
 from ..processing.text import CAPTION_PROMPT
 from .batches import image_batches
@@ -162,9 +163,20 @@ def _continue(
     if stop:
         settings = settings | {"stopping_criteria": [StopAtText(tokenizer, stop)]}
     ids = engine.model.generate(
-        visual_features=states, input_ids=ids, attention_mask=mask, **settings
+        visual_features=states,
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=_cache(engine, ids, settings),
+        **settings,
     )
     return [cut(text, stop).strip() for text in tokenizer.batch_decode(ids)]
+
+
+def _cache(engine: Embedder, ids: Tensor, settings: dict[str, Any]) -> KVCache:
+    """A cache for the queries, the prompts ids (B, L) and what is to come."""
+    config = engine.model.config
+    length = config.num_query_token + ids.shape[1] + settings["max_new_tokens"]
+    return KVCache(config.qllama_config, length)
 
 
 def _stream(
@@ -181,7 +193,10 @@ def _stream(
 
     def generate(**streaming: Any) -> None:
         (states,) = _vision_states(engine, image, 1)
-        engine.model.generate(visual_features=states, input_ids=ids, **settings, **streaming)
+        cache = _cache(engine, ids, settings)
+        engine.model.generate(
+            visual_features=states, input_ids=ids, past_key_values=cache, **settings, **streaming
+        )
 
     return stream_text(generate, tokenizer, stop)
 
