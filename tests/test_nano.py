@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 
@@ -104,6 +105,9 @@ def test_three_steps_of_training_lower_the_loss_and_repeat(digits, script):
     before = loss(model)
     first = script.train(model, processor, train, steps=3, seed=3)
     assert loss(model) < before
+    untrained = script.build(seed=3)[0].query_tokens
+    distance = (first.query_tokens - untrained).norm() / (model.query_tokens - untrained).norm()
+    assert 0 < distance < 1
     second = script.train(script.build(seed=3)[0], processor, train, steps=3, seed=3)
     for (name, weight), other in zip(
         first.state_dict().items(), second.state_dict().values(), strict=True
@@ -164,6 +168,9 @@ def test_the_vocabulary_has_the_published_control_pieces(script):
     assert len(tokenizer) == 256
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.training_pad_token_id == 255
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    assert pieces.id_to_piece(255) == "[PAD]"
+    assert pieces.is_control(255)
     assert tokenizer.model_bytes == script.train_tokenizer(256).model_bytes
     text = "Question: what digit is it? Answer: [PAD] ~ 42"
     [ids] = tokenizer.encode(text)
