@@ -24,22 +24,36 @@ def decode_attention_sdpa(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's attention on the CPU, over the slots up to the longest row."""
+    """PyTorch's attention on the CPU: one call, or one a row where the lengths differ.
+
+    What lies behind a length may be anything, NaN too, so that no mask could hide it.
+    """
     if q.numel() == 0 or k_cache.shape[2] == 0:
         return NotImplemented
-    longest = int(lengths.max())
-    k, v = k_cache[:, :, :longest], v_cache[:, :, :longest]
+    counts = lengths.tolist()
+    if len(set(counts)) == 1:
+        return _attend(q, k_cache, v_cache, counts[0], visible, scale)
+    out = empty_output(q, False)[0]
+    for row, length in enumerate(counts):
+        one = slice(row, row + 1)
+        seen = None if visible is None else visible[one]
+        found = _attend(q[one], k_cache[one], v_cache[one], length, seen, scale)
+        if found is NotImplemented:
+            return NotImplemented
+        out[one] = found
+    return out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, length: int, visible: Tensor | None, scale: float
+) -> Tensor:
     bias = None
-    if visible is not None or int(lengths.min()) < longest:
-        # What lies behind a length may be anything, NaN too: 0 * NaN must not reach the sum.
-        seen = torch.arange(longest) < lengths.view(-1, 1)
-        v = v.masked_fill(~seen[:, None, :, None], 0.0) if not bool(seen.all()) else v
-        seen = seen if visible is None else seen & visible[:, :longest]
+    if visible is not None:
+        seen = visible[:, None, None, :length]
         if not bool(seen.any(-1).all()):
             return NotImplemented
         bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
-        bias = bias[:, None, None, :]
-    found = sdpa_cpu(q, k, v, bias, False, scale)
+    found = sdpa_cpu(q, k[:, :, :length], v[:, :, :length], bias, False, scale)
     return found if found is NotImplemented else as_projected(found[0])
 
 

@@ -141,7 +141,7 @@ def _rows_that_see(
         if MASK != CAUSAL:
             low = tl.where(first_key < prefix, 0, low)
         if MASK == BLOCK:
-            high = tl.where(end_key > prefix, S, tl.maximum(prefix - (T - S), 0))
+            high = tl.where(end_key > prefix, S, tl.maximum(tl.minimum(prefix, T) - (T - S), 0))
         if VISIBLE:
             for start in range(0, S, 256):
                 rows = start + tl.arange(0, 256)
