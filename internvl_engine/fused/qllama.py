@@ -145,7 +145,9 @@ class FusedDecoderLayer(FusedModule):
         constants = self.constants
         if constants is not None and cache is None and constants.are(hidden, mask):
             weights = self._state_of_weights(norm)
-            if weights is not None:
+            if weights is None:  # wrapped, and perhaps unwrapped with other weights later
+                constants.forget()
+            else:
                 return constants.get(
                     hidden.shape[0],
                     weights,
@@ -272,6 +274,10 @@ class Constants:
             and hidden.shape[1:] == tokens.shape[1:]
             and (hidden.stride(0) == 0 or hidden.shape[0] == 1)
         )
+
+    def forget(self) -> None:
+        """Drops what was computed."""
+        self._value = None
 
     def get(
         self, batch: int, weights: tuple, compute: Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -1,0 +1,127 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from internvl_engine import kernels
+from internvl_engine.fused.base import Handoff
+from internvl_engine.fused.projection import PackedLinear, Projection, state_of
+
+NAMES = ("first", "second")
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]  # float64 has no packed layout
+
+
+class Owner(nn.Module):
+    def __init__(self, dtype, bias):
+        super().__init__()
+        self.first, self.second = (
+            nn.Linear(64, width, bias=bias, dtype=dtype) for width in (32, 96)
+        )
+
+    def forward(self, x):
+        return torch.cat((self.first(x), self.second(x)), -1)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["", "bias"])
+def owner(dtype, request):
+    return Owner(dtype, request.param)
+
+
+def near(actual, expected):
+    # The product of another blocking: a few roundings of sums of 64.
+    tolerance = 8 * torch.finfo(expected.dtype).eps
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@torch.no_grad()
+def test_two_linears_are_one_product_and_their_weights_one_storage(owner, dtype):
+    x = torch.randn(5, 64, dtype=dtype)
+    expected, state = owner(x), copy.deepcopy(owner.state_dict())
+    pair = Projection(owner, *NAMES, inference=True)
+    near(pair(x), expected)
+    if kernels.can_pack(torch.empty(64, 64, dtype=dtype)):
+        assert all(isinstance(linear, PackedLinear) for linear in pair.linears())
+        assert len({id(linear.pack) for linear in pair.linears()}) == 1
+    else:
+        first, second = (linear.weight for linear in pair.linears())
+        assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert all(torch.equal(t, state[name]) for name, t in owner.state_dict().items())
+    near(owner(x), expected)  # the modules themselves still work
+    near(pair(x), expected)  # and are put together again
+    pair.release()
+    assert all(type(linear) is nn.Linear for linear in pair.linears())
+    assert all(torch.equal(t, state[name]) for name, t in owner.state_dict().items())
+
+
+@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("inference", [False, True])
+@torch.no_grad()
+def test_epilogues_are_those_of_the_modules(owner, dtype, epilogue, inference):
+    x = torch.randn(5, 64, dtype=dtype)
+    y = owner(x)
+    gate, up = y.chunk(2, -1)
+    expected = {"none": y, "gelu": nn.functional.gelu(y)}.get(
+        epilogue, nn.functional.silu(gate) * up
+    )
+    residual = torch.randn_like(expected)
+    pair = Projection(owner, *NAMES, inference=inference)
+    near(pair(x, epilogue, residual), residual + expected)
+
+
+@torch.no_grad()
+def test_whoever_takes_a_weight_may_change_it(owner, dtype):
+    x = torch.randn(5, 64, dtype=dtype)
+    pair = Projection(owner, *NAMES, inference=True)
+    before = pair(x)
+    owner.second.weight.data.mul_(2)  # as a LoRA merge does
+    changed = pair(x)
+    assert (changed - before).norm() > 0.1 * before.norm()
+    near(changed, owner(x))
+    states = [state_of(linear) for linear in pair.linears()]
+    owner.second.weight.mul_(2)
+    pair(x)
+    assert [state_of(linear) for linear in pair.linears()] != states
+
+
+@torch.no_grad()
+def test_a_wrapped_or_hooked_linear_is_called(owner, dtype):
+    x = torch.randn(5, 64, dtype=dtype)
+    pair = Projection(owner, *NAMES, inference=True)
+    expected = pair(x)
+    calls = []
+    handle = owner.first.register_forward_hook(lambda *_: calls.append(1))
+    near(pair(x), expected)
+    assert calls == [1]
+    handle.remove()
+    owner.second = nn.Sequential(owner.second, nn.ReLU())
+    near(pair(x)[:, 32:], expected[:, 32:].relu())
+
+
+def test_a_gradient_reaches_the_weights_in_training(owner, dtype):
+    x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
+    Projection(owner, *NAMES, inference=False)(x).sum().backward()
+    near(owner.first.weight.grad, x.detach().sum(0).expand(32, 64))
+
+
+def test_a_handoff_serves_only_the_same_unchanged_tensor():
+    loop = nn.Identity()
+    handoff = Handoff(nn.Identity(), loop)
+    hidden, normed = torch.zeros(2), torch.ones(2)
+    handoff.put(hidden, normed)
+    assert handoff.take(hidden) is normed and handoff.take(hidden) is None
+    handoff.put(hidden, normed)
+    assert handoff.take(hidden.clone()) is None
+    handoff.put(hidden, normed)
+    hidden.add_(1)
+    assert handoff.take(hidden) is None
+    assert handoff.is_open
+    loop.gradient_checkpointing = True
+    assert not handoff.is_open
+    with torch.no_grad():
+        assert handoff.is_open
