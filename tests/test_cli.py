@@ -16,7 +16,17 @@ from tiny_engine import pictures, saved, tiny_engine
 from internvl_engine.cli import main
 
 COMMAND = [sys.executable, "-m", "internvl_engine.cli"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 COMMANDS = "demo classify caption ask embed index search doctor verify convert bench".split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads than a tiny model can use only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -315,7 +325,7 @@ def test_interruption_is_quiet(run, photos, monkeypatch):
     assert run("caption", photos[0]) == (130, "", "internvl: interrupted\n")
 
 
-def test_without_a_model_it_says_that_nano_serves(run, monkeypatch):
+def test_without_a_model_it_says_that_nano_serves(run, monkeypatch, tmp_path):
     from internvl_engine import InternVL
 
     monkeypatch.delenv("INTERNVL_MODEL")
@@ -323,6 +333,9 @@ def test_without_a_model_it_says_that_nano_serves(run, monkeypatch):
     code, out, err = run("embed", "--text", "a", "--json")
     assert code == 0 and json.loads(out)["model"] == "tiny-0"
     assert "no --model and no INTERNVL_MODEL: using the embedded nano model" in err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()  # is ./nano, never meant by "nano"
+    assert from_json(run("embed", "--text", "a", "--json", "-m", "nano"))["model"] == "tiny-0"
 
 
 def test_a_broken_pipe_is_quiet(checkpoint, tmp_path):
@@ -330,7 +343,7 @@ def test_a_broken_pipe_is_quiet(checkpoint, tmp_path):
     texts = [part for number in range(400) for part in ("--text", f"a {number}")]
     with subprocess.Popen(
         [*COMMAND, "embed", *texts, "--model", checkpoint],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD,
     ) as process:  # fmt: skip
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
@@ -348,7 +361,7 @@ def test_a_terminal_has_a_bar_and_ctrl_c_ends_it(checkpoint, tmp_path):
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [*COMMAND, "index", tmp_path, "--model", checkpoint, "--batch-size", "1"],
-        stdout=subprocess.PIPE, stderr=theirs, text=True,
+        stdout=subprocess.PIPE, stderr=theirs, text=True, env=ONE_THREAD,
     ) as process:  # fmt: skip
         os.close(theirs)
         shown = b""

@@ -1,6 +1,5 @@
 """Which model a command runs on, and where."""
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ Model = Annotated[
         "-m",
         envvar=VARIABLE,
         show_default=False,
-        help="Directory or hub id of a checkpoint; without one, the embedded nano model.",
+        help="Directory or hub id of a checkpoint; without one, nano, the embedded model.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")]
@@ -39,9 +38,9 @@ def load(model: str | None, device: str | None, dtype: str, parts: str) -> "Inte
             f"no --model and no {VARIABLE}: using the embedded nano model, which knows nothing but "
             "handwritten digits in coloured ink"
         )
-    if model in (None, NANO) and not os.path.exists(NANO):
+    if model is None or model == NANO:  # a folder of that name is ./nano
         return InternVL.nano(**options, **({} if dtype == "auto" else {"dtype": dtype}))
-    return InternVL.from_pretrained(model or NANO, dtype=dtype, **options)
+    return InternVL.from_pretrained(model, dtype=dtype, **options)
 
 
 def check_mode(mode: str, *others: str) -> str:

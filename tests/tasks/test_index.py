@@ -185,7 +185,7 @@ def test_a_broken_image_is_reported_and_stops_nothing(engine, embedded, tmp_path
     assert "empty.png" not in engine.index(folder).report.broken
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.integers(0, 400)
 )
