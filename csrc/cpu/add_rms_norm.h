@@ -10,11 +10,11 @@ template <typename T>
 void add_rms_norm_row(const T* x, const T* residual, const T* scale, const T* weight, T* y,
                       T* residual_out, int64_t cols, float eps) {
   Sum squares;
-  for_each_vec(cols, [&](int64_t c, auto count) {
+  for_each_vec_in_chains(cols, [&](int64_t c, auto count, int chain) {
     const Vec v = load(x + c, count), r = load(residual + c, count);
-    const Vec sum = round_to<T>(scale ? r + v * load(scale + c, count) : r + v);
-    store(sum, residual_out + c, count);
-    squares.add(c, sum * sum);
+    const Vec added = scale ? r + v * load(scale + c, count) : r + v;
+    const Vec sum = store_rounded(added, residual_out + c, count);
+    squares.chains[chain] += sum * sum;
   });
   const double rstd = 1.0 / std::sqrt(squares.total() / cols + eps);
   normalise_row(residual_out, static_cast<float>(rstd), weight, y, cols);

@@ -79,6 +79,17 @@ inline Vec round_to<bf16>(Vec v) {
 #endif
 }
 
+// Stores v and returns what was stored.
+inline Vec store_rounded(Vec v, float* to) {
+  store(v, to);
+  return v;
+}
+inline Vec store_rounded(Vec v, bf16* to) {
+  const HalfBits half = to_bf16(v);
+  std::memcpy(to, &half, sizeof half);
+  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+}
+
 // The first `count` elements only; the rest of a loaded vector is 0.
 template <typename T>
 inline Vec load(const T* from, int64_t count) {
@@ -103,6 +114,18 @@ inline void store(Vec v, T* to, Full) {
   store(v, to);
 }
 
+template <typename T>
+inline Vec store_rounded(Vec v, T* to, Full) {
+  return store_rounded(v, to);
+}
+template <typename T>
+inline Vec store_rounded(Vec v, T* to, int64_t count) {
+  T padded[kWidth];
+  const Vec rounded = store_rounded(v, padded);
+  std::memcpy(to, padded, count * sizeof(T));
+  return rounded;
+}
+
 // Calls body(start, count) for every vector of a row; the last count may be smaller than kWidth.
 template <typename Body>
 inline void for_each_vec(int64_t cols, Body body) {
@@ -111,11 +134,24 @@ inline void for_each_vec(int64_t cols, Body body) {
   if (c < cols) body(c, cols - c);
 }
 
+// The same with body(start, count, chain), for sums: chain counts 0, 1, 2, 3 and is known when compiling,
+// so that a Sum stays in registers.
+template <typename Body>
+inline void for_each_vec_in_chains(int64_t cols, Body body) {
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= cols; c += 4 * kWidth) {
+    body(c, Full{}, 0);
+    body(c + kWidth, Full{}, 1);
+    body(c + 2 * kWidth, Full{}, 2);
+    body(c + 3 * kWidth, Full{}, 3);
+  }
+  for_each_vec(cols - c, [&](int64_t rest, auto count) { body(c + rest, count, 0); });
+}
+
 // A running sum with four independent chains, so that additions overlap and none has many terms.
 struct Sum {
   Vec chains[4] = {};
 
-  void add(int64_t c, Vec term) { chains[c / kWidth % 4] += term; }
   double total() const {
     WideVec lanes = __builtin_convertvector((chains[0] + chains[1]) + (chains[2] + chains[3]), WideVec);
     double sums[kWidth];
