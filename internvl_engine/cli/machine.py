@@ -76,7 +76,8 @@ def _results(seen: "Demo") -> list[tuple[str, str, float]]:
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Say what this machine will run, why, and what to do about problems."""
-    from .doctor import examine, show
+    from .doctor import examine
+    from .doctor_page import show
 
     found = examine()
     if as_json:
