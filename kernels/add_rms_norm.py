@@ -35,7 +35,8 @@ def add_rms_norm_native(
     dtype = NATIVE_TYPES.get(x.dtype)
     if dtype is None or not _one_dtype(x, residual, scale, weight):
         return NotImplemented
-    y, residual_out = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(y)
     cols = x.shape[-1]
     x_rows, residual_rows, weight = as_rows(x), as_rows(residual), weight.contiguous()
     scale = None if scale is None else scale.contiguous()
