@@ -6,6 +6,8 @@ start from. None sees a mask that leaves a row without keys: only the reference 
 all values then.
 """
 
+from collections.abc import Iterable
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -32,6 +34,12 @@ def empty_output(q: Tensor, saves: bool) -> Pair:
 def as_projected(x: Tensor) -> Tensor:
     """x (B, H, S, D) with (B, S, H, D) in memory; a copy only where it is not yet so."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def all_as_projected(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """as_projected of each of the three gradients."""
+    dq, dk, dv = tensors
+    return as_projected(dq), as_projected(dk), as_projected(dv)
 
 
 def log_sum_exp(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
@@ -106,9 +114,9 @@ def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
     """The flash-attn package: its version 3 for Hopper where installed, else version 2."""
     if find_spec("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_func
+        flash_attn_func = import_module("flash_attn_interface").flash_attn_func
     else:
-        from flash_attn import flash_attn_func
+        flash_attn_func = import_module("flash_attn").flash_attn_func
     rows = (x.transpose(1, 2) for x in (q, k, v))  # (B, S, H, D)
     out, lse, *_ = flash_attn_func(
         *rows, softmax_scale=scale, causal=causal, return_attn_probs=True

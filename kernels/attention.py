@@ -25,6 +25,7 @@ from internvl_engine import reference
 
 from ._attention import (
     FLASH,
+    all_as_projected,
     as_projected,
     empty_output,
     flash_serves,
@@ -65,10 +66,10 @@ def _small_bias(mask: str, queries: int, keys: int, prefix: int, dtype: torch.dt
 
 def _bias(
     q: Tensor, keys: int, mask: str, prefix: int, visible: Tensor | None
-) -> tuple[Tensor | None, bool]:
+) -> tuple[Tensor | None, bool] | None:
     """(bias to the scores, whether PyTorch's own causal mask serves instead) for sdpa_cpu.
 
-    Masks up to 1024 x 1024 are built once; NotImplemented where a row sees nothing.
+    Masks up to 1024 x 1024 are built once. None where a row sees nothing.
     """
     queries = q.shape[2]
     if visible is None and (mask == "full" or (mask == "causal" and queries == keys)):
@@ -80,7 +81,7 @@ def _bias(
         padding = padding[:, None, None, :]
         bias = padding.expand(-1, 1, queries, -1) if bias is None else bias + padding
         if (bias.amax(-1) < 0).any():
-            return NotImplemented, False
+            return None
     return bias, False
 
 
@@ -89,10 +90,8 @@ def attention_sdpa(
     saves: bool,
 ) -> Pair:  # fmt: skip
     """PyTorch's blocked attention on the CPU."""
-    bias, causal = _bias(q, k.shape[2], mask, prefix, visible)
-    found = NotImplemented
-    if bias is not NotImplemented:
-        found = sdpa_cpu(q, k, v, bias, causal, scale)
+    bias = _bias(q, k.shape[2], mask, prefix, visible)
+    found = NotImplemented if bias is None else sdpa_cpu(q, k, v, *bias, scale)
     if found is NotImplemented:
         return NotImplemented
     lse = found[1].to(lse_dtype(q.dtype)).contiguous()
@@ -104,11 +103,11 @@ def attention_backward_sdpa(
     visible: Tensor | None, scale: float,
 ) -> Three:  # fmt: skip
     """Its gradient on the CPU."""
-    bias, causal = _bias(q, k.shape[2], mask, prefix, visible)
-    found = NotImplemented
-    if bias is not NotImplemented:
-        found = sdpa_cpu_backward(grad, q, k, v, out, lse, bias, causal, scale)
-    return found if found is NotImplemented else tuple(as_projected(x) for x in found)
+    bias = _bias(q, k.shape[2], mask, prefix, visible)
+    if bias is None:
+        return NotImplemented
+    found = sdpa_cpu_backward(grad, q, k, v, out, lse, *bias, scale)
+    return found if found is NotImplemented else all_as_projected(found)
 
 
 def _flash_backend(attend):
@@ -127,12 +126,12 @@ def _backward_reference(
     visible: Tensor | None, scale: float,
 ) -> Three:  # fmt: skip
     if k.shape[2] == 0:
-        return tuple(as_projected(torch.zeros_like(x)) for x in (q, k, v))
+        return all_as_projected(torch.zeros_like(x) for x in (q, k, v))
 
     def attend(q, k, v):
         return reference.attention(q, k, v, mask, prefix, visible, scale)
 
-    return tuple(as_projected(x) for x in gradient(attend, wanted=(0, 1, 2))(grad, q, k, v))
+    return all_as_projected(gradient(attend, wanted=(0, 1, 2))(grad, q, k, v))
 
 
 def _save(ctx, inputs: tuple, output: Pair) -> None:

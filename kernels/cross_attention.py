@@ -19,6 +19,7 @@ from internvl_engine import reference
 
 from ._attention import (
     FLASH,
+    all_as_projected,
     as_projected,
     empty_output,
     flash_serves,
@@ -114,12 +115,12 @@ def _backward_reference(
     scale: float,
 ) -> Three:  # fmt: skip
     if q.numel() == 0 or k.shape[2] == 0:
-        return tuple(as_projected(torch.zeros_like(x)) for x in (q, k, v))
+        return all_as_projected(torch.zeros_like(x) for x in (q, k, v))
 
     def attend(q, k, v):
         return reference.cross_attention(q, k, v, interleave, scale)
 
-    return tuple(as_projected(x) for x in gradient(attend, wanted=(0, 1, 2))(grad, q, k, v))
+    return all_as_projected(gradient(attend, wanted=(0, 1, 2))(grad, q, k, v))
 
 
 def _save(ctx, inputs: tuple, output: Pair) -> None:
@@ -127,6 +128,11 @@ def _save(ctx, inputs: tuple, output: Pair) -> None:
     assert saves or not q.requires_grad, "called for a gradient with saves=False"
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx, grad: Tensor, _) -> tuple:
+    grads = _cross_attention_backward(grad, *ctx.saved_tensors, ctx.interleave, ctx.scale)
+    return *grads, None, None, None
 
 
 _cross_attention = define(
@@ -139,15 +145,9 @@ _cross_attention = define(
         "triton": triton_launcher("cross_attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},
     },
-    backward=(
-        lambda ctx, grad, _: (
-            *_cross_attention_backward(grad, *ctx.saved_tensors, ctx.interleave, ctx.scale),
-            None, None, None,
-        ),
-        _save,
-    ),
+    backward=(_backward, _save),
     lower_in_autocast=True,
-)  # fmt: skip
+)
 
 _cross_attention_backward = define(
     "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "

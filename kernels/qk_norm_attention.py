@@ -237,7 +237,8 @@ def qk_norm_attention(
                 f"go with qkv of shape {tuple(qkv.shape)}, got {weight.dtype} of shape "
                 f"{tuple(weight.shape)}"
             )
-    if q_weight is not None and not torch.is_autocast_enabled(qkv.device.type):
+    autocast = torch.is_autocast_enabled(qkv.device.type)
+    if q_weight is not None and k_weight is not None and not autocast:
         dtype = torch.promote_types(q_weight.dtype, k_weight.dtype)
         qkv, q_weight, k_weight = (x.to(dtype) for x in (qkv, q_weight, k_weight))
     saves = needs_gradient(qkv, q_weight, k_weight)

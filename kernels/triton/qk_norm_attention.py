@@ -227,7 +227,7 @@ def qk_norm_attention_triton(
     """Returns (out (B, N, H, D), lse (B, H, N), rstd (2, B, N)), the last two if `saves`."""
     B, N, _, H, D = qkv.shape
     norm = q_weight is not None
-    if not supported(qkv.dtype, D) or (norm and q_weight.dtype != qkv.dtype):
+    if not supported(qkv.dtype, D):
         return NotImplemented
     qkv = _heads_together(qkv)
     out = qkv.new_empty((B, N, H, D))
@@ -259,14 +259,15 @@ def qk_norm_attention_backward_triton(
     """Returns the gradients of qkv, contiguous, and of the weights, empty where those are None."""
     B, N, _, H, D = qkv.shape
     norm = q_weight is not None
-    if not supported(qkv.dtype, D) or (norm and q_weight.dtype != qkv.dtype):
+    if not supported(qkv.dtype, D):
         return NotImplemented
     qkv, grad = _heads_together(qkv), grad.contiguous()
     d_qkv = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(lse, dtype=torch.float32)
     folded = torch.empty_like(out) if norm else out
     if grad.numel() == 0:
-        return d_qkv, *(qkv.new_zeros(H * D if norm else 0) for _ in range(2))
+        width = H * D if norm else 0
+        return d_qkv, qkv.new_zeros(width), qkv.new_zeros(width)
     kind = width_class(D, qkv.dtype)
     key = (kind, length_class(N))
     shape = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "NORM": norm}
@@ -301,12 +302,12 @@ def qk_norm_attention_backward_triton(
         qkv, q_weight, k_weight, rstd, d_qkv, d_weights, *qkv.stride()[:3], B, N, H * D, block,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
-    return d_qkv, *(d_weights[part].sum(0).to(qkv.dtype) for part in range(2))
+    return d_qkv, d_weights[0].sum(0).to(qkv.dtype), d_weights[1].sum(0).to(qkv.dtype)
 
 
 def cross_compile_cases(architecture: str) -> Iterator[Case]:
     """Every kernel at 257 tokens of 25 heads of 128; the last two with masked blocks at 677."""
-    values = dict.fromkeys(
+    values: dict[str, object] = dict.fromkeys(
         ("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr", "d_out_ptr", "d_qkv_ptr"), "*bf16"
     ) | {"folded_ptr": "*bf16", "rstd_ptr": "*fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     sizes = dict.fromkeys(("batch_stride", "token_stride", "part_stride", "head_stride"), "i32:16")
