@@ -20,15 +20,6 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 COMMANDS = "demo classify caption ask embed index search doctor verify convert bench".split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than a tiny model can use only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
     return saved(tmp_path_factory)

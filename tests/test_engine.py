@@ -19,15 +19,6 @@ from internvl_engine.tasks.fingerprint import fingerprint
 ROUNDING = 2e-6  # float32 sums of another batch shape, on unit vectors of 48 values
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than a tiny model can use only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def engine() -> InternVL:
     return tiny_engine()

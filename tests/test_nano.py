@@ -20,14 +20,11 @@ REQUIRED = 0.98
 
 @pytest.fixture
 def script(monkeypatch):
-    """examples/train_nano.py as a module, on one thread as it runs itself."""
+    """examples/train_nano.py as a module."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import train_nano
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a second one waits more than it works at these widths
-    yield train_nano
-    torch.set_num_threads(threads)
+    return train_nano
 
 
 @pytest.fixture
