@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+from internvl_engine.kernels.triton import _tuning
+
+DEFAULTS = {name: {"BLOCK": 64, "num_warps": 4} for name in _tuning.ARCHITECTURES}
+CANDIDATES = [{"BLOCK": block, "num_warps": 4} for block in (32, 64, 128)]
+KEY = (3200, "bf16")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """Results of this test only, and a timer that prefers BLOCK = 128."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path))
+    timed = []
+
+    def do_bench(run):
+        timed.append(run())
+        return 1.0 / timed[-1]["BLOCK"]
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    forget()
+    yield timed
+    forget()
+
+
+def forget() -> None:
+    """What a new process starts with."""
+    _tuning._stored.cache_clear()
+    _tuning._resolved.clear()
+
+
+def config(operator="op", run=lambda config: config):
+    return _tuning.launch_config(operator, KEY, DEFAULTS, CANDIDATES, run, 0)
+
+
+def test_defaults_serve_until_asked_to_tune(empty_cache):
+    assert config() == DEFAULTS[_tuning.architecture(0)] | _tuning.OPTIONS
+    assert not empty_cache
+    assert _tuning.launch_config("op", KEY, DEFAULTS, CANDIDATES, None, -1) == DEFAULTS["sm90"]
+
+
+def test_tunes_once_and_never_again(empty_cache, tmp_path):
+    config()
+    with _tuning.tuning():
+        assert config()["BLOCK"] == 128
+        assert len(empty_cache) == len(CANDIDATES)
+    forget()  # as in the next process
+    assert config()["BLOCK"] == 128
+    with _tuning.tuning():
+        assert config()["BLOCK"] == 128
+    assert len(empty_cache) == len(CANDIDATES)
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text()) == {f"op{KEY}": CANDIDATES[2]}
+
+
+def test_keeps_what_another_process_stored_meanwhile(tmp_path):
+    with _tuning.tuning():
+        config()
+        (file,) = tmp_path.iterdir()
+        file.write_text(json.dumps({"theirs": CANDIDATES[0], **json.loads(file.read_text())}))
+        config("other")
+    assert set(json.loads(file.read_text())) == {"theirs", f"op{KEY}", f"other{KEY}"}
+
+
+def test_what_does_not_fit_the_chip_is_left_out():
+    from triton.runtime.errors import OutOfResources
+
+    def run(config):
+        if config["BLOCK"] > 32:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return config
+
+    with _tuning.tuning():
+        assert config(run=run)["BLOCK"] == 32
+
+    def never(config):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    with pytest.raises(ValueError, match="none of 3 configurations runs"):
+        _tuning.tune("third", KEY, CANDIDATES, never)
+
+
+@pytest.mark.parametrize(
+    "capability, expected",
+    [((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((12, 0), "sm80")],
+)
+def test_every_gpu_finds_its_architecture(capability, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    _tuning.architecture.cache_clear()
+    try:
+        assert _tuning.architecture(0) == expected
+    finally:
+        _tuning.architecture.cache_clear()
