@@ -46,7 +46,7 @@ def run(folder, arguments):
         while not done.wait(0.002):
             peak = max(peak, anonymous())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     model = InternVL_G.from_pretrained(folder, **arguments)
     after = anonymous()
@@ -96,7 +96,15 @@ def measured(tmp_path_factory, checkpoint, full_size_shapes):
     command = [sys.executable, "-c", MEASURE, json.dumps([(str(f), a) for f, a in cases.values()])]
     # A fixed threshold: glibc would keep freed weights for later cases otherwise.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    output = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=huge,
+        timeout=300,
+    )
     return dict(zip(cases, map(json.loads, output.stdout.splitlines()), strict=True))
 
 
