@@ -49,6 +49,9 @@ def run(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = machine(device)
+    stored = json.loads(compare.read_text()) if compare else None
+    if stored and stored["machine"] != head:
+        raise ValueError(f"bench: stored on {stored['machine']}; this machine is {head}")
     print(head)
     rows: list[Row] = []
     with torch.no_grad():
@@ -60,24 +63,22 @@ def run(
                     print(f"\n{title}")
                 print(row.line(), flush=True)
                 rows.append(row)
-    if compare:
-        print(f"\n{comparison(rows, head, json.loads(compare.read_text()))}")
+    if stored:
+        print(f"\n{comparison(rows, stored)}")
     if json_file:
-        stored = {"machine": head, "rows": [as_json(row) for row in rows]}
-        json_file.write_text(json.dumps(stored, indent=1) + "\n")
+        result = {"machine": head, "rows": [as_json(row) for row in rows]}
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
     if plot:
         draw(rows, head, plot)
     return rows
 
 
-def comparison(rows: Iterable[Row], head: str, stored: dict) -> str:
+def comparison(rows: Iterable[Row], stored: dict) -> str:
     """What of ours got slower than a stored result: its median beyond the stored p80 and 5 %.
 
     A machine that is slower today is slower for PyTorch too, so times are divided by how much eager
     PyTorch changed on the same case.
     """
-    if stored["machine"] != head:
-        raise ValueError(f"bench: stored on {stored['machine']}; this machine is {head}")
     key = ("operator", "label", "dtype", "device")
     before = {(*(old[k] for k in key), old["provider"]): old for old in stored["rows"]}
     now = {(*(getattr(row, k) for k in key), row.provider): row for row in rows}
