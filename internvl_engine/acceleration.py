@@ -163,7 +163,7 @@ def _offloaded(module: nn.Module) -> str | None:
     if any(hasattr(m, "_hf_hook") for m in module.modules()):
         return "its weights are moved in and out by hooks (device_map)"
     if any(p.is_meta for p in module.parameters()):
-        return "its weights are on the meta device"
+        return "its weights are offloaded, or were never loaded"
     return None
 
 

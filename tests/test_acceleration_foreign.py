@@ -74,7 +74,7 @@ def test_transformers_vision_tower_trains(recompute):
         one(x).last_hidden_state.square().sum().backward()
         gradients.append([p.grad for p in one.parameters() if p.grad is not None])
     for ours, theirs in zip(*reversed(gradients), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-// Linear layers over packed weights, on the CPU. What they compute: kernels/packed.py.
+// Linear layers over packed weights, on the CPU. What they compute: kernels/linear_packed.py.
 //
 //   y (M, F) = residual + epilogue(x (M, C) @ weight.T + bias)
 //
