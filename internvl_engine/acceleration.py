@@ -6,6 +6,7 @@ Instances are replaced, never classes; the loops, masks and caches around them s
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -178,9 +179,10 @@ def _link(model: nn.Module) -> None:
         first.constants = Constants(model)
 
 
-def _link_layers(loop: nn.Module, layers: list[nn.Module]) -> None:
+def _link_layers(loop: nn.Module, layers: list[Any]) -> None:
     image = NormalizedImage()
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+    followers: list[Any] = [*layers[1:], None]
+    for layer, following in zip(layers, followers, strict=True):
         if isinstance(layer, FusedDecoderLayer):
             layer.share_image(image)
         norm = None

@@ -27,7 +27,7 @@ class KVCache(Cache):
     def __init__(self, config: LlamaConfig, max_length: int) -> None:
         if max_length < 1:
             raise ValueError(f"KVCache: max_length must be at least 1, got {max_length}")
-        self.storage: Tensor | None = None
+        self.storage: Any = None  # a Tensor from the first update on
         self.max_length = max_length
         count = config.num_hidden_layers
         super().__init__(layers=[KVCacheLayer(self, index) for index in range(count)])

@@ -1,7 +1,7 @@
 """What every fused module is: the eager one's state with another forward."""
 
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,12 @@ class FusedModule(nn.Module):
     either is so on both, `state_dict()` has the old names, and `eager` needs no repair to go back.
     """
 
-    def __init__(self, eager: nn.Module, inference: bool) -> None:
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The eager module's own attributes, whatever its class."""
+
+    def __init__(self, eager: Any, inference: bool) -> None:
         """inference: whether weights may be merged and packed, and are constants."""
         self.__dict__.update(eager.__dict__)
         self.__dict__["eager"] = eager  # not a submodule: its names are ours
@@ -24,12 +29,12 @@ class FusedModule(nn.Module):
         self._inner = tuple(module for module in eager.modules() if module is not eager)
 
     @classmethod
-    def claims(cls, module: nn.Module) -> bool:
+    def claims(cls, module: Any) -> bool:
         """Whether the module has the parameters and submodules that this class knows."""
         raise NotImplementedError
 
     @classmethod
-    def objection(cls, module: nn.Module) -> str | None:
+    def objection(cls, module: Any) -> str | None:
         """Why a module that is claimed must stay eager, or None."""
         return None
 
@@ -42,7 +47,7 @@ class FusedModule(nn.Module):
         for projection in self.projections():
             projection.prepare()
 
-    def release(self) -> nn.Module:
+    def release(self) -> Any:
         """Gives every weight back to its Linear and returns the eager module."""
         for projection in self.projections():
             projection.release()
@@ -68,7 +73,7 @@ class Handoff:
     looks in between or changes something loses nothing but the saved pass.
     """
 
-    def __init__(self, norm: nn.Module, loop: nn.Module) -> None:
+    def __init__(self, norm: Any, loop: Any) -> None:
         """norm: of the next layer. loop: what calls the layers, and may recompute them."""
         self.norm = norm
         self.loop = loop

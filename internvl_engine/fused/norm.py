@@ -1,5 +1,7 @@
 """A fused RMSNorm in place of an eager one that stands by itself."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from .. import kernels
 from .base import FusedModule, Handoff
 
 
-def is_rms_norm(module: object) -> bool:
+def is_rms_norm(module: Any) -> bool:
     """Whether a module is one of the RMSNorms: a weight, an epsilon and nothing else."""
     return (
         isinstance(module, nn.Module)
@@ -17,7 +19,7 @@ def is_rms_norm(module: object) -> bool:
     )
 
 
-def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+def normalize(norm: Any, x: Tensor) -> Tensor:
     """norm(x), by the fused operator where weight and x share a dtype.
 
     Where they do not, the published norms round differently from each other: each keeps its own.
@@ -33,7 +35,7 @@ class FusedRMSNorm(FusedModule):
     handoff: Handoff | None = None
 
     @classmethod
-    def claims(cls, module: nn.Module) -> bool:
+    def claims(cls, module: Any) -> bool:
         return is_rms_norm(module)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ class FusedRMSNorm(FusedModule):
 
 
 def add_normalize(
-    x: Tensor, hidden: Tensor, scale: Tensor | None, norm: nn.Module
+    x: Tensor, hidden: Tensor, scale: Tensor | None, norm: Any
 ) -> tuple[Tensor, Tensor]:
     """(norm(h), h) of h = hidden + x * scale, in one pass where all share a dtype."""
     scaled = scale is None or scale.dtype == x.dtype

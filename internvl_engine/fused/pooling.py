@@ -7,6 +7,8 @@ The key's biases add the same to every score and cancel in the softmax. About 11
 operations for K and V than projecting 257 tokens. What it replaces: modeling/pooling.py.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class FusedAttentionPooling(FusedModule):
     """
 
     @classmethod
-    def claims(cls, module: nn.Module) -> bool:
+    def claims(cls, module: Any) -> bool:
         attention = getattr(module, "cross_attn", None)
         return (
             all(hasattr(module, name) for name in PARTS)
@@ -34,7 +36,7 @@ class FusedAttentionPooling(FusedModule):
         )
 
     @classmethod
-    def objection(cls, module: nn.Module) -> str | None:
+    def objection(cls, module: Any) -> str | None:
         norms = (module.norm1_q, module.norm1_k, module.norm1_v)
         if not all(isinstance(norm, nn.LayerNorm) and norm.elementwise_affine for norm in norms):
             return "its norms are not LayerNorm with weight and bias"

@@ -22,7 +22,7 @@ class Projection:
     is called as the module it is, and one that was moved or loaded anew is merged or packed again.
     """
 
-    def __init__(self, owner: nn.Module, *names: str, inference: bool) -> None:
+    def __init__(self, owner: Any, *names: str, inference: bool) -> None:
         """names: submodules of owner, in the order of their rows. inference: merge and pack."""
         self.owner = owner
         self.names = names
@@ -46,7 +46,7 @@ class Projection:
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return finish(y, epilogue, residual)
 
-    def linears(self) -> list[nn.Module]:
+    def linears(self) -> list[Any]:
         """The modules as they are now."""
         return [self.owner.get_submodule(name) for name in self.names]
 
@@ -62,7 +62,7 @@ class Projection:
                 _replace(self.owner, name, linear.restored())
         self._weight = self._bias = None
 
-    def _prepared(self, linears: list[nn.Module]) -> list[nn.Module]:
+    def _prepared(self, linears: list[Any]) -> list[Any]:
         if not all(map(is_plain, linears)):
             if not any(map(is_plain, linears)) or _watched(linears):
                 return linears
@@ -78,7 +78,7 @@ class Projection:
             self._merge(linears)
         return linears
 
-    def _is_merged(self, linears: list[nn.Module]) -> bool:
+    def _is_merged(self, linears: list[Any]) -> bool:
         if self._weight is None or torch.compiler.is_compiling():
             return self._weight is not None
         start, rows = self._weight.data_ptr(), 0
@@ -91,7 +91,7 @@ class Projection:
         return self._weight.dtype == linears[0].weight.dtype
 
     @torch.no_grad()
-    def _merge(self, linears: list[nn.Module]) -> None:
+    def _merge(self, linears: list[Any]) -> None:
         self._weight, self._bias = _joined(linears)
         if self._weight is None:
             return
@@ -103,12 +103,12 @@ class Projection:
                 linear.bias.data = part
 
     @torch.no_grad()
-    def _pack(self, linears: list[nn.Module]) -> list[nn.Module]:
+    def _pack(self, linears: list[Any]) -> list[Any]:
         weight, bias = _joined(linears)
         if weight is None:
             return linears
         pack = Pack(kernels.PackedWeight(weight), bias)
-        packed: list[nn.Module] = []
+        packed: list[Any] = []
         start = 0
         for name, linear in zip(self.names, linears, strict=True):
             if isinstance(linear, PackedLinear):  # was moved or loaded since it was packed
@@ -139,10 +139,10 @@ class PackedLinear(nn.Linear):
     again; the next call of the fused module packs what it finds there.
     """
 
-    def __init__(self, linear: nn.Linear, pack: Pack, rows: slice) -> None:
+    def __init__(self, linear: Any, pack: Pack, rows: slice) -> None:
         self.__dict__.update(linear.__dict__)
         self._parameters = dict(linear._parameters)
-        self.__dict__["linear"] = linear  # not a submodule: its names are ours
+        self.__dict__["linear"] = linear  # hidden, not a submodule: its names are ours
         self.rows = rows
         self.pack: Pack | None = pack
         del self._parameters["weight"]
@@ -160,16 +160,17 @@ class PackedLinear(nn.Linear):
             return kernels.linear_packed(x, self.pack.weight, self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
 
-    def restored(self) -> nn.Linear:
+    def restored(self) -> Any:
         """The Linear that was here, with its own weight again."""
         if self.pack is not None:
-            self.linear.weight.data = self._dense()
-            self._parameters["weight"] = self.linear.weight
+            linear = self.__dict__["linear"]
+            linear.weight.data = self._dense(self.pack)
+            self._parameters["weight"] = linear.weight
             self.pack = None
-        return self.linear
+        return self.__dict__["linear"]
 
-    def _dense(self) -> Tensor:
-        dense = self.pack.weight.dense()
+    def _dense(self, pack: Pack) -> Tensor:
+        dense = pack.weight.dense()
         return dense if dense.shape[0] == self.out_features else dense[self.rows].clone()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "PackedLinear":
@@ -181,7 +182,7 @@ class PackedLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.pack is not None:
-            destination[prefix + "weight"] = self._dense()
+            destination[prefix + "weight"] = self._dense(self.pack)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -190,13 +191,13 @@ class PackedLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: Any) -> bool:
     """Whether a module is nothing but a dense matrix product: its own weight, nobody watching."""
     plain = type(linear) is nn.Linear or isinstance(linear, PackedLinear) and linear.pack is None
     return plain and not _watched([linear])
 
 
-def state_of(linear: nn.Module) -> tuple | None:
+def state_of(linear: Any) -> tuple | None:
     """What changes when the weight of a linear does; None where it is more than a linear."""
     if isinstance(linear, PackedLinear) and linear.pack is not None:
         return (id(linear.pack),)
@@ -219,11 +220,11 @@ def finish(y: Tensor, epilogue: str, residual: Tensor | None) -> Tensor:
     return y if residual is None else residual + y
 
 
-def _watched(linears: list[nn.Module]) -> bool:
+def _watched(linears: list[Any]) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in linears)
 
 
-def _joined(linears: list[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
+def _joined(linears: list[Any]) -> tuple[Tensor | None, Tensor | None]:
     """Weights and biases one below the other, or None where the kinds do not go together."""
     first = linears[0]
     if len(linears) == 1:
@@ -242,6 +243,6 @@ def _joined(linears: list[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
     return weight, torch.cat([linear.bias.data for linear in linears])
 
 
-def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:
+def _replace(owner: Any, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
     setattr(owner.get_submodule(parent), attribute, module)

@@ -32,18 +32,18 @@ MAX_HEAD_DIM = 128
 class FusedLlamaMLP(FusedModule):
     """In place of any LLaMA's MLP: down(silu(gate(x)) * up(x)), gate and up as one product."""
 
-    def __init__(self, eager: nn.Module, inference: bool) -> None:
+    def __init__(self, eager: Any, inference: bool) -> None:
         super().__init__(eager, inference)
         self._gate_up = Projection(eager, "gate_proj", "up_proj", inference=inference)
         self._down = Projection(eager, "down_proj", inference=inference)
 
     @classmethod
-    def claims(cls, module: nn.Module) -> bool:
+    def claims(cls, module: Any) -> bool:
         names = ("gate_proj", "up_proj", "down_proj", "act_fn")
         return all(hasattr(module, name) for name in names)
 
     @classmethod
-    def objection(cls, module: nn.Module) -> str | None:
+    def objection(cls, module: Any) -> str | None:
         if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             return f"its activation is {type(module.act_fn).__name__}, not SiLU"
         return None
@@ -60,7 +60,7 @@ class FusedDecoderLayer(FusedModule):
     before: Handoff | None = None  # from the layer before, and to the layer after
     after: Handoff | None = None
 
-    def __init__(self, eager: nn.Module, inference: bool) -> None:
+    def __init__(self, eager: Any, inference: bool) -> None:
         super().__init__(eager, inference)
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self._qkv = Projection(eager, *names, inference=inference)
@@ -69,16 +69,16 @@ class FusedDecoderLayer(FusedModule):
         self._down = Projection(eager, "mlp.down_proj", inference=inference)
         cross = eager.cross_attn  # None, or absent where its part was not loaded
         loaded = isinstance(cross, LlamaCrossAttention)
-        self._cross = _CrossAttention(cross, inference) if loaded else None
+        self._cross: Any = _CrossAttention(cross, inference) if loaded else None
         self._says_absent = cross is not None and not loaded
         self.constants: Constants | None = None  # of the first layer of a model with query tokens
 
     @classmethod
-    def claims(cls, module: nn.Module) -> bool:
+    def claims(cls, module: Any) -> bool:
         return isinstance(module, LlamaDecoderLayer)
 
     @classmethod
-    def objection(cls, module: nn.Module) -> str | None:
+    def objection(cls, module: Any) -> str | None:
         if type(module.self_attn) is not LlamaAttention:
             return "its attention was replaced"
         if module.self_attn.head_dim > MAX_HEAD_DIM or module.self_attn.head_dim % 8:
@@ -98,10 +98,10 @@ class FusedDecoderLayer(FusedModule):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | AttentionMask | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Any = None,
         past_key_value: Cache | None = None,
         output_attentions: bool = False,
-        vision_hidden_states: Tensor | None = None,
+        vision_hidden_states: Any = None,
         repeat_time: int = 1,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -136,10 +136,10 @@ class FusedDecoderLayer(FusedModule):
         self,
         hidden: Tensor,
         mask: Tensor | AttentionMask | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
+        position_ids: Any,
+        cache: Any,
         tables: tuple[Tensor, Tensor],
-        norm: nn.Module,
+        norm: Any,
     ) -> tuple[Tensor, Tensor]:
         """As `_self_attend`; once and for all where hidden is the model's constant queries."""
         constants = self.constants
@@ -155,7 +155,7 @@ class FusedDecoderLayer(FusedModule):
                 )
         return self._self_attend(hidden, mask, position_ids, cache, tables, norm)
 
-    def _state_of_weights(self, norm: nn.Module) -> tuple | None:
+    def _state_of_weights(self, norm: Any) -> tuple | None:
         """What changes when a weight of the self-attention does; None where nobody can tell."""
         linears = [*self._qkv.linears(), *self._o.linears()]
         states = [state_of(linear) for linear in linears]
@@ -167,10 +167,10 @@ class FusedDecoderLayer(FusedModule):
         self,
         hidden: Tensor,
         mask: Tensor | AttentionMask | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
+        position_ids: Any,
+        cache: Any,
         tables: tuple[Tensor, Tensor],
-        norm: nn.Module,
+        norm: Any,
     ) -> tuple[Tensor, Tensor]:
         """(norm(h), h) of h = hidden + self-attention."""
         normed = None if self.before is None else self.before.take(hidden)
@@ -256,7 +256,7 @@ class NormalizedImage:
 class Constants:
     """The first layer's self-attention over the query tokens, which no image has reached yet."""
 
-    def __init__(self, owner: nn.Module, name: str = "query_tokens") -> None:
+    def __init__(self, owner: Any, name: str = "query_tokens") -> None:
         self.owner = owner
         self.name = name
         self._key: tuple = ()

@@ -9,6 +9,8 @@
 What is merged, packed or handed on: projection.py and base.py.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class FusedVisionLayer(FusedModule):
     before: Handoff | None = None  # from the layer before, and to the layer after
     after: Handoff | None = None
 
-    def __init__(self, eager: nn.Module, inference: bool) -> None:
+    def __init__(self, eager: Any, inference: bool) -> None:
         super().__init__(eager, inference)
         attention = self.ATTENTION
         names = (f"{attention}.{name}" for name in self.QKV)
@@ -49,7 +51,7 @@ class FusedVisionLayer(FusedModule):
         ) or any(path is not None and not isinstance(path, nn.Identity) for path in drop_paths)
 
     @classmethod
-    def claims(cls, module: nn.Module) -> bool:
+    def claims(cls, module: Any) -> bool:
         attention, mlp = getattr(module, cls.ATTENTION, None), getattr(module, "mlp", None)
         return (
             all(hasattr(attention, name) for name in (*cls.QKV, cls.PROJ, "num_heads"))
@@ -58,7 +60,7 @@ class FusedVisionLayer(FusedModule):
         )
 
     @classmethod
-    def objection(cls, module: nn.Module) -> str | None:
+    def objection(cls, module: Any) -> str | None:
         attention = getattr(module, cls.ATTENTION)
         width = getattr(module, cls.SCALES[0]).shape[0]
         head_dim = width // attention.num_heads
@@ -92,7 +94,8 @@ class FusedVisionLayer(FusedModule):
         attention = getattr(self, self.ATTENTION)
         heads = attention.num_heads
         qkv = self._qkv(normed).unflatten(-1, (3, heads, -1))
-        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        q_norm: Any = getattr(attention, "q_norm", None)
+        k_norm: Any = getattr(attention, "k_norm", None)
         if is_rms_norm(q_norm) and is_rms_norm(k_norm):
             weights, eps = (q_norm.weight, k_norm.weight), q_norm.variance_epsilon
         else:

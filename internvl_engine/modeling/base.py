@@ -24,7 +24,7 @@ class InternVLPreTrainedModel(PreTrainedModel):
     placement: Placement | None = None  # set by loading
     _tied_weights_keys = None  # LM head and embedding are two tensors in every checkpoint
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """Initialises one module by its type; `self` is the nearest model around it."""
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):

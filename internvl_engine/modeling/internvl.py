@@ -119,6 +119,8 @@ class InternVLModel(InternVLPreTrainedModel):
         if text is None:
             features = self._image_features(pixel_values, output_hidden_states)
             return features if return_dict else (features.vision_outputs, features.query_outputs)
+        if pixel_values is None:
+            raise ValueError("InternVLModel: texts came without pixel_values to compare with")
         image_embeds = _unit(self.encode_image(pixel_values, mode or self.default_mode))
         text_embeds = _unit(self.encode_text(text))
         logits = self.logit_scale.exp() * image_embeds @ text_embeds.t()
@@ -139,7 +141,7 @@ class InternVLModel(InternVLPreTrainedModel):
         """
         mode = mode or self.default_mode
         if mode == "InternVL-C":
-            return self.clip_projector(self.vision_model(pixel_values=image).last_hidden_state)
+            return self.clip_projector(self.vision_model(pixel_values=image)[0])
         if mode == "InternVL-G":
             backbone_embeds, query_embeds = self.get_image_features(image)
             image_embeds = self.clip_projector(backbone_embeds)
@@ -180,7 +182,7 @@ class InternVLModel(InternVLPreTrainedModel):
         """States (B, L, C) of QLLaMA run as a plain causal LLaMA over ids (B, L), after its last
         norm."""
         length = input_ids.shape[1]
-        outputs = self._decoder.forward_train(
+        outputs: Any = self._decoder.forward_train(
             input_ids=input_ids,
             attention_mask=AttentionMask("causal", length, length, padding=attention_mask),
             output_attentions=output_attentions,
@@ -193,21 +195,21 @@ class InternVLModel(InternVLPreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> tuple[Tensor, Tensor] | ImageFeatures:
+    ) -> Any:
         """(vision states (B, N, C_v), query states (B, Q, C)), or ImageFeatures."""
         features = self._image_features(pixel_values, output_hidden_states)
-        return features if return_dict else (features.backbone_embeds, features.query_embeds)
+        return features if return_dict else features.to_tuple()[:2]
 
     def _image_features(
         self, pixel_values: Tensor | None, hidden_states: bool | None
     ) -> ImageFeatures:
-        vision = self.vision_model(
+        vision: Any = self.vision_model(
             pixel_values=pixel_values, output_hidden_states=hidden_states, return_dict=True
         )
         states = vision.last_hidden_state
         queries = self.query_tokens.expand(states.shape[0], -1, -1)
         size = queries.shape[1]
-        outputs = self._decoder.forward_train(
+        outputs: Any = self._decoder.forward_train(
             inputs_embeds=queries,
             vision_hidden_states=states,
             attention_mask=AttentionMask("full", size, size),
@@ -247,7 +249,7 @@ class InternVLModel(InternVLPreTrainedModel):
         if (pixel_values is None) == (visual_features is None) or input_ids is None:
             raise ValueError("generate: give input_ids, and either pixel_values or visual_features")
         if visual_features is None:
-            visual_features = self.vision_model(pixel_values=pixel_values).last_hidden_state
+            visual_features = self.vision_model(pixel_values=pixel_values)[0]
         batch = visual_features.shape[0]
         if input_ids.shape[0] not in (1, batch):
             raise ValueError(

@@ -48,6 +48,9 @@ class CrossAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.scale = qk_scale or head_dim**-0.5
+        self.q_bias: nn.Parameter | None
+        self.k_bias: nn.Parameter | None
+        self.v_bias: nn.Parameter | None
         self.q = nn.Linear(dim, width, bias=False)
         self.k = nn.Linear(dim, width, bias=False)
         self.v = nn.Linear(dim, width, bias=False)

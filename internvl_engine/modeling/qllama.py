@@ -70,13 +70,13 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.lm_head = new_embeddings
 
     def get_decoder(self) -> "LlamaModel":
@@ -205,7 +205,7 @@ class LlamaModel(LlamaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.embed_tokens = value
 
     def forward(
@@ -257,7 +257,7 @@ class LlamaModel(LlamaPreTrainedModel):
             output_attentions, output_hidden_states,
         )  # fmt: skip
         output.past_key_values = cache if use_cache else None
-        if legacy is not None and use_cache:
+        if legacy is not None and cache is not None and use_cache:
             output.past_key_values = legacy((layer.keys, layer.values) for layer in cache.layers)
         return output.to_tuple() if return_dict is False else output
 

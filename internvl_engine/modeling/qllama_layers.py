@@ -12,6 +12,8 @@ Source: OpenGVLab/InternVL, modeling_qllama.py.
     D = 128
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -38,10 +40,8 @@ class LlamaDecoderLayer(nn.Module):
         self.hidden_size = config.hidden_size
         self.num_query_token = num_query_token(config)
         self.self_attn = LlamaAttention(config, layer_idx)
-        if layer_idx % getattr(config, "cross_attention_frequency", 2) == 0:
-            self.cross_attn = LlamaCrossAttention(config)
-        else:
-            self.cross_attn = None
+        crosses = layer_idx % getattr(config, "cross_attention_frequency", 2) == 0
+        self.cross_attn = LlamaCrossAttention(config) if crosses else None
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -105,7 +105,7 @@ class LlamaAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | AttentionMask | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Any = None,
         past_key_value: Cache | None = None,
         output_attentions: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,

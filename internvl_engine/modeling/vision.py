@@ -27,7 +27,7 @@ from .base import InternVLPreTrainedModel
 class InternVisionModel(InternVLPreTrainedModel):
     """InternViT: images to one feature vector a token."""
 
-    config_class = InternVisionConfig
+    config_class: Any = InternVisionConfig
     main_input_name = "pixel_values"
     _no_split_modules = ["InternVisionEncoderLayer"]
 
