@@ -69,6 +69,43 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def bmm_serves(q: Tensor, saves: bool) -> bool:
+    """Whether bmm_cpu takes these heads: bfloat16 on a CPU with such matrix products, no gradient.
+
+    2.2 times (4 x 257 tokens) and 3.2 times (1025 tokens) as fast as PyTorch's blocked attention
+    there, whose products reach 15 % of the speed of a large one; in float32 they are equal.
+    """
+    fast = q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return fast and not saves and q.numel() > 0
+
+
+def bmm_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention on the CPU by matrix products over a few heads at a time, whose scores stay in L2.
+
+    Scores and probabilities are rounded to bfloat16, as the published model rounds them.
+    bias: (1 or B, 1, S, T), added to the scores; None for no mask.
+    """
+    B, H, S, D = q.shape
+    T = k.shape[2]
+    if bias is not None and bias.shape[0] == B > 1:
+        rows = zip(*(x.split(1) for x in (q, k, v, bias)), strict=True)
+        return as_projected(torch.cat([bmm_cpu(*row, scale) for row in rows]))
+    q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
+    out = torch.empty_like(q)
+    heads = min(B * H, max(2 * torch.get_num_threads(), (1 << 20) // (S * T)))
+    scores, p = q.new_empty((2, heads, S, T))
+    for first in range(0, B * H, heads):
+        some = slice(first, first + heads)
+        count = min(heads, B * H - first)
+        start, beta = (scores[:count], 0) if bias is None else (bias[0].expand(count, -1, -1), 1)
+        torch.baddbmm(
+            start, q[some], k[some].mT, beta=beta, alpha=scale, out=scores[:count]
+        )  # fmt: skip
+        torch.softmax(scores[:count], -1, out=p[:count])
+        torch.bmm(p[:count], v[some], out=out[some])
+    return as_projected(out.unflatten(0, (B, H)))
+
+
 def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float):
     """PyTorch's blocked attention on the CPU. bias: added to the scores, -inf for a hidden key."""
     if q.dtype == torch.float64:

@@ -27,6 +27,8 @@ from ._attention import (
     FLASH,
     all_as_projected,
     as_projected,
+    bmm_cpu,
+    bmm_serves,
     empty_output,
     flash_serves,
     log_sum_exp,
@@ -65,14 +67,15 @@ def _small_bias(mask: str, queries: int, keys: int, prefix: int, dtype: torch.dt
 
 
 def _bias(
-    q: Tensor, keys: int, mask: str, prefix: int, visible: Tensor | None
+    q: Tensor, keys: int, mask: str, prefix: int, visible: Tensor | None, has_causal: bool = True
 ) -> tuple[Tensor | None, bool] | None:
-    """(bias to the scores, whether PyTorch's own causal mask serves instead) for sdpa_cpu.
+    """(bias to the scores, whether PyTorch's own causal mask serves instead, if it may).
 
     Masks up to 1024 x 1024 are built once. None where a row sees nothing.
     """
     queries = q.shape[2]
-    if visible is None and (mask == "full" or (mask == "causal" and queries == keys)):
+    causal = has_causal and mask == "causal" and queries == keys
+    if visible is None and (mask == "full" or causal):
         return None, mask == "causal"
     build = _small_bias if queries * keys <= 1 << 20 else _small_bias.__wrapped__
     bias = None if mask == "full" else build(mask, queries, keys, prefix, q.dtype)[None]
@@ -83,6 +86,17 @@ def _bias(
         if (bias.amax(-1) < 0).any():
             return None
     return bias, False
+
+
+def attention_bmm(
+    q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None, scale: float,
+    saves: bool,
+) -> Pair:  # fmt: skip
+    """Matrix products over a few heads at a time: inference in bfloat16 on the CPU."""
+    bias = _bias(q, k.shape[2], mask, prefix, visible, False) if bmm_serves(q, saves) else None
+    if bias is None or k.numel() == 0:
+        return NotImplemented
+    return bmm_cpu(q, k, v, bias[0], scale), empty_output(q, False)[1]
 
 
 def attention_sdpa(
@@ -152,7 +166,7 @@ _attention = define(
     "bool saves) -> (Tensor, Tensor)",
     reference=attention_reference,
     fake=lambda q, k, v, mask, prefix, visible, scale, saves: empty_output(q, saves),
-    cpu={"sdpa": attention_sdpa},
+    cpu={"bmm": attention_bmm, "sdpa": attention_sdpa},
     cuda={
         "triton": triton_launcher("attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},
@@ -204,9 +218,7 @@ def attention(
     return _attention(q, k, v, mask, prefix, visible, scale_of(scale, q.shape[-1]), saves)[0]
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or _heads(q) != _heads(k):
         raise ValueError(
             "attention: q must be (B, H, S, D), k and v (B, H, T, D), got "

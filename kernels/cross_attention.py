@@ -21,6 +21,8 @@ from ._attention import (
     FLASH,
     all_as_projected,
     as_projected,
+    bmm_cpu,
+    bmm_serves,
     empty_output,
     flash_serves,
     log_sum_exp,
@@ -63,6 +65,18 @@ def cross_attention_reference(
     repeat = q.shape[0] // k.shape[0]
     shared = k.repeat_interleave(repeat, 0) if interleave else k.repeat(repeat, 1, 1, 1)
     return out, log_sum_exp(q, shared, None, scale)
+
+
+def cross_attention_bmm(
+    q: Tensor, k: Tensor, v: Tensor, interleave: bool, scale: float, saves: bool
+) -> Pair:
+    """Matrix products over a few heads at a time: inference in bfloat16 on the CPU."""
+    if not bmm_serves(q, saves) or k.numel() == 0:
+        return NotImplemented
+    images = k.shape[0]
+    out = bmm_cpu(_packed(q, images, interleave), k, v, None, scale)
+    out = _unpacked(out, q.shape[0] // images, interleave)
+    return as_projected(out), empty_output(q, False)[1]
 
 
 def cross_attention_sdpa(
@@ -140,7 +154,7 @@ _cross_attention = define(
     "-> (Tensor, Tensor)",
     reference=cross_attention_reference,
     fake=lambda q, k, v, interleave, scale, saves: empty_output(q, saves),
-    cpu={"sdpa": cross_attention_sdpa},
+    cpu={"bmm": cross_attention_bmm, "sdpa": cross_attention_sdpa},
     cuda={
         "triton": triton_launcher("cross_attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},
@@ -180,8 +194,11 @@ def cross_attention(
     """
     images = k.shape[0]
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[1] == k.shape[1]
-    if not fits or q.shape[3] != k.shape[3] or q.shape[0] % max(images, 1) or not (
-        images or not q.shape[0]
+    if (
+        not fits
+        or q.shape[3] != k.shape[3]
+        or q.shape[0] % max(images, 1)
+        or not (images or not q.shape[0])
     ):
         raise ValueError(
             "cross_attention: q must be (r * B, H, S, D), k and v (B, H, N, D), got "

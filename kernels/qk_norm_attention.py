@@ -34,6 +34,8 @@ from internvl_engine import reference
 
 from ._attention import (
     FLASH,
+    bmm_cpu,
+    bmm_serves,
     empty_output,
     flash_serves,
     log_sum_exp,
@@ -87,6 +89,18 @@ def qk_norm_attention_reference(
         q, k, _ = _normed_heads(qkv, q_weight, k_weight, eps)
         lse = log_sum_exp(q, k, None, scale)
     return out, *_saved(qkv, q_weight, eps, lse, saves)
+
+
+def qk_norm_attention_bmm(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
+    saves: bool,
+) -> Three:  # fmt: skip
+    """The norms, then matrix products over a few heads: inference in bfloat16 on the CPU."""
+    if not bmm_serves(qkv, saves):
+        return NotImplemented
+    q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
+    out = bmm_cpu(q, k, v, None, scale).transpose(1, 2)
+    return out, *_saved(qkv, q_weight, eps, None, False)
 
 
 def qk_norm_attention_sdpa(
@@ -175,7 +189,7 @@ _qk_norm_attention = define(
     "bool saves) -> (Tensor, Tensor, Tensor)",
     reference=qk_norm_attention_reference,
     fake=_fake,
-    cpu={"sdpa": qk_norm_attention_sdpa},
+    cpu={"bmm": qk_norm_attention_bmm, "sdpa": qk_norm_attention_sdpa},
     cuda={
         "triton": triton_launcher("qk_norm_attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},
@@ -222,9 +236,7 @@ def qk_norm_attention(
         ValueError: shapes or dtypes do not fit, only one weight is given, or scale is not positive.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(
-            f"qk_norm_attention: qkv must be (B, N, 3, H, D), got {tuple(qkv.shape)}"
-        )
+        raise ValueError(f"qk_norm_attention: qkv must be (B, N, 3, H, D), got {tuple(qkv.shape)}")
     width = qkv.shape[-2] * qkv.shape[-1]
     if (q_weight is None) != (k_weight is None):
         raise ValueError("qk_norm_attention: give q_weight and k_weight, or neither")

@@ -56,6 +56,17 @@ def test_matches_reference(shape, dtype, norm, device):
     check(*inputs(shape, dtype, device, norm))
 
 
+@pytest.mark.parametrize("shape", [(2, 257, 3, 128), (1, 70, 3, 40), (3, 1, 2, 16)])
+@pytest.mark.parametrize("norm", [True, False])
+def test_inference_in_bfloat16(shape, norm, device):
+    """Without a gradient the CPU has another backend, which rounds as eager does."""
+    args = inputs(shape, torch.bfloat16, device, norm)
+    with torch.no_grad():
+        out = qk_norm_attention(*args)
+    assert out.is_contiguous()
+    assert_as_accurate_as_eager(out, reference.qk_norm_attention, *args)
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", INTERPRETED)
 @pytest.mark.parametrize(
@@ -135,7 +146,7 @@ def test_triton_reads_a_slice_of_a_larger_tensor(triton_small_tiles):
 
 
 @pytest.mark.parametrize("shape", [(0, 257, 2, 16), (2, 0, 2, 16)])
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["bmm", "sdpa", "triton"])
 def test_empty(shape, backend):
     if backend not in kernels.backends("qk_norm_attention")["CPU"]:
         pytest.skip("triton is not interpreted here")
