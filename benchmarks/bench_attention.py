@@ -28,16 +28,15 @@ GPU_SHAPES = {
 def cases(device: str) -> Iterator[Case]:
     shapes = SHAPES | (GPU_SHAPES if device == "cuda" else {})
     for label, (rows, positions, mask, padded) in shapes.items():
-        tensors = torch.randn(
-            3, rows, positions, HEADS, DIM, dtype=torch.bfloat16, device=device
-        ).transpose(2, 3)
+        shape = (3, rows, positions, HEADS, DIM)
+        q, k, v = torch.randn(shape, dtype=torch.bfloat16, device=device).transpose(2, 3)
         visible = None
         if padded:  # prompts of 14 tokens on average, padded on the right
             lengths = torch.randint(7, 22, (rows, 1), device=device)
             lengths = lengths + (positions - 80)
             visible = torch.arange(positions, device=device) < lengths
-        yield _forward(label, *tensors, mask, visible)
-        yield _backward(label, *tensors, mask, visible)
+        yield _forward(label, q, k, v, mask, visible)
+        yield _backward(label, q, k, v, mask, visible)
 
 
 def _forward(label: str, q: Tensor, k: Tensor, v: Tensor, mask: str, visible) -> Case:

@@ -1,9 +1,10 @@
 """QLLaMA's cross-attention of 96 queries to the vision tokens, forward and backward.
 
-SDPA reads keys and values that are expanded to every row of the batch: views, but read per row.
+SDPA reads keys and values that were copied to every row of the batch before.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ def cases(device: str) -> Iterator[Case]:
     for label, (images, repeat, tokens) in (
         SHAPES | (GPU_SHAPES if device == "cuda" else {})
     ).items():
-        options = {"dtype": torch.bfloat16, "device": device}
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         q = torch.randn(images * repeat, QUERIES, HEADS, DIM, **options).transpose(1, 2)
         k, v = torch.randn(2, images, tokens, HEADS, DIM, **options).transpose(2, 3)
         yield _forward(label, q, k, v)
@@ -38,13 +39,12 @@ def cases(device: str) -> Iterator[Case]:
 
 def _forward(label: str, q: Tensor, k: Tensor, v: Tensor) -> Case:
     repeat = q.shape[0] // k.shape[0]
-    shared = [
-        x.expand(repeat, *x.shape).flatten(0, 1) if repeat > 1 else x for x in (k, v)
-    ]  # copied outside the timing
+    # Expanded outside the timing: a copy where several rows share an image.
+    keys, values = (x.expand(repeat, *x.shape).flatten(0, 1) for x in (k, v))
     providers: dict[str, Provider | Run] = {
         **ours("cross_attention", lambda: cross_attention(q, k, v)),
         "eager": lambda: reference.cross_attention(q, k, v),
-        "SDPA": lambda: F.scaled_dot_product_attention(q, *shared),
+        "SDPA": lambda: F.scaled_dot_product_attention(q, keys, values),
         **compiled(reference.cross_attention, q, k, v),
     }
     return _case(f"{label}, forward", q, k, providers, 4, 2)

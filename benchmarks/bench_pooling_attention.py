@@ -1,6 +1,7 @@
 """The pooler's attention with its projections absorbed into the query."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -24,8 +25,8 @@ def cases(device: str) -> Iterator[Case]:
         query = torch.randn(images, HEADS, cols, dtype=torch.bfloat16, device=device) * cols**-0.5
         args = (query, x, EPS)
         providers: dict[str, Provider | Run] = {
-            **ours("pooling_attention", lambda args=args: pooling_attention(*args)),
-            "eager": lambda args=args: reference.pooling_attention(*args),
+            **ours("pooling_attention", partial(pooling_attention, *args)),
+            "eager": partial(reference.pooling_attention, *args),
             **compiled(reference.pooling_attention, *args),
         }
         traffic = (x.numel() + 2 * query.numel()) * x.element_size()

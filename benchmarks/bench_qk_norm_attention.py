@@ -32,9 +32,7 @@ SHAPES = {
 def cases(device: str) -> Iterator[Case]:
     for label, (images, tokens) in SHAPES[device].items():
         qkv = torch.randn(images, tokens, 3, HEADS, DIM, dtype=torch.bfloat16, device=device)
-        weights = [
-            (torch.rand(HEADS * DIM, device=device) + 0.5).to(qkv.dtype) for _ in range(2)
-        ]
+        weights = [(torch.rand(HEADS * DIM, device=device) + 0.5).to(qkv.dtype) for _ in range(2)]
         yield _forward(label, qkv, *weights)
         yield _backward(label, qkv, *weights)
 
@@ -99,16 +97,14 @@ def flex(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> dict[str, Provider 
     @torch.compile(fullgraph=True)
     def run(qkv, q_weight, k_weight):
         q, k, v = qkv.unbind(2)
-        q_rstd, k_rstd = (
-            torch.rsqrt(x.flatten(2).float().square().mean(-1) + EPS) for x in (q, k)
-        )
+        q_rstd, k_rstd = (torch.rsqrt(x.flatten(2).float().square().mean(-1) + EPS) for x in (q, k))
         fold = (q_weight.float() * k_weight.float()).view(HEADS, DIM)
         q = (q.float() * q_rstd[..., None, None] * fold).to(qkv.dtype)
 
         def columns(score, b, h, i, j):
             return score * k_rstd[b, j]
 
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return flex_attention(*heads, score_mod=columns).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, score_mod=columns).transpose(1, 2)
 
     return {"FlexAttention": lambda: run(qkv, q_weight, k_weight)}

@@ -88,7 +88,7 @@ def bmm_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     B, H, S, D = q.shape
     T = k.shape[2]
     if bias is not None and bias.shape[0] == B > 1:
-        rows = zip(*(x.split(1) for x in (q, k, v, bias)), strict=True)
+        rows = zip(q.split(1), k.split(1), v.split(1), bias.split(1), strict=True)
         return as_projected(torch.cat([bmm_cpu(*row, scale) for row in rows]))
     q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
     out = torch.empty_like(q)

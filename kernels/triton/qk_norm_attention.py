@@ -307,12 +307,14 @@ def qk_norm_attention_backward_triton(
 
 def cross_compile_cases(architecture: str) -> Iterator[Case]:
     """Every kernel at 257 tokens of 25 heads of 128; the last two with masked blocks at 677."""
-    values: dict[str, object] = dict.fromkeys(
-        ("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr", "d_out_ptr", "d_qkv_ptr"), "*bf16"
-    ) | {"folded_ptr": "*bf16", "rstd_ptr": "*fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    sixteen_bits = ("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr", "d_out_ptr", "d_qkv_ptr")
+    values: dict[str, object] = {
+        **dict.fromkeys((*sixteen_bits, "folded_ptr"), "*bf16"),
+        **dict.fromkeys(("rstd_ptr", "lse_ptr", "delta_ptr", "d_weights_ptr"), "*fp32"),
+    }
     sizes = dict.fromkeys(("batch_stride", "token_stride", "part_stride", "head_stride"), "i32:16")
     sizes |= dict.fromkeys(("B", "N", "H", "tiles"), "i32")
-    values |= sizes | {"scale": "fp32", "eps": "fp32", "d_weights_ptr": "*fp32", "C": 3200}
+    values |= sizes | {"scale": "fp32", "eps": "fp32", "C": 3200}
     values |= {"D": 128, "BLOCK_D": 128, "NORM": True}
 
     def case(name, kernel, config, blocks, **constants):

@@ -81,6 +81,8 @@ def test_matches_reference(mask, prefix, queries, keys, dtype, padded, device):
 def test_triton_interpreted(mask, dtype, padded, triton_small_tiles):
     """A prefix that ends inside a block, and rows that see nothing but are not alone in a tile."""
     visible = padding(2, 45) if padded else None
+    if padded:
+        visible[-1, 19:22] = False  # text that is padded on the left: in `block` it sees nothing
     check(*inputs(2, 2, 45, 45, 24, dtype), mask, 19, visible)
 
 
