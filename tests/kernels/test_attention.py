@@ -1,8 +1,11 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
 from internvl_engine import kernels, reference
-from internvl_engine.kernels import attention
+from internvl_engine.kernels import _attention, attention
 
 from kernel_runs import backend_in_use
 from numerics import (
@@ -209,3 +212,29 @@ def test_rejects_what_does_not_fit():
         attention(q, k.half(), v)
     with pytest.raises(ValueError, match=r"bool of shape \(2, 7\)"):
         attention(q, k, v, visible=torch.ones(2, 9, dtype=torch.bool))
+
+
+def test_the_flash_attn_package_is_called_as_it_is_documented(monkeypatch):
+    """With a stand-in that has its signature: (B, S, H, D), softmax_scale, causal."""
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False):
+        assert return_attn_probs
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        mask = "causal" if causal else "full"
+        out = reference.attention(*heads, mask, scale=softmax_scale)
+        seen = reference.attention_mask(mask, q.shape[1], k.shape[1], 0, None)
+        lse = _attention.log_sum_exp(heads[0], heads[1], seen, softmax_scale)
+        return out.transpose(1, 2), lse.float(), None
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(_attention, "find_spec", lambda name: name == "flash_attn" or None)
+    q, k, v = (x.detach() for x in inputs(2, 3, 9, 9, 16, torch.float16))
+    for causal in (False, True):
+        out, lse = _attention.flash_attn(q, k, v, causal, 0.25)
+        expected, expected_lse = torch.ops.internvl.attention(
+            q, k, v, "causal" if causal else "full", 0, None, 0.25, True
+        )
+        torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
