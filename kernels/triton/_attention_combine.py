@@ -44,9 +44,7 @@ def partial_outputs(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return partial, out.new_empty((parts, B, H, S), dtype=lse_dtype(out.dtype))
 
 
-def combine(
-    partial: Tensor, partial_lse: Tensor | None, out: Tensor, lse: Tensor | None
-) -> None:
+def combine(partial: Tensor, partial_lse: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
     """Writes out (B, H, S, D), with (B, S, H, D) in memory, and where given lse (B, H, S)."""
     _, H, S, D = out.shape
     parts = partial.shape[0]

@@ -28,9 +28,7 @@ def load_tile(
     if MASKED:
         if D == BLOCK_D:
             return tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
-        return tl.load(
-            ptrs, mask=(rows < num_rows)[:, None] & (columns < D)[None, :], other=0.0
-        )
+        return tl.load(ptrs, mask=(rows < num_rows)[:, None] & (columns < D)[None, :], other=0.0)
     if D == BLOCK_D:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
