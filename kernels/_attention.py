@@ -80,29 +80,29 @@ def bmm_serves(q: Tensor, saves: bool) -> bool:
 
 
 def bmm_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention on the CPU by matrix products over a few heads at a time, whose scores stay in L2.
+    """Attention on the CPU by matrix products over a few heads at a time: scores stay in cache.
 
     Scores and probabilities are rounded to bfloat16, as the published model rounds them.
     bias: (1 or B, 1, S, T), added to the scores; None for no mask.
     """
     B, H, S, D = q.shape
     T = k.shape[2]
-    if bias is not None and bias.shape[0] == B > 1:
-        rows = zip(q.split(1), k.split(1), v.split(1), bias.split(1), strict=True)
-        return as_projected(torch.cat([bmm_cpu(*row, scale) for row in rows]))
     q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
     out = torch.empty_like(q)
-    heads = min(B * H, max(2 * torch.get_num_threads(), (1 << 20) // (S * T)))
-    scores, p = q.new_empty((2, heads, S, T))
+    heads = max(4 * torch.get_num_threads(), (2 << 20) // (S * T))  # 4 MiB of scores
+    if bias is not None and bias.shape[0] > 1:
+        heads = H * max(1, heads // H)  # whole rows of the batch, each with its own mask
+        bias = bias.expand(-1, H, -1, -1).flatten(0, 1)
+    scores, p = q.new_empty((2, min(heads, B * H), S, T))
     for first in range(0, B * H, heads):
-        some = slice(first, first + heads)
-        count = min(heads, B * H - first)
-        start, beta = (scores[:count], 0) if bias is None else (bias[0].expand(count, -1, -1), 1)
-        torch.baddbmm(
-            start, q[some], k[some].mT, beta=beta, alpha=scale, out=scores[:count]
-        )  # fmt: skip
-        torch.softmax(scores[:count], -1, out=p[:count])
-        torch.bmm(p[:count], v[some], out=out[some])
+        some = slice(first, min(first + heads, B * H))
+        part = scores[: some.stop - first]
+        start, beta = part, 0
+        if bias is not None:
+            start, beta = bias[some] if len(bias) > 1 else bias[0].expand(len(part), -1, -1), 1
+        torch.baddbmm(start, q[some], k[some].mT, beta=beta, alpha=scale, out=part)
+        torch.softmax(part, -1, out=p[: len(part)])
+        torch.bmm(p[: len(part)], v[some], out=out[some])
     return as_projected(out.unflatten(0, (B, H)))
 
 
