@@ -72,8 +72,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def bmm_serves(q: Tensor, saves: bool) -> bool:
     """Whether bmm_cpu takes these heads: bfloat16 on a CPU with such matrix products, no gradient.
 
-    2.6 times (4 x 257 tokens) and 3.1 times (1025) as fast as PyTorch's blocked attention on 1 thread
-    there, whose products reach 15 % of the speed of a large one; in float32 they are equal.
+    2.6 times (4 x 257 tokens) and 3.1 times (1025) as fast as PyTorch's blocked attention on one
+    thread, whose products reach 15 % of the speed of a large one; in float32 they are equal.
     """
     fast = q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return fast and not saves and q.numel() > 0
