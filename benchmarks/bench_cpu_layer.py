@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from internvl_engine import InternVisionConfig, accelerate
+from internvl_engine.acceleration import accelerate
+from internvl_engine.configuration import InternVisionConfig
 from internvl_engine.kernels import PackedWeight, linear_packed
 from internvl_engine.modeling.masks import AttentionMask
 from internvl_engine.modeling.qllama import LlamaDecoderLayer, LlamaRotaryEmbedding
