@@ -44,10 +44,7 @@ test: $(READY)
 	$(BIN)/pytest $(ARGS)
 
 bench: $(READY)
-	@for bench in benchmarks/bench_*.py; do \
-	  name=$$(basename $$bench .py); echo "== $$name"; \
-	  $(BIN)/python -m internvl_engine.benchmarks.$$name $(ARGS) || exit 1; \
-	done
+	$(BIN)/internvl bench kernels $(ARGS)
 
 # mypy does not follow the import hook of an editable install: it reads the packages from
 # build/typed, where they lie as they are installed.

@@ -55,7 +55,7 @@ def _case(
     if packed is not None:
         providers["ours (packed)"] = lambda: linear_packed(x, packed, *arguments)
     if epilogue != "none" or residual is not None or bias is not None:
-        del providers["F.linear alone"]  # computes something else: bench_cpu_layer has it
+        del providers["F.linear alone"]  # computes something else: cpu_layer.py has it
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     outputs = x.shape[0] * width * (1 if residual is None else 2)
     traffic = (x.numel() + weight.numel() + outputs) * x.element_size()

@@ -1,6 +1,6 @@
 """One layer of each tower at real width on the CPU, against what people run today.
 
-    python -m internvl_engine.benchmarks.bench_cpu_layer [--layer vision|qllama] [--rounds 9]
+    python -m internvl_engine.benchmarks.cpu_layer [--layer vision|qllama] [--rounds 9]
 
     vision   InternViT-6B: C = 3200, 25 heads of 128, F = 12800, --images x 257 tokens
     qllama   QLLaMA-8B with cross-attention: C = 4096, 96 queries that read 257 x 3200
