@@ -11,6 +11,7 @@ Each task is a file of tasks/, opened at its first use.
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .memory import memory
 from .tasks.embedder import Embedder, Mode
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from .tasks.classify import Prediction
     from .tasks.index import FolderIndex, Hit
 
-ACCELERATE = True  # until the fused modules are complete
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
@@ -177,9 +178,21 @@ class InternVL(Embedder):
 
 
 def _accelerated(model: "InternVLModel") -> Any:
-    """Swaps in the fused modules; returns the report, None while `ACCELERATE` is off."""
-    if not ACCELERATE:
-        return None
+    """Swaps in the fused modules and returns the report; None where memory does not suffice."""
     from .acceleration import accelerate
 
+    weights = sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if parameter.device.type == "cpu"
+    )
+    available = memory()["available"]
+    if weights > available:
+        # On the CPU fused weights are packed, which takes memory; mapped ones stay in their file.
+        warnings.warn(
+            f"InternVL: {weights / 1e9:.1f} GB of weights stay mapped and eager, because only "
+            f"{available / 1e9:.1f} GB of memory are available; parts= loads less",
+            stacklevel=4,
+        )
+        return None
     return accelerate(model)

@@ -276,3 +276,12 @@ def test_a_generator_is_an_iterable_like_any_other(engine):
     images = pictures(5)
     streamed = engine.encode_image((image for image in images), batch_size=2)
     assert np.allclose(streamed, engine.encode_image(images), atol=ROUNDING)
+
+
+def test_weights_that_do_not_fit_stay_mapped(monkeypatch):
+    monkeypatch.setattr("internvl_engine.engine.memory", lambda: {"available": 1000})
+    with pytest.warns(UserWarning, match="stay mapped and eager, because only 0.0 GB"):
+        engine = InternVL.nano()
+    assert engine.report is None
+    monkeypatch.undo()
+    assert InternVL.nano().report.replaced

@@ -7,6 +7,8 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..memory import memory
+
 if TYPE_CHECKING:
     from ..tasks.embedder import Embedder
 
@@ -91,27 +93,6 @@ def processor_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def memory() -> dict[str, int]:
-    """Bytes of memory: `total`, and `available` to this process, limits of containers included."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    available = page * os.sysconf("SC_AVPHYS_PAGES")
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("MemAvailable:"):
-            available = 1024 * int(line.split()[1])
-    limit = _number(Path("/sys/fs/cgroup/memory.max"))
-    if limit is not None and limit < total:
-        used = _number(Path("/sys/fs/cgroup/memory.current")) or 0
-        total, available = limit, min(available, limit - used)
-    return {"total": total, "available": available}
-
-
-def _number(path: Path) -> int | None:
-    text = path.read_text().strip() if path.is_file() else ""
-    return int(text) if text.isdigit() else None
 
 
 def _cores() -> int:
