@@ -9,8 +9,7 @@ from torch import Tensor
 from internvl_engine import reference
 from internvl_engine.kernels import attention
 
-from .bench_rms_norm import gradient_of
-from .harness import Case, Provider, Run, compiled, ours
+from .cases import Case, backward, compile_anew, forward
 
 HEADS, DIM, QUERIES = 32, 128, 96
 # label: (rows, positions, mask, whether the batch is padded)
@@ -29,50 +28,68 @@ def cases(device: str) -> Iterator[Case]:
     shapes = SHAPES | (GPU_SHAPES if device == "cuda" else {})
     for label, (rows, positions, mask, padded) in shapes.items():
         shape = (3, rows, positions, HEADS, DIM)
-        q, k, v = torch.randn(shape, dtype=torch.bfloat16, device=device).transpose(2, 3)
+        heads = torch.randn(shape, dtype=torch.bfloat16, device=device).transpose(2, 3)
         visible = None
         if padded:  # prompts of 14 tokens on average, padded on the right
             lengths = torch.randint(7, 22, (rows, 1), device=device)
             lengths = lengths + (positions - 80)
             visible = torch.arange(positions, device=device) < lengths
-        yield _forward(label, q, k, v, mask, visible)
-        yield _backward(label, q, k, v, mask, visible)
-
-
-def _forward(label: str, q: Tensor, k: Tensor, v: Tensor, mask: str, visible) -> Case:
-    def eager(q, k, v):
-        return reference.attention(q, k, v, mask, QUERIES, visible)
-
-    seen = reference.attention_mask(mask, q.shape[2], k.shape[2], QUERIES, visible, q.device)
-    providers: dict[str, Provider | Run] = {
-        **ours("attention", lambda: attention(q, k, v, mask, QUERIES, visible)),
-        "eager": lambda: eager(q, k, v),
-        **compiled(eager, q, k, v),
-    }
-    if bool(seen.any(-1).all()):  # PyTorch's gives no mean for a row that sees nothing
-        bias = None if bool(seen.all()) else seen.expand(q.shape[0], -1, -1, -1)
-        providers["SDPA"] = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return _case(f"{label}, forward", q, providers, 4, 4, seen)
-
-
-def _backward(label: str, q: Tensor, k: Tensor, v: Tensor, mask: str, visible) -> Case:
-    def run(function: Callable) -> Run:
-        return gradient_of(lambda q, k, v: function(q, k, v, mask, QUERIES, visible), q, k, v)
-
-    seen = reference.attention_mask(mask, q.shape[2], k.shape[2], QUERIES, visible, q.device)
-    providers: dict[str, Provider | Run] = {
-        **ours("attention", run(attention)),
-        "eager": run(reference.attention),
-    }
-    return _case(f"{label}, backward", q, providers, 10, 8, seen)
+        for direction in (forward, backward):
+            yield _case(label, direction, heads, mask, visible)
 
 
 def _case(
-    label: str, q: Tensor, providers: dict[str, Provider | Run], products: int, parts: int,
-    seen: Tensor,
-) -> Case:  # fmt: skip
-    """Counts the operations of the pairs that the mask lets through."""
+    label: str, direction: Callable, heads: Tensor, mask: str, visible: Tensor | None
+) -> Case:
+    """Forward reads q, k and v and writes out; backward reads those four and its gradient and
+    writes three. Two and five products of the pairs that the mask lets through.
+    """
+    q, k, v = heads
+    seen = reference.attention_mask(mask, q.shape[2], k.shape[2], QUERIES, visible, q.device)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, mask, QUERIES, visible)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.attention(q, k, v, mask, QUERIES, visible)
+
+    others: dict[str, Callable] = {}
+    if bool(seen.any(-1).all()):  # they give no mean for a row that sees nothing
+        others["SDPA"] = sdpa(seen, q.shape[0])
+        if direction is forward or q.is_cuda:  # none for the gradient on a CPU
+            others["FlexAttention"] = flex(mask, visible, q)
+    providers = direction("attention", fused, eager, q, k, v, others=others)
     pairs = int(seen.expand(q.shape[0], -1, -1, -1).sum())
-    traffic = parts * q.numel() * q.element_size()
-    flops = products * pairs * HEADS * DIM
-    return Case("attention", label, tuple(q.shape), q.dtype, providers, traffic, flops)
+    parts, products = (4, 2) if direction is forward else (8, 5)
+    label = f"{label}, {direction.__name__}"
+    return Case(
+        "attention", label, tuple(q.shape), q.dtype, providers,
+        parts * q.numel() * q.element_size(), products * 2 * pairs * HEADS * DIM,
+    )  # fmt: skip
+
+
+def sdpa(seen: Tensor, rows: int) -> Callable:
+    """PyTorch's attention under a mask that is a tensor."""
+    bias = None if bool(seen.all()) else seen.expand(rows, -1, -1, -1)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def flex(mask: str, visible: Tensor | None, q: Tensor) -> Callable:
+    """FlexAttention, which leaves out blocks that nobody sees."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        causal, queries = j <= i, (i < QUERIES, j < QUERIES)
+        if mask == "prefix":
+            causal = causal | (queries[0] & queries[1])
+        elif mask == "block":
+            causal = (queries[0] == queries[1]) & (causal | queries[0])
+        return causal if visible is None else causal & visible[b, j]
+
+    block_mask = None
+    if mask != "full" or visible is not None:
+        assert mask != "full", "the model pads no batch of image queries"
+        rows = None if visible is None else len(visible)
+        block_mask = create_block_mask(seen, rows, None, q.shape[2], q.shape[2], device=q.device)
+    run = compile_anew(flex_attention)
+    return lambda q, k, v: run(q, k, v, block_mask=block_mask)

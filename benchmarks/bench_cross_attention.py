@@ -1,6 +1,7 @@
 """QLLaMA's cross-attention of 96 queries to the vision tokens, forward and backward.
 
-SDPA reads keys and values that were copied to every row of the batch before.
+SDPA reads keys and values that were copied before to every row of the batch: what it would take to
+copy them, and in the backward to sum their gradients, is not in its time.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +14,7 @@ from torch import Tensor
 from internvl_engine import reference
 from internvl_engine.kernels import cross_attention
 
-from .bench_rms_norm import gradient_of
-from .harness import Case, Provider, Run, compiled, ours
+from .cases import Case, backward, forward, gradient_of, rival
 
 HEADS, DIM, QUERIES = 32, 128, 96
 # label: (images, rows an image, vision tokens)
@@ -33,38 +33,27 @@ def cases(device: str) -> Iterator[Case]:
         options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         q = torch.randn(images * repeat, QUERIES, HEADS, DIM, **options).transpose(1, 2)
         k, v = torch.randn(2, images, tokens, HEADS, DIM, **options).transpose(2, 3)
-        yield _forward(label, q, k, v)
-        yield _backward(label, q, k, v)
+        for direction in (forward, backward):
+            yield _case(label, direction, q, k, v)
 
 
-def _forward(label: str, q: Tensor, k: Tensor, v: Tensor) -> Case:
+def _case(label: str, direction: Callable, q: Tensor, k: Tensor, v: Tensor) -> Case:
+    """Forward reads q, k and v and writes out; backward reads those four and its gradient and
+    writes three. Two and five products.
+    """
+    providers = direction(
+        "cross_attention", cross_attention, reference.cross_attention, q, k, v, others={}
+    )
     repeat = q.shape[0] // k.shape[0]
-    # Expanded outside the timing: a copy where several rows share an image.
-    keys, values = (x.expand(repeat, *x.shape).flatten(0, 1) for x in (k, v))
-    providers: dict[str, Provider | Run] = {
-        **ours("cross_attention", lambda: cross_attention(q, k, v)),
-        "eager": lambda: reference.cross_attention(q, k, v),
-        "SDPA": lambda: F.scaled_dot_product_attention(q, keys, values),
-        **compiled(reference.cross_attention, q, k, v),
-    }
-    return _case(f"{label}, forward", q, k, providers, 4, 2)
-
-
-def _backward(label: str, q: Tensor, k: Tensor, v: Tensor) -> Case:
-    def run(function: Callable) -> Run:
-        return gradient_of(function, q, k, v)
-
-    providers: dict[str, Provider | Run] = {
-        **ours("cross_attention", run(cross_attention)),
-        "eager": run(reference.cross_attention),
-    }
-    return _case(f"{label}, backward", q, k, providers, 10, 4)
-
-
-def _case(
-    label: str, q: Tensor, k: Tensor, providers: dict[str, Provider | Run], products: int,
-    parts: int,
-) -> Case:  # fmt: skip
-    traffic = parts * (q.numel() + k.numel()) * q.element_size()
-    flops = products * q.numel() * k.shape[2]
-    return Case("cross_attention", label, tuple(q.shape), q.dtype, providers, traffic, flops)
+    copies = [x.expand(repeat, *x.shape).flatten(0, 1).contiguous() for x in (k, v)]
+    sdpa = F.scaled_dot_product_attention
+    if direction is forward:
+        providers |= rival("SDPA", lambda: sdpa(q, *copies))
+    else:
+        providers |= rival("SDPA", gradient_of(sdpa, q, *copies), same=repeat == 1)
+    parts, products = (2, 2) if direction is forward else (4, 5)
+    label = f"{label}, {direction.__name__}"
+    return Case(
+        "cross_attention", label, tuple(q.shape), q.dtype, providers,
+        parts * (q.numel() + k.numel()) * q.element_size(), products * 2 * q.numel() * k.shape[2],
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 from internvl_engine import reference
 from internvl_engine.kernels import PackedWeight, can_pack, linear, linear_packed
 
-from .harness import Case, Provider, Run, compiled, ours
+from .cases import Case, Provider, forward, rival
 
 # (C, F), epilogue, residual
 LAYERS: dict[str, tuple[tuple[int, int], str, bool]] = {
@@ -43,21 +43,23 @@ def _case(
     label: str, x: Tensor, weight: Tensor, packed: PackedWeight | None,
     arguments: tuple[Tensor | None, str, Tensor | None],
 ) -> Case:  # fmt: skip
+    """Reads x, the weight, the bias and the residual, and writes the result."""
     bias, epilogue, residual = arguments
-    providers: dict[str, Provider | Run] = {
-        "eager": lambda: reference.linear(x, weight, *arguments),
-        "F.linear alone": lambda: F.linear(x, weight),
-        **ours("linear", lambda: linear(x, weight, *arguments)),
-        **compiled(
-            lambda x, w, b, r: reference.linear(x, w, b, epilogue, r), x, weight, bias, residual
-        ),
-    }
+
+    def fused(x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, *arguments)
+
+    def eager(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.linear(x, weight, *arguments)
+
+    providers = forward("linear", fused, eager, x, weight, others={})
     if packed is not None:
-        providers["ours (packed)"] = lambda: linear_packed(x, packed, *arguments)
-    if epilogue != "none" or residual is not None or bias is not None:
-        del providers["F.linear alone"]  # computes something else: cpu_layer.py has it
+        providers["ours (packed)"] = Provider(lambda: linear_packed(x, packed, *arguments))
+    is_plain = bias is None and residual is None and epilogue == "none"
+    providers |= rival("F.linear alone", lambda: F.linear(x, weight), same=is_plain)
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     outputs = x.shape[0] * width * (1 if residual is None else 2)
-    traffic = (x.numel() + weight.numel() + outputs) * x.element_size()
-    operations = 2 * x.shape[0] * weight.numel()
-    return Case("linear", label, tuple(x.shape), x.dtype, providers, traffic, operations)
+    elements = x.numel() + weight.numel() + outputs + (0 if bias is None else bias.numel())
+    flops = 2 * x.shape[0] * weight.numel()
+    traffic = elements * x.element_size()
+    return Case("linear", label, tuple(x.shape), x.dtype, providers, traffic, flops)

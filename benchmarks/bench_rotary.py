@@ -1,7 +1,6 @@
 """Rotary embedding of q and k, read as slices of a packed qkv, at QLLaMA's shapes."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from internvl_engine import reference
 from internvl_engine.kernels import rotary
 
-from .harness import Case, Provider, Run, compiled, ours
+from .cases import Case, forward, installed
 
 HEADS, DIM = 32, 128
 SHAPES = {"decode": (1, 1), "queries and text": (1, 176), "batch of 32": (32, 176)}
@@ -22,6 +21,7 @@ def heads(batch: int, tokens: int, dtype: torch.dtype, device: str) -> tuple[Ten
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Reads and writes q and k, and reads a row of cos and sin for every token."""
     for label, (batch, tokens) in SHAPES.items():
         if batch > 1 and device == "cpu":
             continue
@@ -29,10 +29,18 @@ def cases(device: str) -> Iterator[Case]:
             q, k, _ = heads(batch, tokens, dtype, device)
             table = reference.rotary_table(tokens, DIM, 10000.0, dtype, torch.device(device))
             args = (q, k, *table, torch.arange(tokens, device=device)[None])
-            providers: dict[str, Provider | Run] = {
-                **ours("rotary", partial(rotary, *args)),
-                "eager": partial(reference.rotary, *args),
-                **compiled(reference.rotary, *args),
-            }
-            traffic = 4 * q.numel() * q.element_size()
+            providers = forward("rotary", rotary, reference.rotary, *args, others=others(*args))
+            traffic = (4 * q.numel() + tokens * DIM) * q.element_size()
             yield Case("rotary", label, tuple(q.shape), dtype, providers, traffic)
+
+
+def others(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> dict[str, Callable]:
+    """Liger's, on q and k of their own: where they are contiguous it rotates them in place."""
+    liger = installed("liger_kernel.transformers.functional", "liger_rope")
+    if liger is None:
+        return {}
+    own = [x.clone() for x in (q, k)]
+    wide = [torch.cat((x, x), -1)[positions] for x in (cos, sin)]  # (1, S, D)
+    return {"Liger": lambda *_: liger(*own, *wide)}

@@ -1,7 +1,6 @@
 """Rotary embedding with the write to the KV cache, at QLLaMA's shapes."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
@@ -9,12 +8,13 @@ from internvl_engine import reference
 from internvl_engine.kernels import rotary_append
 
 from .bench_rotary import DIM, HEADS, SHAPES, heads
-from .harness import Case, Provider, Run, ours
+from .cases import Case, forward
 
 ROWS = 256  # of the cache
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Reads q, k and v, writes q and the cache's k and v, and reads cos and sin of every token."""
     for label, (batch, tokens) in SHAPES.items():
         if batch > 1 and device == "cpu":
             continue
@@ -24,9 +24,8 @@ def cases(device: str) -> Iterator[Case]:
             slots = torch.arange(tokens, device=device)
             cache = torch.zeros(2, batch, HEADS, ROWS, DIM, dtype=dtype, device=device)
             args = (q, k, v, *table, slots[None], slots, *cache)
-            providers: dict[str, Provider | Run] = {
-                **ours("rotary_append", partial(rotary_append, *args)),
-                "eager": partial(reference.rotary_append, *args),
-            }
-            traffic = 6 * q.numel() * q.element_size()
+            providers = forward(
+                "rotary_append", rotary_append, reference.rotary_append, *args, others={}
+            )
+            traffic = (6 * q.numel() + tokens * DIM) * q.element_size()
             yield Case("rotary_append", label, tuple(q.shape), dtype, providers, traffic)

@@ -11,6 +11,7 @@ from .console import Debug, Json, command, notice, print_json, print_table
 from .model import Device
 
 if TYPE_CHECKING:
+    from ..benchmarks.report import Suites
     from .demo import Demo
 
 bench = typer.Typer(help="Time this machine.", no_args_is_help=True)
@@ -25,7 +26,8 @@ def register(app: typer.Typer) -> None:
     """Adds the others."""
     for function in (doctor, verify, convert):
         command(app)(function)
-    command(bench)(kernels)
+    for function in (kernels, layers, encoder):
+        command(bench)(function)
     app.add_typer(bench, name="bench")
 
 
@@ -132,25 +134,99 @@ def convert(
     print_table(("file", "bytes"), rows)
 
 
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="DIR", help="Draw pictures here.")]
+Compare = Annotated[
+    Path | None,
+    typer.Option("--compare", metavar="FILE", help="Say what got slower than in this result."),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the rows to this file; - prints them."),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Few samples: does everything run?")]
+Rounds = Annotated[int, typer.Option("--rounds", min=2, help="Samples of each, at least.")]
+ProcessorTime = Annotated[
+    bool, typer.Option("--cpu-time", help="Processor time of one thread: for a busy machine.")
+]
+
+
 def kernels(
     operators: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A folder for pictures.")] = None,
-    compare: Annotated[
-        Path | None, typer.Option(help="Say what got slower than in this stored result.")
-    ] = None,
-    store: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few samples.")] = False,
-    as_json: Json = False,
+    rounds: Rounds = 10,
+    quick: Quick = False,
+    cpu_time: ProcessorTime = False,
+    json: Store = None,
+    plot: Plot = None,
+    compare: Compare = None,
     debug: Debug = False,
 ) -> None:
     """Every operator against its rivals on this machine."""
-    from ..benchmarks.harness import as_json as plain
-    from ..benchmarks.kernels import run
+    from ..benchmarks.kernels import suites
 
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        rows = run(operators or (), json_file=store, plot=plot, compare=compare, quick=quick)
-    if as_json:
-        print_json([plain(row) for row in rows])
+    _bench(suites(operators or ()), rounds, quick, cpu_time, json, plot, compare)
+
+
+def layers(
+    which: Annotated[list[str] | None, typer.Argument(help="vision, qllama, or both.")] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="In a batch.")] = 4,
+    rounds: Rounds = 10,
+    quick: Quick = False,
+    cpu_time: ProcessorTime = False,
+    json: Store = None,
+    plot: Plot = None,
+    compare: Compare = None,
+    debug: Debug = False,
+) -> None:
+    """One layer of each tower at real width, against transformers', compiled and bare products."""
+    from ..benchmarks.layers import suites
+
+    _bench(suites(which or (), images), rounds, quick, cpu_time, json, plot, compare)
+
+
+def encoder(
+    images: Annotated[
+        list[int] | None,
+        typer.Option("--images", min=1, help="Batch sizes; 1 and 64, on a CPU 1 and 4."),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Depth; 48, on a CPU 2.")
+    ] = None,
+    compiles: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Time torch.compile, too.")
+    ] = True,
+    rounds: Rounds = 10,
+    quick: Quick = False,
+    cpu_time: ProcessorTime = False,
+    json: Store = None,
+    plot: Plot = None,
+    compare: Compare = None,
+    debug: Debug = False,
+) -> None:
+    """InternViT-6B with random weights, from images to features, against its rivals."""
+    from ..benchmarks.encoder import cases
+
+    suites = {"encoder": lambda device: cases(device, images or (), depth, compiles=compiles)}
+    _bench(suites, rounds, quick, cpu_time, json, plot, compare)
+
+
+def _bench(
+    suites: "Suites", rounds: int, quick: bool, cpu_time: bool, json: Path | None,
+    plot: Path | None, compare: Path | None,
+) -> None:  # fmt: skip
+    from ..benchmarks.report import measure
+    from ..benchmarks.timing import Effort
+
+    effort = Effort(30.0, 3, cpu_time) if quick else Effort(300.0, rounds, cpu_time)
+    printed = json == Path("-")
+    with contextlib.redirect_stdout(sys.stderr if printed else sys.stdout):
+        report = measure(
+            suites, effort=effort, json_file=None if printed else json, plot=plot, compare=compare
+        )
+    if printed:
+        print_json(report.document())
+    if report.failed:
+        notice(f"{len(report.failed)} of the benchmarks failed")
+        raise typer.Exit(1)
 
 
 def _percent(share: float) -> str:
