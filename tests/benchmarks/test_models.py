@@ -1,0 +1,62 @@
+"""The encoder and single layers: every form computes the same, and one that does not is found."""
+
+import torch
+from benchmark_cases import measured, tiny_vision
+from transformers import LlamaConfig
+
+from internvl_engine.benchmarks import encoder, layers, timing
+
+
+@torch.no_grad()
+def test_the_encoder_is_timed_in_every_form(device):
+    config = tiny_vision()
+    some = list(encoder.cases(device, (1, 2), config=config, layers=3, compiles=False))
+    assert [case.shape for case in some] == [(1, 3, 28, 28), (2, 3, 28, 28)]
+    forms = {"ours (accelerated)", "eager", "transformers, SDPA"}
+    forms |= {"ours (CUDA graph)"} if device == "cuda" else set()
+    for images, case in enumerate(some, 1):
+        assert set(case.providers) == forms and not timing.failures(case)
+        assert case.images == images and f"{images} image" in case.label
+        layer = 2 * 17 * 64 * (4 * 64 + 2 * 160) + 2 * 2 * 17 * 17 * 64
+        assert case.flops == images * (3 * layer + 2 * 16 * 64 * 3 * 7 * 7)
+        # per layer: products, their biases but qkv's, and six vectors of norms and scales
+        weights = 64 * (4 * 64 + 2 * 160) + (64 + 160 + 64) + 6 * 64
+        weights = 3 * weights + 64 * 3 * 49 + 64 + 64 + 17 * 64
+        assert case.bytes == 2 * (weights + images * (3 * 28 * 28 + 17 * 64))
+
+
+@torch.no_grad()
+def test_another_encoder_is_found_out():
+    """One vector, norm or product changed in one of three layers; weights are not shared then."""
+    config = tiny_vision()
+    for name in ("layers.1.ls2", "layers.2.attn.q_norm.weight", "layers.0.norm1.weight"):
+        towers = encoder.Towers(config, encoder.random_state(config, "cpu"))
+        shared = towers.eager.get_parameter(f"encoder.{name}")
+        parameter = towers.accelerated.get_parameter(f"encoder.{name}")
+        assert parameter.data_ptr() == shared.data_ptr()
+        parameter.data = torch.linspace(0, 2, 64).to(parameter.dtype)
+        case = towers.case("encoder", "", torch.randn(1, 3, 28, 28).bfloat16(), compiles=False)
+        assert set(timing.failures(case)) == {"ours (accelerated)"}, name
+
+
+@torch.no_grad()
+def test_layers_are_timed_beside_their_products(device):
+    text = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, intermediate_size=96, num_query_token=5,
+        vision_hidden_size=48,
+    )  # fmt: skip
+    vision = layers.vision(device, 2, tiny_vision(), compiles=False)
+    qllama = layers.qllama(device, 2, text)
+    found = measured(vision, qllama)
+    assert not found.failed
+    by_name = {row.provider: row for row in found.rows if row.operator == "vision_layer"}
+    products = {layers.PRODUCTS} | ({"four products, packed"} if device == "cpu" else set())
+    assert set(by_name) >= products | {
+        "ours (accelerated)", "eager", "eager, float32", "transformers, SDPA",
+    }  # fmt: skip
+    assert by_name[layers.PRODUCTS].speed == 1.0 and by_name[layers.PRODUCTS].share_of_peak is None
+    assert all(row.baseline == layers.PRODUCTS for row in by_name.values())
+    assert vision.flops == 2 * (2 * 17 * 64 * (4 * 64 + 2 * 160) + 2 * 2 * 17 * 17 * 64)
+    own = 2 * 5 * 64 * (4 * 64 + 3 * 96) + 2 * 2 * 5 * 5 * 64
+    cross = 2 * 5 * 64 * 2 * 64 + 2 * 257 * 48 * 2 * 64 + 2 * 2 * 5 * 257 * 64
+    assert qllama.flops == 2 * (own + cross)
