@@ -14,15 +14,19 @@ from torch import nn
 from .checkpoint.parts import AbsentModule
 from .fused import (
     FusedAttentionPooling,
+    FusedCrossAttention,
     FusedDecoderLayer,
+    FusedLlamaAttention,
     FusedLlamaMLP,
     FusedModule,
+    FusedPublishedAttention,
     FusedRMSNorm,
     FusedTransformersVisionLayer,
     FusedVisionLayer,
 )
-from .fused.base import Handoff
-from .fused.qllama import Constants, NormalizedImage
+from .fused.base import Handoff, Shared
+from .fused.projection import has_own_forward
+from .fused.qllama import Constants
 
 # The first that claims a module gets it; what is inside a fused module is its own business.
 FUSED: tuple[type[FusedModule], ...] = (
@@ -30,6 +34,9 @@ FUSED: tuple[type[FusedModule], ...] = (
     FusedTransformersVisionLayer,
     FusedDecoderLayer,
     FusedAttentionPooling,
+    FusedLlamaAttention,
+    FusedPublishedAttention,
+    FusedCrossAttention,
     FusedLlamaMLP,
     FusedRMSNorm,
 )
@@ -149,28 +156,35 @@ def _find(parent: nn.Module, prefix: str):
             )
             continue
         kind = next((kind for kind in FUSED if kind.claims(child)), None)
-        reason = None if kind is None else _offloaded(child) or kind.objection(child)
+        reason = None if kind is None else _untouchable(child) or kind.objection(child)
         if kind is not None and reason is None:
             yield parent, attribute, Entry(name, type(child).__name__, kind.__name__)
             continue
         if kind is not None:
             yield parent, attribute, Entry(name, type(child).__name__, None, reason or "")
-            if _offloaded(child):
+            if _untouchable(child):
                 continue
         yield from _find(child, f"{name}.")
 
 
-def _offloaded(module: nn.Module) -> str | None:
+def _untouchable(module: nn.Module) -> str | None:
     if any(hasattr(m, "_hf_hook") for m in module.modules()):
         return "its weights are moved in and out by hooks (device_map)"
     if any(p.is_meta for p in module.parameters()):
         return "its weights are offloaded, or were never loaded"
+    if any(has_own_forward(m) for m in module.modules()):
+        return "its forward was replaced"
     return None
 
 
 def _link(model: nn.Module) -> None:
     """Lets every layer leave the next one's norm, and layers share what is the same for all."""
+    image, angles = Shared(), Shared()
     for loop in model.modules():
+        if isinstance(loop, FusedDecoderLayer | FusedCrossAttention):
+            loop.share_image(image)
+        elif isinstance(loop, FusedLlamaAttention):
+            loop.angles = angles
         for layers in (m for m in loop.children() if isinstance(m, nn.ModuleList)):
             _link_layers(loop, list(layers))
     tokens = getattr(model, "query_tokens", None)
@@ -180,11 +194,8 @@ def _link(model: nn.Module) -> None:
 
 
 def _link_layers(loop: nn.Module, layers: list[Any]) -> None:
-    image = NormalizedImage()
     followers: list[Any] = [*layers[1:], None]
     for layer, following in zip(layers, followers, strict=True):
-        if isinstance(layer, FusedDecoderLayer):
-            layer.share_image(image)
         norm = None
         if isinstance(layer, FusedDecoderLayer) and isinstance(following, FusedDecoderLayer):
             norm = following.input_layernorm

@@ -5,10 +5,11 @@ Only what `accelerate` must recognise in a foreign model; no class of internvl_e
 
 import torch
 import torch.nn.functional as F
+from published_qllama import LlamaForCausalLM
 from torch import nn
 
 
-class RMSNorm(nn.Module):
+class InternRMSNorm(nn.Module):
     def __init__(self, width, eps=1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.rand(width) + 0.5)
@@ -18,14 +19,6 @@ class RMSNorm(nn.Module):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * normed.to(x.dtype)
-
-
-class InternRMSNorm(RMSNorm):
-    pass
-
-
-class LlamaRMSNorm(RMSNorm):
-    pass
 
 
 class InternAttention(nn.Module):
@@ -84,33 +77,6 @@ class InternVisionEncoder(nn.Module):
         return x
 
 
-class LlamaMLP(nn.Module):
-    def __init__(self, width, inner):
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaDecoderLayer(nn.Module):
-    """With a tuple for a cache and a tuple for a result, as code of its time has it."""
-
-    def __init__(self, width, inner):
-        super().__init__()
-        self.self_attn = nn.Linear(width, width, bias=False)  # stands for any attention
-        self.mlp = LlamaMLP(width, inner)
-        self.input_layernorm = LlamaRMSNorm(width)
-        self.post_attention_layernorm = LlamaRMSNorm(width)
-
-    def forward(self, hidden_states, past_key_value=None, use_cache=False):
-        hidden = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
-        return (hidden + self.mlp(self.post_attention_layernorm(hidden)), past_key_value)
-
-
 class CrossAttention(nn.Module):
     def __init__(self, width, heads, out):
         super().__init__()
@@ -146,18 +112,24 @@ class AttentionPoolingBlock(nn.Module):
 
 
 class InternVLModel(nn.Module):
-    """Tower, pooler and decoder layers, enough to see every kind of module."""
+    """Tower, pooler and QLLaMA, enough to see every kind of module."""
 
-    def __init__(self, width=48, heads=3, inner=96, layers=3):
+    def __init__(self, qllama_config, width=48, heads=3, inner=96, layers=3):
         super().__init__()
-        self.encoder = InternVisionEncoder(layers, width, heads, inner)
+        self.vision_model = InternVisionEncoder(layers, width, heads, inner)
         self.clip_projector = AttentionPoolingBlock(width, 4, 24)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(width, inner) for _ in range(layers))
-        self.norm = LlamaRMSNorm(width)
+        self.query_tokens = nn.Parameter(
+            torch.randn(1, qllama_config.num_query_token, qllama_config.hidden_size)
+        )
+        self.qllama = LlamaForCausalLM(qllama_config)
 
-    def forward(self, x):
-        x = self.encoder(x)
-        pooled = self.clip_projector(x)
-        for layer in self.layers:
-            x = layer(x)[0]
-        return pooled, self.norm(x)
+    def forward(self, x, **inputs):
+        image = self.vision_model(x)
+        queries = self.query_tokens.expand(len(x), -1, -1)
+        text = self.qllama(
+            inputs_embeds=queries,
+            vision_hidden_states=image,
+            use_zero_attention_mask=True,
+            **inputs,
+        )
+        return self.clip_projector(image), text.logits

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from weights import weight_bytes
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVLConfig
@@ -132,25 +133,6 @@ def test_it_can_be_cast(target):
         tolerance = 2e-2 if target == torch.float16 else 2e-5
         for ours, theirs in zip(outputs(fused, x.to(target)), truth, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def weight_bytes(built) -> int:
-    """Bytes of distinct storage that the model's weights take, packed or not."""
-    storages = {}
-    for module in built.modules():
-        for holder in (module, *vars(module).values()):
-            for tensor in vars(holder).values() if hasattr(holder, "__dict__") else ():
-                if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:
-                    storages[tensor.untyped_storage().data_ptr()] = (
-                        tensor.untyped_storage().nbytes()
-                    )
-        pack = getattr(module, "pack", None)
-        if pack is not None:
-            storages[id(pack)] = pack.weight.nbytes
-        for parameter in module.parameters(recurse=False):
-            storage = parameter.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])

@@ -1,7 +1,10 @@
 """Accelerated towers under torch.compile: one graph, and one for every batch size."""
 
+from functools import partial
+
 import pytest
 import torch
+from foreign_decoders import llama, published
 from torch._dynamo.testing import CompileCounter
 
 from internvl_engine import accelerate
@@ -38,6 +41,36 @@ def test_one_graph_serves_every_batch(tower, dtype):
         expected = run(built, x)
         tolerance = 1e-5 if dtype == torch.float32 else 4e-2  # as in test_acceleration.py
         assert (compiled(x) - expected).norm() <= tolerance * expected.norm()
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("build", [published, llama, partial(llama, heads=2)])
+@torch.no_grad()
+def test_one_graph_serves_every_batch_and_length_of_foreign_layers(build):
+    built = build()
+    accelerate(built)
+    layer = built.model.layers[0]
+
+    def case(batch, tokens):
+        positions, x = torch.arange(tokens)[None], torch.randn(batch, tokens, 64)
+        if not hasattr(built.model, "rotary_emb"):
+            mask = built.model.mask(torch.ones(batch, tokens), tokens, x.dtype, True)
+            return (x, torch.randn(batch, 9, 48)), {
+                "attention_mask": mask,
+                "position_ids": positions,
+            }
+        tables = built.model.rotary_emb(x, positions)
+        return (x,), {"attention_mask": None, "position_embeddings": tables}
+
+    graphs = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    for batch, tokens in ((2, 7), (3, 9), (5, 8)):
+        args, kwargs = case(batch, tokens)
+        found, expected = (one(*args, **kwargs) for one in (compiled, layer))
+        if isinstance(expected, tuple):
+            found, expected = found[0], expected[0]
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
     assert graphs.frame_count == 1
 
 

@@ -1,12 +1,15 @@
 """`accelerate` on models that are not ours."""
 
 import copy
+from collections import Counter
 
 import published_code
 import pytest
 import torch
 
 from internvl_engine.acceleration import accelerate
+
+from models import decoder
 
 
 def close(actual, expected):
@@ -15,14 +18,15 @@ def close(actual, expected):
 
 @torch.no_grad()
 def test_the_published_code():
-    torch.manual_seed(0)
-    model, x = published_code.InternVLModel().eval(), torch.randn(2, 17, 48)
+    model, x = published_code.InternVLModel(decoder().config).eval(), torch.randn(2, 17, 48)
     state = copy.deepcopy(model.state_dict())
     expected = model(x)
     report = accelerate(model, strict=True)
-    kinds = [entry.fused for entry in report.entries]
-    assert kinds.count("FusedVisionLayer") == 3 and kinds.count("FusedAttentionPooling") == 1
-    assert kinds.count("FusedLlamaMLP") == 3 and kinds.count("FusedRMSNorm") == 2 * 3 + 1
+    kinds = Counter(entry.fused for entry in report.entries)
+    assert kinds == {
+        "FusedVisionLayer": 3, "FusedAttentionPooling": 1, "FusedPublishedAttention": 3,
+        "FusedCrossAttention": 2, "FusedLlamaMLP": 3, "FusedRMSNorm": 2 * 3 + 1,
+    }  # fmt: skip
     for ours, theirs in zip(model(x), expected, strict=True):
         close(ours, theirs)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
@@ -87,22 +91,54 @@ def test_layer_norm_towers_keep_their_layers():
     close(model(x).last_hidden_state, expected)
 
 
+@pytest.mark.parametrize("attentions", [False, True])
 @torch.no_grad()
-def test_transformers_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_transformers_vision_tower_tells_its_states(attentions):
+    model = vision_tower()
+    if attentions:  # only this implementation has them, and transformers refuses to ask others
+        model.set_attn_implementation("eager")
+    fused, x = copy.deepcopy(model), torch.randn(2, 3, 28, 28)
+    accelerate(fused)
+    for config in (model.config, fused.config):
+        config.output_hidden_states, config.output_attentions = True, attentions
+    for _ in range(2):  # transformers installs its recorders the first time
+        expected, found = model(x), fused(x)
+        assert len(found.hidden_states) == 3 + 1
+        for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+            close(ours, theirs)
+        if attentions:
+            assert len(found.attentions) == 3
+            for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
+                close(ours, theirs)
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(3, 61, (2, 9))
-    expected = model(ids).logits
-    report = accelerate(model, strict=True)
-    kinds = [entry.fused for entry in report.entries]
-    assert kinds.count("FusedLlamaMLP") == 3 and kinds.count("FusedRMSNorm") == 7
-    close(model(ids).logits, expected)
-    tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@torch.no_grad()
+def test_transformers_composite(text):
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    vision = {
+        "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96,
+        "image_size": [28, 28], "patch_size": [7, 7], "num_hidden_layers": 2,
+        "norm_type": "rms_norm", "use_qk_norm": True,
+    }  # fmt: skip
+    llm = {
+        "model_type": text, "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    config = InternVLConfig(vision_config=vision, text_config=llm, image_token_id=60)
+    built = InternVLForConditionalGeneration(config).eval()
+    for parameter in built.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = torch.cat((torch.full((2, 4), 60), torch.randint(3, 60, (2, 5))), 1)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
+    inputs["attention_mask"] = torch.ones_like(ids)
+    decode = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected, tokens = built(**inputs).logits, built.generate(**inputs, **decode)
+    report = accelerate(built, strict=True)
+    kinds = Counter(entry.fused for entry in report.entries)
+    assert kinds["FusedLlamaAttention"] == kinds["FusedTransformersVisionLayer"] == 2
+    close(built(**inputs).logits, expected)
+    assert torch.equal(built.generate(**inputs, **decode), tokens)
     report.undo()
-    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
+    assert torch.equal(built(**inputs).logits, expected)

@@ -1,12 +1,14 @@
 """What every fused module is: the eager one's state with another forward."""
 
+import weakref
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .projection import Projection, version_of
+from .projection import Projection, is_hooked, version_of
 
 
 class FusedModule(nn.Module):
@@ -14,6 +16,8 @@ class FusedModule(nn.Module):
 
     The dictionaries themselves are shared, so that whatever is loaded, moved, wrapped or hooked on
     either is so on both, `state_dict()` has the old names, and `eager` needs no repair to go back.
+    To `isinstance` it is of the eager class too: transformers looks for the layers whose hidden
+    states and attentions it returns by their class.
     """
 
     if TYPE_CHECKING:
@@ -21,9 +25,16 @@ class FusedModule(nn.Module):
         def __getattr__(self, name: str) -> Any:
             """The eager module's own attributes, whatever its class."""
 
+    else:
+
+        @property
+        def __class__(self) -> type:
+            return type(self.eager) if "eager" in self.__dict__ else type(self)
+
     def __init__(self, eager: Any, inference: bool) -> None:
         """inference: whether weights may be merged and packed, and are constants."""
         self.__dict__.update(eager.__dict__)
+        self.__dict__.pop("forward", None)  # of its class: see has_own_forward
         self.__dict__["eager"] = eager  # not a submodule: its names are ours
         self.inference = inference
         self._inner = tuple(module for module in eager.modules() if module is not eager)
@@ -51,19 +62,59 @@ class FusedModule(nn.Module):
         """Gives every weight back to its Linear and returns the eager module."""
         for projection in self.projections():
             projection.release()
-        self.eager.train(self.training)
         return self.eager
+
+    def train(self, mode: bool = True) -> Any:
+        """Both modules, for where the eager one computes."""
+        self.eager.training = mode
+        return nn.Module.train(self, mode)
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody hooked a submodule, so that it must really be called."""
-        return any(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-            for module in self._inner
-        )
+        """Whether somebody hooked a submodule or its forward, so that it must really be called."""
+        return any(map(is_hooked, self._inner))
+
+    def _get_name(self) -> str:
+        return type(self).__name__
 
     def extra_repr(self) -> str:
         return f"in place of {type(self.eager).__name__}"
+
+    def __reduce__(self) -> tuple:  # pickle compares __class__ with the type
+        return object.__new__, (type(self),), self.__dict__
+
+
+class Shared:
+    """What all layers would compute of the same tensor: the first does, the others take it.
+
+    A reader that comes again starts anew, as does a tensor that was changed or recorded into a CUDA
+    graph: nothing outlives its pass but by the memory it takes, and that goes with the tensor.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def get(self, x: Tensor, compute: Callable[[], Any], reader: object) -> Any:
+        """compute(), or what another reader of the very same x made of it in this pass."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # each layer its own graph
+            return compute()
+        known = self._x is not None and self._x() is x and self._version == version_of(x)
+        if not known or id(reader) in self._readers:
+            value = compute()
+            self._x = weakref.ref(x, self._forget)  # from here on the last tensor's is not heard
+            self._value, self._version, self._readers = value, version_of(x), set()
+        self._readers.add(id(reader))
+        return self._value
+
+    def _forget(self, gone: weakref.ref[Tensor] | None = None) -> None:
+        if gone is None or self._x is gone:
+            self._x: weakref.ref[Tensor] | None = None
+            self._value: Any = None
+            self._version: tuple = ()
+            self._readers: set[int] = set()
+
+    def __reduce__(self) -> tuple[type["Shared"], tuple]:
+        return Shared, ()  # copies and pickles remember nothing
 
 
 class Handoff:
@@ -83,9 +134,11 @@ class Handoff:
 
     @property
     def is_open(self) -> bool:
-        """False while layers are recomputed in the backward pass, which must see the same work."""
-        recomputes = getattr(self.loop, "gradient_checkpointing", False) and self.loop.training
-        return not (recomputes and torch.is_grad_enabled())
+        """False where layers are recomputed in the backward pass, which must see the same work.
+
+        Without gradients too: transformers 4 runs such layers without, and adds the graph after.
+        """
+        return not (getattr(self.loop, "gradient_checkpointing", False) and self.loop.training)
 
     def put(self, hidden: torch.Tensor, normed: torch.Tensor) -> None:
         """Leaves the norm of hidden."""

@@ -36,8 +36,10 @@ class Projection:
         if self.inference:
             linears = self._prepared(linears)
         first = linears[0]
-        if isinstance(first, PackedLinear) and first.pack is not None and not _watched(linears):
-            return kernels.linear_packed(x, first.pack.weight, first.pack.bias, epilogue, residual)
+        pack = getattr(first, "pack", None)
+        if pack and all(getattr(linear, "pack", None) is pack for linear in linears):
+            if not _watched(linears):
+                return kernels.linear_packed(x, pack.weight, pack.bias, epilogue, residual)
         if len(linears) == 1 and is_plain(first):
             return kernels.linear(x, first.weight, first.bias, epilogue, residual)
         if self._weight is not None and all(map(is_plain, linears)):
@@ -220,8 +222,23 @@ def finish(y: Tensor, epilogue: str, residual: Tensor | None) -> Tensor:
     return y if residual is None else residual + y
 
 
+def is_hooked(module: Any) -> bool:
+    """Whether somebody wants to see, or to change, what goes through a module."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or has_own_forward(module)
+
+
+def has_own_forward(module: Any) -> bool:
+    """Whether somebody put another forward into the very module, as device hooks do.
+
+    transformers 4 does while it records attentions, and then puts back the one of the class.
+    """
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def _watched(linears: list[Any]) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in linears)
+    return any(map(is_hooked, linears))
 
 
 def _joined(linears: list[Any]) -> tuple[Tensor | None, Tensor | None]:

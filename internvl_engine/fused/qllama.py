@@ -9,49 +9,23 @@
 What is merged, packed or handed on: projection.py and base.py.
 """
 
-import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .. import kernels
 from ..modeling.masks import AttentionMask
 from ..modeling.qllama import LlamaAttention, LlamaCrossAttention, LlamaDecoderLayer
 from ..modeling.qllama_layers import split_heads
-from .base import FusedModule, Handoff
+from .attention import attend, head_dim_objection, rotate
+from .base import FusedModule, Handoff, Shared
+from .cross_attention import CrossAttention
+from .llama import FusedLlamaMLP
 from .norm import add_normalize, normalize
 from .projection import Projection, state_of, version_of
-
-MAX_HEAD_DIM = 128
-
-
-class FusedLlamaMLP(FusedModule):
-    """In place of any LLaMA's MLP: down(silu(gate(x)) * up(x)), gate and up as one product."""
-
-    def __init__(self, eager: Any, inference: bool) -> None:
-        super().__init__(eager, inference)
-        self._gate_up = Projection(eager, "gate_proj", "up_proj", inference=inference)
-        self._down = Projection(eager, "down_proj", inference=inference)
-
-    @classmethod
-    def claims(cls, module: Any) -> bool:
-        names = ("gate_proj", "up_proj", "down_proj", "act_fn")
-        return all(hasattr(module, name) for name in names)
-
-    @classmethod
-    def objection(cls, module: Any) -> str | None:
-        if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-            return f"its activation is {type(module.act_fn).__name__}, not SiLU"
-        return None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_watched:
-            return self.eager.forward(x)
-        return self._down(self._gate_up(x, "swiglu"))
 
 
 class FusedDecoderLayer(FusedModule):
@@ -69,7 +43,7 @@ class FusedDecoderLayer(FusedModule):
         self._down = Projection(eager, "mlp.down_proj", inference=inference)
         cross = eager.cross_attn  # None, or absent where its part was not loaded
         loaded = isinstance(cross, LlamaCrossAttention)
-        self._cross: Any = _CrossAttention(cross, inference) if loaded else None
+        self._cross: Any = CrossAttention(cross, inference) if loaded else None
         self._says_absent = cross is not None and not loaded
         self.constants: Constants | None = None  # of the first layer of a model with query tokens
 
@@ -81,15 +55,14 @@ class FusedDecoderLayer(FusedModule):
     def objection(cls, module: Any) -> str | None:
         if type(module.self_attn) is not LlamaAttention:
             return "its attention was replaced"
-        if module.self_attn.head_dim > MAX_HEAD_DIM or module.self_attn.head_dim % 8:
-            return f"its heads are {module.self_attn.head_dim} wide; the kernels take up to 128"
-        return FusedLlamaMLP.objection(module.mlp)
+        too_wide = head_dim_objection(module.self_attn.head_dim)
+        return too_wide or FusedLlamaMLP.objection(module.mlp)
 
     def projections(self) -> list[Projection]:
         own = super().projections()
         return own + (self._cross.projections() if self._cross is not None else [])
 
-    def share_image(self, image: "NormalizedImage") -> None:
+    def share_image(self, image: Shared) -> None:
         """Takes part in normalising the image states once for all layers."""
         if self._cross is not None:
             self._cross.image = image
@@ -122,9 +95,7 @@ class FusedDecoderLayer(FusedModule):
             hidden_states, attention_mask, position_ids, past_key_value, position_embeddings, norm
         )
         if crosses:
-            normed, hidden = self._cross_attend(
-                normed, hidden, queries, vision_hidden_states, repeat_time
-            )
+            normed, hidden = self._cross_attend(normed, hidden, queries, vision_hidden_states)
         update = self._down(self._gate_up(normed, "swiglu"))
         if self.after is None or not self.after.is_open:
             return hidden + update, None
@@ -178,79 +149,21 @@ class FusedDecoderLayer(FusedModule):
             normed = normalize(self.input_layernorm, hidden)
         heads = self.self_attn.num_heads
         q, k, v = (split_heads(x, heads) for x in self._qkv(normed).chunk(3, dim=-1))
-        if hasattr(cache, "rotary_append"):
-            q, k, v = cache.rotary_append(q, k, v, *tables, position_ids, self.layer_idx)
-        else:
-            q, k = kernels.rotary(q, k, *tables, position_ids)
-            if cache is not None:
-                k, v = cache.update(k, v, self.layer_idx)
+        q, k, v = rotate(q, k, v, (*tables, position_ids), cache, self.layer_idx)
         output = self._o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
         return add_normalize(output, hidden, None, norm)
 
     def _cross_attend(
-        self, normed: Tensor, hidden: Tensor, queries: int, image: Tensor, repeat_time: int
+        self, normed: Tensor, hidden: Tensor, queries: int, image: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(post_attention_layernorm(h), h) after the first `queries` positions read the image."""
         norm = self.post_attention_layernorm
         if queries == hidden.shape[1]:  # normed is the cross-attention's own
-            return add_normalize(self._cross(normed, image, repeat_time), hidden, None, norm)
+            return add_normalize(self._cross(normed, image), hidden, None, norm)
         states = hidden[:, :queries]
-        states = states + self._cross(normalize(self._cross.norm1, states), image, repeat_time)
+        states = states + self._cross(normalize(self._cross.norm1, states), image)
         hidden = torch.cat((states, hidden[:, queries:]), dim=1)
         return normalize(norm, hidden), hidden
-
-
-class _CrossAttention:
-    """The cross-attention inside a fused layer: what LlamaCrossAttention does after its norm1."""
-
-    def __init__(self, eager: LlamaCrossAttention, inference: bool) -> None:
-        self.norm1, self.norm2 = eager.norm1, eager.norm2
-        self.num_heads = eager.num_heads
-        self.image: NormalizedImage | None = None
-        self._q = Projection(eager, "q_proj", inference=inference)
-        self._kv = Projection(eager, "k_proj", "v_proj", inference=inference)
-        self._o = Projection(eager, "o_proj", inference=inference)
-
-    def projections(self) -> list[Projection]:
-        return [self._q, self._kv, self._o]
-
-    def __call__(self, normed: Tensor, image: Tensor, repeat_time: int) -> Tensor:
-        q = split_heads(self._q(normed), self.num_heads)
-        if self.image is not None and self.norm2.weight.dtype == image.dtype:
-            states = self.image.of(image, self.norm2.variance_epsilon) * self.norm2.weight
-        else:
-            states = normalize(self.norm2, image)
-        k, v = (split_heads(x, self.num_heads) for x in self._kv(states).chunk(2, dim=-1))
-        output = kernels.cross_attention(q, k, v)
-        return self._o(output.transpose(1, 2).flatten(2))
-
-
-class NormalizedImage:
-    """The image states divided by their root mean square, once for all cross-attention layers.
-
-    Each layer then applies its own weight, which gives the very bits of its own RMSNorm; folding
-    the weights into the K and V projections would save that product but lose the published bits.
-    """
-
-    def __init__(self) -> None:
-        self._image: weakref.ref[Tensor] | None = None
-        self._normed: Tensor | None = None
-
-    def of(self, image: Tensor, eps: float) -> Tensor:
-        """image (B, N, C_v) over its root mean square; the same tensor again costs nothing."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # each layer its own graph
-            return kernels.rms_norm(image, image.new_ones(image.shape[-1]), eps)
-        if self._image is None or self._image() is not image or self._normed is None:
-            self._normed = kernels.rms_norm(image, image.new_ones(image.shape[-1]), eps)
-            self._image = weakref.ref(image, self._forget)
-        return self._normed
-
-    def _forget(self, image: weakref.ref[Tensor]) -> None:
-        if self._image is image:
-            self._image = self._normed = None
-
-    def __reduce__(self) -> tuple[type["NormalizedImage"], tuple]:
-        return NormalizedImage, ()  # copies and pickles remember nothing
 
 
 class Constants:
@@ -293,14 +206,3 @@ class Constants:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Constants":
         return Constants(deepcopy(self.owner, memo), self.name)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | AttentionMask | None) -> Tensor:
-    """Self-attention under a described or a ready mask: q (B, H, S, D) to (B, H, S, D)."""
-    if mask is None:
-        return kernels.attention(q, k, v)
-    if isinstance(mask, AttentionMask):
-        kind = "full" if mask.is_open else mask.kind
-        return kernels.attention(q, k, v, kind, mask.prefix, mask.visible)
-    mask = mask.clamp(min=torch.finfo(q.dtype).min)
-    return nn.functional.scaled_dot_product_attention(q, k, v, mask)

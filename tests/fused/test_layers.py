@@ -1,17 +1,27 @@
 """Fused modules are no further from their eager ones in float64 than eager in the same dtype."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from foreign_decoders import llama
+from foreign_decoders import published as published_decoder
 from torch import nn
 
-from internvl_engine import accelerate
-from internvl_engine.fused import FusedAttentionPooling, FusedDecoderLayer, FusedVisionLayer
-from internvl_engine.fused.qllama import NormalizedImage
+from internvl_engine import accelerate, kernels
+from internvl_engine.fused import (
+    FusedAttentionPooling,
+    FusedCrossAttention,
+    FusedDecoderLayer,
+    FusedLlamaAttention,
+    FusedPublishedAttention,
+    FusedVisionLayer,
+)
+from internvl_engine.fused.base import Shared
 from internvl_engine.modeling.masks import AttentionMask
 
-from models import model
+from models import decoder, model
 from numerics import assert_as_accurate_as_eager
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -100,23 +110,82 @@ def test_pooler(dtype, draw):
 
 
 @torch.no_grad()
-def test_an_image_is_normalised_once_and_then_forgotten():
-    shared, image = NormalizedImage(), torch.randn(2, 5, 8)
-    normed = shared.of(image, 1e-6)
-    assert shared.of(image, 1e-6) is normed
-    assert shared.of(image.clone(), 1e-6) is not normed
-    shared.of(image, 1e-6)
-    del image
-    assert shared._normed is None and shared._image is None
+def test_what_layers_share_is_computed_once_a_pass_and_forgotten():
+    shared, x, made = Shared(), torch.randn(2, 5), []
+
+    def read(reader, x):
+        return shared.get(x, lambda: made.append(reader) or len(made), reader)
+
+    assert [read(name, x) for name in "abc"] == [1, 1, 1] and made == ["a"]
+    assert [read(name, x) for name in "bac"] == [2, 2, 2]  # the next pass
+    x.mul_(2)
+    assert read("d", x) == 3  # another tensor by now
+    assert read("e", x.clone()) == 4
+    assert read("f", x) == 5
+    with torch.enable_grad():
+        assert read("g", x) == 6
+    assert copy.deepcopy(shared)._value is None
+    read("h", x)
+    del x
+    assert shared._value is None and not shared._readers
+
+
+@pytest.mark.parametrize("build", [decoder, published_decoder])
+@torch.no_grad()
+def test_all_layers_normalise_the_image_together(build, monkeypatch):
+    fused, widths = build(), []
+    normalize = kernels.rms_norm
+    accelerate(fused)
+    monkeypatch.setattr(
+        kernels, "rms_norm", lambda x, *rest: widths.append(x.shape[-1]) or normalize(x, *rest)
+    )
+    inputs = {"inputs_embeds": torch.randn(2, 7, 64), "vision_hidden_states": torch.randn(2, 9, 48)}
+    first, again = (fused(**inputs).logits for _ in range(2))
+    assert widths.count(48) == 2  # one a pass, for two layers that read it
+    assert torch.equal(first, again)
+    inputs["vision_hidden_states"].neg_()
+    assert (fused(**inputs).logits - first).abs().max() > 1e-2
+
+
+def attention_of(build):
+    """(attention module, its arguments after the states) of a decoder's last layer."""
+    built = build()
+    positions = torch.arange(11)[None]
+    if hasattr(built.model, "rotary_emb"):
+        rotary = built.model.rotary_emb
+
+        def arguments(x):
+            return {"position_embeddings": rotary(x, positions), "attention_mask": None}
+
+        return built, arguments
+    mask = built.model.mask(torch.ones(2, 11), 11, torch.float32, True)
+    return built, lambda x: {"position_ids": positions, "attention_mask": mask.to(x.dtype)}
+
+
+@pytest.mark.parametrize("build", [published_decoder, llama, partial(llama, heads=2)])
+@torch.no_grad()
+def test_foreign_attention(build, dtype, draw):
+    built, arguments = attention_of(build)
+
+    class Attention(nn.Module):  # the rotary tables follow the dtype
+        def __init__(self, model):
+            super().__init__()
+            self.attention = model.model.layers[-1].self_attn
+
+        def forward(self, x):
+            return self.attention(x, **arguments(x))[0]
+
+    fused = Attention(fused_of(built, dtype))
+    assert isinstance(fused.attention, FusedLlamaAttention | FusedPublishedAttention)
+    x = draw(2, 11, 64)
+    x = (x / x.square().mean(-1, keepdim=True).sqrt()).to(dtype)  # as after a norm
+    check(Attention(built), fused, dtype, x)
 
 
 @torch.no_grad()
-def test_every_layer_normalises_the_image_together():
-    fused = model()
-    accelerate(fused)
-    images = {
-        id(layer._cross.image)
-        for layer in fused.qllama.model.layers
-        if isinstance(layer, FusedDecoderLayer) and layer._cross is not None
-    }
-    assert len(images) == 1
+def test_foreign_cross_attention(dtype, draw):
+    built = published_decoder()
+    fused = fused_of(built, dtype).model.layers[0].cross_attn
+    assert isinstance(fused, FusedCrossAttention)
+    states, image = draw(6, 6, 64).to(dtype), draw(2, 17, 48).to(dtype)
+    check(built.model.layers[0].cross_attn, fused, dtype, states, image, repeat_time=3)

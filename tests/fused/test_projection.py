@@ -103,6 +103,17 @@ def test_a_wrapped_or_hooked_linear_is_called(owner, dtype):
     near(pair(x)[:, 32:], expected[:, 32:].relu())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_one_of_two_may_be_wrapped_where_they_are_packed(owner, dtype, name):
+    x = torch.randn(5, 64, dtype=dtype)
+    pair = Projection(owner, *NAMES, inference=True)
+    expected = dict(zip(NAMES, pair(x).split((32, 96), -1), strict=True))
+    setattr(owner, name, nn.Sequential(getattr(owner, name), nn.ReLU()))
+    expected[name] = expected[name].relu()
+    near(pair(x), torch.cat([expected[each] for each in NAMES], -1))
+
+
 def test_a_gradient_reaches_the_weights_in_training(owner, dtype):
     x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
     Projection(owner, *NAMES, inference=False)(x).sum().backward()
@@ -124,4 +135,6 @@ def test_a_handoff_serves_only_the_same_unchanged_tensor():
     loop.gradient_checkpointing = True
     assert not handoff.is_open
     with torch.no_grad():
-        assert handoff.is_open
+        assert not handoff.is_open
+    loop.eval()
+    assert handoff.is_open
