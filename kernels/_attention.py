@@ -1,9 +1,8 @@
-"""What the attention operators share outside Triton: PyTorch's and flash-attn's own attentions.
+"""What the attention operators share outside Triton and the CPU: layouts, and others' attentions.
 
-All take q (B, H, S, D), k and v (B, H, T, D) in any strides and return `out`, (B, S, H, D) in
-memory as the projection after it reads, and the natural log-sum-exp (B, H, S) that the gradients
-start from. None sees a mask that leaves a row without keys: only the reference and Triton average
-all values then.
+PyTorch's and flash-attn's take q (B, H, S, D), k and v (B, H, T, D) in any strides and return
+`out`, (B, S, H, D) in memory as the projection after it reads, and the natural log-sum-exp
+(B, H, S) that the gradients start from.
 """
 
 from collections.abc import Iterable
@@ -14,9 +13,6 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,65 +63,6 @@ def scale_of(scale: float | None, dim: int) -> float:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of an operator on these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def bmm_serves(q: Tensor, saves: bool) -> bool:
-    """Whether bmm_cpu takes these heads: bfloat16 on a CPU with such matrix products, no gradient.
-
-    2.6 times (4 x 257 tokens) and 3.1 times (1025) as fast as PyTorch's blocked attention on one
-    thread, whose products reach 15 % of the speed of a large one; in float32 they are equal.
-    """
-    fast = q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return fast and not saves and q.numel() > 0
-
-
-def bmm_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention on the CPU by matrix products over a few heads at a time: scores stay in cache.
-
-    Scores and probabilities are rounded to bfloat16, as the published model rounds them.
-    bias: (1 or B, 1, S, T), added to the scores; None for no mask.
-    """
-    B, H, S, D = q.shape
-    T = k.shape[2]
-    q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
-    out = torch.empty_like(q)
-    heads = max(4 * torch.get_num_threads(), (2 << 20) // (S * T))  # 4 MiB of scores
-    if bias is not None and bias.shape[0] > 1:
-        heads = H * max(1, heads // H)  # whole rows of the batch, each with its own mask
-        bias = bias.expand(-1, H, -1, -1).flatten(0, 1)
-    scores, p = q.new_empty((2, min(heads, B * H), S, T))
-    for first in range(0, B * H, heads):
-        some = slice(first, min(first + heads, B * H))
-        part = scores[: some.stop - first]
-        start, beta = part, 0
-        if bias is not None:
-            start, beta = bias[some] if len(bias) > 1 else bias[0].expand(len(part), -1, -1), 1
-        torch.baddbmm(start, q[some], k[some].mT, beta=beta, alpha=scale, out=part)
-        torch.softmax(part, -1, out=p[: len(part)])
-        torch.bmm(p[: len(part)], v[some], out=out[some])
-    return as_projected(out.unflatten(0, (B, H)))
-
-
-def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float):
-    """PyTorch's blocked attention on the CPU. bias: added to the scores, -inf for a hidden key."""
-    if q.dtype == torch.float64:
-        return NotImplemented
-    if q.numel() == 0 or k.numel() == 0:  # PyTorch 2.13 divides by zero
-        return NotImplemented
-    return _flash_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-
-
-def sdpa_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    bias: Tensor | None, causal: bool, scale: float,
-):  # fmt: skip
-    """Its gradient, (dq, dk, dv); of 16-bit inputs only.
-
-    It starts from a float32 log-sum-exp, whose rounding doubles the error of float32 gradients.
-    """
-    if lse.dtype != torch.float32 or q.numel() == 0 or k.numel() == 0:
-        return NotImplemented
-    return _flash_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
 
 
 def flash_serves(q: Tensor) -> bool:

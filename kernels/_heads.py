@@ -1,4 +1,4 @@
-"""Checks and pointers that the rotary operators share. Shapes as in reference.rotary."""
+"""Pointers to heads (B, H, S, D), and the checks that the rotary operators share."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,11 @@ def pointer(x: Tensor) -> tuple[int, int, int, int]:
     """x (B, H, S, D) with adjacent elements, as csrc/cpu/heads.h takes it."""
     batch, head, token, _ = x.stride()
     return x.data_ptr(), batch, head, token
+
+
+def address(x: Tensor | None) -> int:
+    """Of the first element; 0 for no tensor."""
+    return 0 if x is None else x.data_ptr()
 
 
 def adjacent(x: Tensor) -> Tensor:
@@ -25,15 +30,17 @@ def empty_heads(x: Tensor) -> Tensor:
 
 def positions_stride(positions: Tensor) -> int:
     """From one sequence to the next; 0 where all share the positions. positions: (B or 1, S)."""
-    return positions.shape[1] if positions.shape[0] > 1 else 0
+    return 0 if positions.shape[0] == 1 else positions.shape[1]
 
 
 def check_rotary(
     operator: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
 ) -> None:
     """Raises ValueError where shapes or dtypes do not go together."""
+    if q.dim() != 4:
+        raise ValueError(f"{operator}: q must be (B, H, S, D), got {tuple(q.shape)}")
     batch, _, tokens, dim = q.shape
-    if k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
         raise ValueError(
             f"{operator}: q and k must be (B, H, S, D) of one dtype and differ in H only, got "
             f"{tuple(q.shape)} {q.dtype} and {tuple(k.shape)} {k.dtype}"

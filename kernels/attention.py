@@ -27,17 +27,14 @@ from ._attention import (
     FLASH,
     all_as_projected,
     as_projected,
-    bmm_cpu,
-    bmm_serves,
     empty_output,
     flash_serves,
     log_sum_exp,
     lse_dtype,
     needs_gradient,
     scale_of,
-    sdpa_cpu,
-    sdpa_cpu_backward,
 )
+from ._attention_cpu import attention_native, bmm_backward, sdpa_cpu
 from ._autograd import gradient
 from ._library import define, triton_launcher
 
@@ -88,15 +85,11 @@ def _bias(
     return bias, False
 
 
-def attention_bmm(
+def _attention_native(
     q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None, scale: float,
     saves: bool,
 ) -> Pair:  # fmt: skip
-    """Matrix products over a few heads at a time: inference in bfloat16 on the CPU."""
-    bias = _bias(q, k.shape[2], mask, prefix, visible, False) if bmm_serves(q, saves) else None
-    if bias is None or k.numel() == 0:
-        return NotImplemented
-    return bmm_cpu(q, k, v, bias[0], scale), empty_output(q, False)[1]
+    return attention_native(q, k, v, scale, saves, mask, prefix, visible)
 
 
 def attention_sdpa(
@@ -112,16 +105,15 @@ def attention_sdpa(
     return as_projected(found[0]), lse if saves else lse.new_empty(0)
 
 
-def attention_backward_sdpa(
+def attention_backward_bmm(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: str, prefix: int,
     visible: Tensor | None, scale: float,
 ) -> Three:  # fmt: skip
-    """Its gradient on the CPU."""
-    bias = _bias(q, k.shape[2], mask, prefix, visible)
-    if bias is None:
+    """The gradient on the CPU."""
+    if q.numel() == 0 or k.numel() == 0:
         return NotImplemented
-    found = sdpa_cpu_backward(grad, q, k, v, out, lse, *bias, scale)
-    return found if found is NotImplemented else all_as_projected(found)
+    bias = _bias(q, k.shape[2], mask, prefix, visible, has_causal=False)
+    return NotImplemented if bias is None else bmm_backward(grad, q, k, v, bias[0], scale)
 
 
 def _flash_backend(attend):
@@ -166,7 +158,7 @@ _attention = define(
     "bool saves) -> (Tensor, Tensor)",
     reference=attention_reference,
     fake=lambda q, k, v, mask, prefix, visible, scale, saves: empty_output(q, saves),
-    cpu={"bmm": attention_bmm, "sdpa": attention_sdpa},
+    cpu={"native": _attention_native, "sdpa": attention_sdpa},
     cuda={
         "triton": triton_launcher("attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},
@@ -180,7 +172,7 @@ _attention_backward = define(
     "str mask, int prefix, Tensor? visible, float scale) -> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=lambda grad, q, k, v, *rest: tuple(empty_output(x, False)[0] for x in (q, k, v)),
-    cpu={"sdpa": attention_backward_sdpa},
+    cpu={"bmm": attention_backward_bmm},
     cuda={"triton": triton_launcher("attention", "attention_backward_triton")},
 )
 

@@ -21,17 +21,14 @@ from ._attention import (
     FLASH,
     all_as_projected,
     as_projected,
-    bmm_cpu,
-    bmm_serves,
     empty_output,
     flash_serves,
     log_sum_exp,
     lse_dtype,
     needs_gradient,
     scale_of,
-    sdpa_cpu,
-    sdpa_cpu_backward,
 )
+from ._attention_cpu import attention_native, bmm_backward, sdpa_cpu
 from ._autograd import gradient
 from ._library import define, triton_launcher
 
@@ -67,16 +64,11 @@ def cross_attention_reference(
     return out, log_sum_exp(q, shared, None, scale)
 
 
-def cross_attention_bmm(
+def cross_attention_native(
     q: Tensor, k: Tensor, v: Tensor, interleave: bool, scale: float, saves: bool
 ) -> Pair:
-    """Matrix products over a few heads at a time: inference in bfloat16 on the CPU."""
-    if not bmm_serves(q, saves) or k.numel() == 0:
-        return NotImplemented
-    images = k.shape[0]
-    out = bmm_cpu(_packed(q, images, interleave), k, v, None, scale)
-    out = _unpacked(out, q.shape[0] // images, interleave)
-    return as_projected(out), empty_output(q, False)[1]
+    """Every head of an image is packed once for all its rows of q: csrc/cpu/attention.h."""
+    return attention_native(q, k, v, scale, saves, interleave=interleave)
 
 
 def cross_attention_sdpa(
@@ -94,22 +86,17 @@ def cross_attention_sdpa(
     return as_projected(out), lse if saves else lse.new_empty(0)
 
 
-def cross_attention_backward_sdpa(
+def cross_attention_backward_bmm(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, interleave: bool,
     scale: float,
 ) -> Three:  # fmt: skip
-    """Its gradient on the CPU."""
-    if q.numel() == 0:
+    """The gradient on the CPU, the rows of an image below each other."""
+    if q.numel() == 0 or k.numel() == 0:
         return NotImplemented
     images = k.shape[0]
-    grad, packed, out = (_packed(x, images, interleave) for x in (grad, q, out))
-    lse = _packed(lse.unsqueeze(-1), images, interleave).squeeze(-1).contiguous()
-    found = sdpa_cpu_backward(grad, packed, k, v, out, lse, None, False, scale)
-    if found is NotImplemented:
-        return NotImplemented
-    dq, dk, dv = found
-    dq = _unpacked(dq, q.shape[0] // images, interleave)
-    return as_projected(dq), as_projected(dk), as_projected(dv)
+    grad, packed = (_packed(x, images, interleave) for x in (grad, q))
+    dq, dk, dv = bmm_backward(grad, packed, k, v, None, scale)
+    return as_projected(_unpacked(dq, q.shape[0] // images, interleave)), dk, dv
 
 
 def _flash_backend(attend):
@@ -154,7 +141,7 @@ _cross_attention = define(
     "-> (Tensor, Tensor)",
     reference=cross_attention_reference,
     fake=lambda q, k, v, interleave, scale, saves: empty_output(q, saves),
-    cpu={"bmm": cross_attention_bmm, "sdpa": cross_attention_sdpa},
+    cpu={"native": cross_attention_native, "sdpa": cross_attention_sdpa},
     cuda={
         "triton": triton_launcher("cross_attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},
@@ -168,7 +155,7 @@ _cross_attention_backward = define(
     "bool interleave, float scale) -> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=lambda grad, q, k, v, *rest: tuple(empty_output(x, False)[0] for x in (q, k, v)),
-    cpu={"sdpa": cross_attention_backward_sdpa},
+    cpu={"bmm": cross_attention_backward_bmm},
     cuda={"triton": triton_launcher("cross_attention", "cross_attention_backward_triton")},
 )
 

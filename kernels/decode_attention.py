@@ -11,51 +11,51 @@ what lies behind a length is never read. Bound by memory: 2 * sum(lengths) * H *
 depends on T only, not on the lengths, which stay on the device: a CUDA graph can capture the call.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from internvl_engine import reference
 
-from ._attention import as_projected, empty_output, scale_of, sdpa_cpu
-from ._library import define, triton_launcher
+from ._attention import as_projected, empty_output, scale_of
+from ._heads import address, adjacent, as_int64, pointer
+from ._library import NATIVE_TYPES, define, native, triton_launcher
 
 
-def decode_attention_cpu(
+def decode_attention_native(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    """Two matrix products a row, over its valid slots in place: half the time of PyTorch's SDPA.
-
-    What lies behind a length may be anything, NaN too, which no mask could hide.
-    """
-    if q.dtype == torch.float64 or q.numel() == 0 or k_cache.shape[2] == 0:
+    """Calls csrc/cpu/decode_attention.h."""
+    dtype, (B, H, T, D) = NATIVE_TYPES.get(q.dtype), k_cache.shape
+    if dtype is None or q.numel() == 0 or T == 0:
         return NotImplemented
-    out = empty_output(q, False)[0]
-    for row, length in enumerate(lengths.tolist()):
-        k, v = k_cache[row, :, :length], v_cache[row, :, :length]
-        bias = None
-        if visible is not None:
-            hidden = ~visible[row, :length]
-            bias = torch.zeros(length, dtype=q.dtype).masked_fill_(hidden, -math.inf)
-        if q.dtype != torch.float32:
-            _two_products(q[row], k, v, bias, scale, out[row])
-            continue
-        one = slice(row, row + 1)  # in float32 the product below would round more than eager's
-        bias = None if bias is None else bias[None, None, None]
-        out[one] = sdpa_cpu(q[one], k[None], v[None], bias, False, scale)[0]
+    q, k_cache, v_cache = adjacent(q), adjacent(k_cache), adjacent(v_cache)
+    out, lengths = empty_output(q, False)[0], as_int64(lengths)
+    visible = None if visible is None else visible.contiguous()
+    native.decode_attention(
+        dtype, pointer(q), pointer(k_cache), pointer(v_cache), pointer(out), lengths.data_ptr(),
+        address(visible), (B, H, T, D), scale, torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
-def _two_products(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, out: Tensor
-) -> None:
-    """One row: q (H, 1, D), k and v (H, L, D), bias (L,) to out (H, 1, D)."""
-    scores = q.new_empty((k.shape[0], k.shape[1], 1))  # k @ q: 2.5 times as fast as q @ k.mT
-    start, beta = (scores, 0) if bias is None else (bias[:, None], 1)
-    torch.baddbmm(start, k, q.mT, beta=beta, alpha=scale, out=scores)
-    torch.bmm(scores.softmax(1).mT, v, out=out)
+def decode_attention_by_rows(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """The reference on the CPU, over the valid slots of each row: the others may hold NaN, which
+    no mask hides."""
+    if k_cache.shape[2] == 0:
+        return empty_output(q, False)[0].zero_()
+    out = empty_output(q, False)[0]
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        bias = None
+        if visible is not None:
+            bias = reference.additive_mask(visible[one, None, None, :length], q.dtype)
+        k, v = k_cache[one, :, :length], v_cache[one, :, :length]
+        out[one] = reference.masked_attention(q[one], k, v, bias, scale)[0]
+    return out
 
 
 def decode_attention_reference(
@@ -74,7 +74,7 @@ _decode_attention = define(
     "float scale) -> Tensor",
     reference=decode_attention_reference,
     fake=lambda q, *rest: empty_output(q, False)[0],
-    cpu={"bmm": decode_attention_cpu},
+    cpu={"native": decode_attention_native, "reference": decode_attention_by_rows},
     cuda={"triton": triton_launcher("decode_attention")},
     lower_in_autocast=True,
 )
@@ -106,9 +106,14 @@ def decode_attention(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    B, H, S, D = q.shape
-    T = k_cache.shape[2]
-    if S != 1 or k_cache.shape != (B, H, T, D) or v_cache.shape != k_cache.shape:
+    if (
+        q.dim() != 4
+        or k_cache.dim() != 4
+        or q.shape[2] != 1
+        or q.shape[:2] != k_cache.shape[:2]
+        or q.shape[3] != k_cache.shape[3]
+        or v_cache.shape != k_cache.shape
+    ):
         raise ValueError(
             "decode_attention: q must be (B, H, 1, D), the caches (B, H, T, D), got "
             f"{tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
@@ -118,6 +123,7 @@ def decode_attention(
             f"decode_attention: q and the caches must have one dtype, got {q.dtype}, "
             f"{k_cache.dtype} and {v_cache.dtype}"
         )
+    B, _, T, D = k_cache.shape
     if lengths.shape != (B,) or lengths.is_floating_point():
         raise ValueError(
             f"decode_attention: lengths must be integers of shape ({B},), got {lengths.dtype} of "

@@ -34,17 +34,14 @@ from internvl_engine import reference
 
 from ._attention import (
     FLASH,
-    bmm_cpu,
-    bmm_serves,
     empty_output,
     flash_serves,
     log_sum_exp,
     lse_dtype,
     needs_gradient,
     scale_of,
-    sdpa_cpu,
-    sdpa_cpu_backward,
 )
+from ._attention_cpu import attention_native, bmm_backward, sdpa_cpu
 from ._autograd import gradient
 from ._library import define, triton_launcher
 from .rms_norm import rms_norm
@@ -91,16 +88,26 @@ def qk_norm_attention_reference(
     return out, *_saved(qkv, q_weight, eps, lse, saves)
 
 
-def qk_norm_attention_bmm(
+def qk_norm_attention_native(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
     saves: bool,
 ) -> Three:  # fmt: skip
-    """The norms, then matrix products over a few heads: inference in bfloat16 on the CPU."""
-    if not bmm_serves(qkv, saves):
+    """csrc/cpu/attention.h, which reads qkv in place and folds the norms into the scores."""
+    B, N, _, H, D = qkv.shape
+    if qkv.stride()[-2:] != (D, 1):
+        qkv = qkv.contiguous()
+    norm, rstd = None, qkv.new_empty(0, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    if q_weight is not None and k_weight is not None:
+        if not q_weight.dtype == k_weight.dtype == qkv.dtype:
+            return NotImplemented
+        statistics = torch.empty(2, B, N)
+        norm = q_weight.contiguous(), k_weight.contiguous(), eps, statistics
+        rstd = statistics if saves else rstd
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    found = attention_native(q, k, v, scale, saves, norm=norm)
+    if found is NotImplemented:
         return NotImplemented
-    q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
-    out = bmm_cpu(q, k, v, None, scale).transpose(1, 2)
-    return out, *_saved(qkv, q_weight, eps, None, False)
+    return found[0].transpose(1, 2), found[1], rstd
 
 
 def qk_norm_attention_sdpa(
@@ -126,16 +133,15 @@ def _flash_backend(attend):
     return run
 
 
-def qk_norm_attention_backward_sdpa(
+def qk_norm_attention_backward_bmm(
     grad: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     out: Tensor, lse: Tensor, rstd: Tensor, eps: float, scale: float,
 ) -> Three:  # fmt: skip
-    """On the CPU: norms again, PyTorch's blocked gradient, and that of the norms."""
-    normed = _normed_heads(qkv, q_weight, k_weight, eps)
-    heads = (x.transpose(1, 2) for x in (grad, out))
-    found = sdpa_cpu_backward(next(heads), *normed, next(heads), lse, None, False, scale)
-    if found is NotImplemented:
+    """The gradient on the CPU: norms again, products, and the gradient of the norms."""
+    if qkv.numel() == 0:
         return NotImplemented
+    q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
+    found = bmm_backward(grad.transpose(1, 2), q, k, v, None, scale)
     d_qkv = torch.stack([x.transpose(1, 2) for x in found], dim=2)
     if q_weight is None or k_weight is None:
         return d_qkv, qkv.new_empty(0), qkv.new_empty(0)
@@ -189,7 +195,7 @@ _qk_norm_attention = define(
     "bool saves) -> (Tensor, Tensor, Tensor)",
     reference=qk_norm_attention_reference,
     fake=_fake,
-    cpu={"bmm": qk_norm_attention_bmm, "sdpa": qk_norm_attention_sdpa},
+    cpu={"native": qk_norm_attention_native, "sdpa": qk_norm_attention_sdpa},
     cuda={
         "triton": triton_launcher("qk_norm_attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},
@@ -206,7 +212,7 @@ _qk_norm_attention_backward = define(
         qkv.new_empty(qkv.shape),
         *(qkv.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight)),
     ),
-    cpu={"sdpa": qk_norm_attention_backward_sdpa},
+    cpu={"bmm": qk_norm_attention_backward_bmm},
     cuda={"triton": triton_launcher("qk_norm_attention", "qk_norm_attention_backward_triton")},
 )
 

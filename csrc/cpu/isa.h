@@ -2,6 +2,8 @@
 // includes this; the flags are in CMakeLists.txt.
 
 #include "add_rms_norm.h"
+#include "attention.h"
+#include "decode_attention.h"
 #include "linear.h"
 #include "operators.h"
 #include "rms_norm.h"
@@ -16,6 +18,7 @@ const cpu::Operators<T>& operators() {
       rms_norm<T>, rms_norm_backward<T>, add_rms_norm<T>, add_rms_norm_backward<T>,
       rotary<T>,   rotary_append<T>,     swiglu<T>,       swiglu_backward<T>,
       packed_elements<T>, pack_linear<T>, unpack_linear<T>, linear_workspace<T>, linear<T>,
+      attention_workspace<T>, attention<T>, decode_attention<T>,
   };
   return table;
 }

@@ -1,6 +1,7 @@
 // The CPU operators as a table of functions, one table per instruction set and storage type.
 #pragma once
 
+#include "attention_call.h"
 #include "epilogue.h"
 #include "../heads.h"
 #include "../rows.h"
@@ -37,6 +38,11 @@ struct Operators {
   void (*linear)(Rows<const T> x, const T* packed, const T* bias, Rows<const T> residual, T* y,
                  int64_t rows, int64_t cols, int64_t features, Epilogue epilogue, void* workspace,
                  int threads);
+  int64_t (*attention_workspace)(const AttentionCall<T>& call, int threads);
+  void (*attention)(const AttentionCall<T>& call, char* workspace, int threads);
+  void (*decode_attention)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
+                           const int64_t* lengths, const uint8_t* visible, Extent n, float scale,
+                           float* weights, int threads);
 };
 
 // The name of the best instruction set that was compiled and that this processor has, or of the one

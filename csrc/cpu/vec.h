@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -160,6 +160,16 @@ struct Sum {
       for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     return sums[0];
   }
+
+  // The same in float: where it is called once for every few vectors.
+  float nearly() const {
+    const Vec lanes = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    float sums[kWidth];
+    std::memcpy(sums, &lanes, sizeof sums);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+  }
 };
 
 // e**x to 1 unit in the last place (Cephes' expf); arguments beyond float's range are clamped.
@@ -176,6 +186,30 @@ inline Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
+}
+
+// 2**x of x up to 0, to 1 unit in the last place; 0 below -127 and of -infinity, NaN of NaN.
+inline Vec exp2(Vec x) {
+#ifdef __AVX512F__
+  const __m512 n = _mm512_maskz_roundscale_ps(0xffff, (__m512)x, 8);  // to the nearest integer
+  const Vec r = x - (Vec)n;  // NaN of -infinity, of which scalef makes 0
+#else
+  const Vec bounded = x < -127.0f ? Vec{} - 127.0f : x;
+  const Vec shift = bounded - bounded + 12582912.0f;
+  const Vec n = (bounded + shift) - shift;
+  const Vec r = bounded - n;
+#endif
+  Vec p = r * 1.5403530393e-4f + 1.3333558146e-3f;
+  p = p * r + 9.6181291076e-3f;
+  p = p * r + 5.5504108665e-2f;
+  p = p * r + 2.4022650696e-1f;
+  p = p * r + 6.9314718056e-1f;
+  p = p * r + 1.0f;
+#ifdef __AVX512F__
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, n);
+#else
+  return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
+#endif
 }
 
 }  // namespace internvl::ISA

@@ -63,7 +63,7 @@ def test_a_part_of_the_cache_without_a_valid_key_weighs_nothing():
             check(q, k.nan_to_num(7.0), v.nan_to_num(7.0), lengths)
 
 
-@pytest.mark.parametrize("backend", ["bmm", "triton"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
 def test_empty(backend):
     if backend not in kernels.backends("decode_attention")["CPU"]:
         pytest.skip("triton is not interpreted here")
@@ -108,3 +108,23 @@ def test_rejects_what_does_not_fit():
         decode_attention(q, k, v, lengths, torch.ones(2, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match="one dtype"):
         decode_attention(q.half(), k, v, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_that_are_not_contiguous(dtype, device):
+    q = torch.randn(2, 3, 16, 1, device=device).to(dtype).mT
+    k, v = (torch.randn(2, 3, 16, 9, device=device).to(dtype).mT for _ in range(2))
+    check(q, k, v, torch.tensor([9, 4], device=device))
+
+
+@pytest.mark.parametrize("length", [0, -1, 10])
+def test_a_length_outside_the_cache_is_refused(length):
+    q, k = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 9, 16)
+    with pytest.raises(IndexError, match=rf"length {length} is outside \[1, 9\]"):
+        decode_attention(q, k, k, torch.tensor([4, length]))
+
+
+def test_wrong_dimensions_are_named():
+    k = torch.randn(2, 3, 9, 16)
+    with pytest.raises(ValueError, match=r"q must be \(B, H, 1, D\)"):
+        decode_attention(torch.randn(2, 3, 16), k, k, torch.tensor([4, 4]))
