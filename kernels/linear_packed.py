@@ -150,6 +150,8 @@ def linear_packed_native(
     dtype = NATIVE_TYPES.get(packed.dtype)
     if packed.layout != torch.strided or dtype is None or packed.dtype != x.dtype:
         return NotImplemented
+    if x.shape[-1] == 0:  # a sum of nothing, which the loops over C never reach
+        return NotImplemented
     shape = output_shape(x, features, epilogue)
     if epilogue == "swiglu" and shape[-1] % _PANEL:  # gate and up lie apart within a panel
         y = activate(linear_packed_native(x, packed, features, bias), epilogue)

@@ -92,7 +92,8 @@ def rotary(
 
     Args:
         q, k: (B, H, S, D), any strides, the number of heads may differ; float32, float16, bfloat16.
-        cos, sin: (P, D / 2), the dtype of q (`reference.rotary_table`). Constants: no gradient.
+        cos, sin: (P, D / 2) from `reference.rotary_table`, the dtype of q, or another with which q
+            and k promote, as under autocast. Constants: no gradient.
         positions: (B, S) or (1, S), integers in [0, P).
 
     Returns:
@@ -102,5 +103,8 @@ def rotary(
         ValueError: shapes or dtypes that do not go together.
         IndexError: a position outside the table, on the CPU; a GPU cannot tell.
     """
+    if cos.dtype != q.dtype and q.dtype == k.dtype and cos.dtype == sin.dtype:
+        dtype = torch.promote_types(q.dtype, cos.dtype)
+        q, k, cos, sin = (x.to(dtype) for x in (q, k, cos, sin))
     check_rotary("rotary", q, k, cos, sin, positions)
     return _rotary(q, k, cos, sin, positions)

@@ -139,6 +139,14 @@ def test_prefer_moves_the_gradient_along_and_all_operators_with_a_star():
     assert kernels.backends("rms_norm_backward")["CPU"][0] != "reference" or not _library.native
 
 
+@pytest.mark.parametrize("first, second", [("cpu", "meta"), ("meta", "cpu")])
+def test_tensors_on_two_devices_are_refused(first, second):
+    """Each alone has an implementation: without a check one would answer with unwritten memory."""
+    x, weight = torch.randn(4, 64, device=first), torch.ones(64, device=second)
+    with pytest.raises(RuntimeError, match=f"on one device, got {first} and {second}"):
+        kernels.rms_norm(x, weight)
+
+
 def test_prefer_says_what_there_is():
     with pytest.raises(ValueError, match="no operator 'rms'; there are .*rms_norm"):
         kernels.prefer("rms", "native")

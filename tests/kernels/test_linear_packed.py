@@ -84,6 +84,14 @@ def test_any_number_of_rows(rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_no_channels(dtype):
+    bias = torch.randn(8).to(dtype)
+    weight = PackedWeight(torch.empty(8, 0, dtype=dtype))
+    y = linear_packed(torch.empty(3, 0, dtype=dtype), weight, bias)
+    assert torch.equal(y, bias.expand(3, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_strided_x(dtype):
     x, weight, bias = inputs(96, 64, dtype, (6, 9, 3))
     for view in (x[:, :, 1], x[1:4, ::2, 2], x.transpose(0, 1)[..., 0, :], x.transpose(0, 1)):
@@ -181,3 +189,31 @@ def test_rejects_what_does_not_fit():
         linear_packed(x, packed, bias, "swiglu")
     with pytest.raises(ValueError, match=r"shape of the output, \(2, 5, 33\)"):
         linear_packed(x, packed, residual=x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+def test_a_row_has_the_same_bits_in_every_batch(epilogue, dtype):
+    """One caption alone and among others: the native layout sums in the same order for all rows."""
+    # 3200 channels are more than a block of sums; 130 features leave part of a panel over.
+    x, weight, bias = inputs(130, 3200, dtype, (300,))
+    packed = PackedWeight(weight)
+    if packed.data.layout != torch.strided:
+        pytest.skip("oneDNN's kernels depend on the number of rows")
+    whole = linear_packed(x, packed, bias, epilogue)
+    for rows in (1, 2, 12, 15, 96, 257):  # decoding, tiles and parts of them, an image
+        for first in (0, 300 - rows):
+            some = slice(first, first + rows)
+            assert torch.equal(linear_packed(x[some], packed, bias, epilogue), whole[some])
+
+
+@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+def test_is_a_wellformed_operator(epilogue):
+    if torch.float32 not in DTYPES:
+        pytest.skip("no packed layout for float32 here")
+    x, weight, bias = inputs(6, 8, torch.float32, (3,))
+    residual = torch.randn(3, 3 if epilogue == "swiglu" else 6)
+    packed = PackedWeight(weight).data
+    leaves = [tensor.requires_grad_() for tensor in (x, bias, residual)]
+    arguments = (leaves[0], packed, 6, leaves[1], epilogue, leaves[2])
+    torch.library.opcheck(torch.ops.internvl.linear_packed.default, arguments)

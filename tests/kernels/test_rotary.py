@@ -86,6 +86,20 @@ def test_is_a_wellformed_operator(device):
     torch.library.opcheck(torch.ops.internvl.rotary.default, (q, k, *rest))
 
 
+def test_promotes_as_pytorch_does(device):
+    """As under autocast: q and k from a product in bfloat16, tables in float32."""
+    q, k, *rest = inputs((2, 3, 4, 16), device=device)
+    q, k = q.detach().bfloat16().requires_grad_(), k.detach().bfloat16().requires_grad_()
+    assert_as_accurate_as_eager(rotary(q, k, *rest), reference.rotary, q, k, *rest)
+    assert_gradient_as_accurate_as_eager(rotary, reference.rotary, q, k, *rest)
+
+
+def test_empty_batch(device):
+    q, k, cos, sin, positions = inputs((2, 3, 4, 16), device=device)
+    turned = rotary(q[:0], k[:0], cos, sin, positions[:0])
+    assert all(x.shape == (0, 3, 4, 16) for x in turned)
+
+
 def test_rejects_what_does_not_fit():
     q, k, cos, sin, positions = inputs((2, 3, 4, 16))
     with pytest.raises(ValueError, match="differ in H only"):
@@ -93,7 +107,9 @@ def test_rejects_what_does_not_fit():
     with pytest.raises(ValueError, match="with D = 16"):
         rotary(q, k, cos[:, :7], sin[:, :7], positions)
     with pytest.raises(ValueError, match="must be torch.float32 as q is"):
-        rotary(q, k, cos.half(), sin.half(), positions)
+        rotary(q, k, cos, sin.half(), positions)
+    with pytest.raises(ValueError, match=r"q must be \(B, H, S, D\)"):
+        rotary(q[0], k, cos, sin, positions)
     with pytest.raises(ValueError, match="positions must be integers"):
         rotary(q, k, cos, sin, positions[:, :2])
 
