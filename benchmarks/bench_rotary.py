@@ -29,18 +29,17 @@ def cases(device: str) -> Iterator[Case]:
             q, k, _ = heads(batch, tokens, dtype, device)
             table = reference.rotary_table(tokens, DIM, 10000.0, dtype, torch.device(device))
             args = (q, k, *table, torch.arange(tokens, device=device)[None])
-            providers = forward("rotary", rotary, reference.rotary, *args, others=others(*args))
+            providers = forward("rotary", rotary, reference.rotary, *args, others=others(*args[2:]))
             traffic = (4 * q.numel() + tokens * DIM) * q.element_size()
             yield Case("rotary", label, tuple(q.shape), dtype, providers, traffic)
 
 
-def others(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
-) -> dict[str, Callable]:
-    """Liger's, on q and k of their own: where they are contiguous it rotates them in place."""
+def others(cos: Tensor, sin: Tensor, positions: Tensor) -> dict[str, Callable]:
+    """Liger's. It rotates in place what is contiguous, which slices of several tokens are not; one
+    token has position 0 here, whose rotation changes nothing.
+    """
     liger = installed("liger_kernel.transformers.functional", "liger_rope")
     if liger is None:
         return {}
-    own = [x.clone() for x in (q, k)]
     wide = [torch.cat((x, x), -1)[positions] for x in (cos, sin)]  # (1, S, D)
-    return {"Liger": lambda *_: liger(*own, *wide)}
+    return {"Liger": lambda q, k, *_: liger(q, k, *wide)}
