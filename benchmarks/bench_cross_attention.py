@@ -45,12 +45,12 @@ def _case(label: str, direction: Callable, q: Tensor, k: Tensor, v: Tensor) -> C
         "cross_attention", cross_attention, reference.cross_attention, q, k, v, others={}
     )
     repeat = q.shape[0] // k.shape[0]
-    copies = [x.expand(repeat, *x.shape).flatten(0, 1).contiguous() for x in (k, v)]
+    keys, values = (x.expand(repeat, *x.shape).flatten(0, 1).contiguous() for x in (k, v))
     sdpa = F.scaled_dot_product_attention
     if direction is forward:
-        providers |= rival("SDPA", lambda: sdpa(q, *copies))
+        providers |= rival("SDPA", lambda: sdpa(q, keys, values))
     else:
-        providers |= rival("SDPA", gradient_of(sdpa, q, *copies), same=repeat == 1)
+        providers |= rival("SDPA", gradient_of(sdpa, q, keys, values), same=repeat == 1)
     parts, products = (2, 2) if direction is forward else (4, 5)
     label = f"{label}, {direction.__name__}"
     return Case(

@@ -73,10 +73,13 @@ def eager(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
 def sdpa_of_normed(is_forward: bool, *args: Tensor) -> dict[str, Provider]:
     """PyTorch's attention alone; its gradient is of the normed q and k, so not the same."""
     heads = normed(*args)
-    sdpa = F.scaled_dot_product_attention
-    found = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    found: dict[str, Provider] = {}
     for name, backend in SDPA[args[0].device.type].items():
-        run = (lambda: sdpa(*heads).transpose(1, 2)) if is_forward else gradient_of(sdpa, *heads)
+        run = partial(attend, *heads) if is_forward else gradient_of(attend, *heads)
         found |= rival(name, run, partial(sdpa_kernel, backend), same=is_forward)
     return found
 

@@ -12,9 +12,10 @@ A batch of 64 is bound by its operations, one image by them or by reading the we
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from internvl_engine.acceleration import accelerate
@@ -118,7 +119,7 @@ def random_state(config: InternVisionConfig, device: str, dtype: torch.dtype = D
     return state
 
 
-def loaded(kind: type, config: object, state: State) -> nn.Module:
+def loaded(kind: type, config: object, state: State) -> Any:
     """A model of this class whose parameters are the tensors of the state, not copies."""
     with torch.device("meta"):
         model = kind(config)
@@ -126,7 +127,7 @@ def loaded(kind: type, config: object, state: State) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def transformers_model(config: InternVisionConfig, state: State) -> nn.Module:
+def transformers_model(config: InternVisionConfig, state: State) -> Any:
     """transformers' InternVLVisionModel with SDPA and the weights of ours."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
@@ -177,7 +178,7 @@ def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def counted(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
+def counted(run: Callable[[], Any]) -> tuple[int, Any]:
     """The floating-point operations of the products in run(), and its result."""
     with FlopCounterMode(display=False) as counter:
         out = run()

@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from tiny_engine import pictures, saved, tiny_engine
 
 from internvl_engine.cli import main
 
+ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "internvl_engine.cli"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 COMMANDS = "demo classify caption ask embed index search doctor verify convert bench".split()
@@ -235,6 +238,21 @@ def test_doctor_says_what_to_do(monkeypatch):
     assert problems["tqdm is not installed"] == "pip install tqdm"
     assert any("kernels were not built" in what for what in problems)
     assert any("no libcuda.so" in what for what in problems)
+
+
+def documented_commands() -> list[str]:
+    """Every `internvl ...` that the documents tell people to type."""
+    files = [
+        ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/results/README.md")
+    ]
+    typed = re.compile(r"(?m)(?:^|[`&=\w]\s|`)(internvl [a-z][^`#&|\n]*)")
+    return sorted({match.strip() for file in files for match in typed.findall(file.read_text())})
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_every_documented_command_and_option_exists(run, line):
+    code, out, err = run(*shlex.split(line)[1:], "--help")
+    assert code == 0 and "Usage" in out, err
 
 
 @pytest.mark.parametrize(

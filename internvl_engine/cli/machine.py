@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
     """Adds the others."""
     for function in (doctor, verify, convert):
         command(app)(function)
-    for function in (kernels, layers, encoder):
-        command(bench)(function)
+    for benchmark in (kernels, layers, encoder):
+        command(bench)(benchmark)
     app.add_typer(bench, name="bench")
 
 
