@@ -5,6 +5,58 @@ from inspect import signature
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def register_autograd(
+    library: torch.library.Library,
+    overload: torch._ops.OpOverload,
+    backward: Callable,
+    setup_context: Callable,
+) -> None:
+    """What torch.library.register_autograd does, in less time a call (2 us of 9), and forward-mode
+    differentiation is an error where that would give zeros."""
+    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
+    below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
+    redispatch = overload.redispatch
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            with below():
+                output = redispatch(keyset & after, *args)
+                # The dispatcher leaves out trailing arguments that equal their defaults.
+                setup_context(ctx, (*args, *defaults[len(args) :]), output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            needed = ctx.needs_input_grad
+            ctx.needs_input_grad = needed[1:]  # without keyset's
+            try:
+                found = backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = needed
+            return None, *(found if isinstance(found, tuple) else (found,))
+
+    def run(keyset, *args):
+        if torch._C._any_requires_grad(*args) and torch.is_grad_enabled():
+            return Gradient.apply(keyset, *args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(overload, args)
+        with below():
+            return redispatch(keyset & after, *args)
+
+    library.impl(overload._opname, run, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(overload: torch._ops.OpOverload, args: tuple) -> None:
+    tensors = (arg for arg in args if isinstance(arg, Tensor))
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{overload._opname}: no forward-mode derivative; use reverse mode (backward, "
+            "torch.autograd.grad)"
+        )
 
 
 def differentiate(reference: Callable) -> tuple[Callable, Callable]:

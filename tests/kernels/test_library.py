@@ -147,6 +147,12 @@ def test_tensors_on_two_devices_are_refused(first, second):
         kernels.rms_norm(x, weight)
 
 
+def test_forward_mode_is_an_error_and_not_zeros():
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    with pytest.raises(NotImplementedError, match="rms_norm: no forward-mode derivative"):
+        torch.func.jvp(lambda x: kernels.rms_norm(x, weight), (x,), (torch.ones_like(x),))
+
+
 def test_prefer_says_what_there_is():
     with pytest.raises(ValueError, match="no operator 'rms'; there are .*rms_norm"):
         kernels.prefer("rms", "native")
