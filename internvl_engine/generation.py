@@ -55,7 +55,7 @@ class KVCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
         if self.storage is not None:
-            used = self.storage[..., : self.get_seq_length(), :]
+            used = self.storage[..., : self._used(), :]
             used.copy_(used.index_select(2, beam_idx.to(used.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -69,27 +69,33 @@ class KVCache(Cache):
             self.storage = self.storage[:, :, indices.to(self.storage.device)]
 
     def crop(self, max_length: int) -> None:
-        """Keeps the first max_length positions; a negative number drops so many."""
-        length = self.get_seq_length()
-        kept = length + max_length if max_length < 0 else min(length, max_length)
+        """Keeps the first max_length positions; a negative number drops so many, and 0 none.
+
+        transformers 5 calls it with what to drop, transformers 4 with what to keep.
+        """
         for layer in self.layers:
-            layer.length = min(layer.length, max(kept, 0))
+            layer.crop(max_length)
 
     def reset(self) -> None:
         """Forgets every position and keeps the storage."""
         for layer in self.layers:
             layer.length = 0
 
+    def _used(self) -> int:
+        return max(layer.length for layer in self.layers)
+
     def _allocate(self, like: Tensor) -> None:
         batch, heads, positions, dim = like.shape
         length = max(self.max_length, positions)
-        self.storage = like.new_empty(len(self.layers), 2, batch, heads, length, dim)
+        self._new_storage(like, batch, heads, length, dim)
+
+    @torch.inference_mode(False)  # else it could not be written outside of inference mode
+    def _new_storage(self, like: Tensor, *shape: int) -> None:
+        self.storage = like.new_empty(len(self.layers), 2, *shape)
 
     def _reallocate(self, batch: int, length: int, repeats: int = 1) -> None:
-        old = self.storage
-        layers, two, _, heads, _, dim = old.shape
-        used = max(layer.length for layer in self.layers)
-        self.storage = old.new_empty(layers, two, batch, heads, length, dim)
+        old, used = self.storage, self._used()
+        self._new_storage(old, batch, old.shape[3], length, old.shape[5])
         rows = self.storage.unflatten(2, (-1, repeats))  # every old row goes to `repeats` new ones
         rows[..., :used, :] = old[..., :used, :].unsqueeze(3)
 
@@ -124,15 +130,26 @@ class KVCacheLayer(CacheLayerMixin):
     def reserve(self, states: Tensor) -> None:
         """Counts the positions of states (B, H, S, D) as used, with storage for them."""
         cache, needed = self.cache, self.length + states.shape[2]
-        if cache.storage is None:
+        if cache.storage is None or (cache._used() == 0 and not self._fits(states)):
             cache._allocate(states)
-        if states.shape[0] != cache.storage.shape[2]:
+        if not self._fits(states):
+            _, _, rows, heads, _, dim = cache.storage.shape
             raise ValueError(
-                f"KVCache: holds a batch of {cache.storage.shape[2]}, got {states.shape[0]} rows"
+                f"KVCache: holds {rows} rows of {heads} heads of {dim}, {cache.storage.dtype} on "
+                f"{cache.storage.device}, got {tuple(states.shape)}, {states.dtype} on "
+                f"{states.device}"
             )
         if needed > cache.storage.shape[4]:
             cache._reallocate(cache.storage.shape[2], max(needed, cache.storage.shape[4] * 3 // 2))
         self.length = needed
+
+    def _fits(self, states: Tensor) -> bool:
+        storage = self.cache.storage
+        of_one_kind = states.dtype == storage.dtype and states.device == storage.device
+        return of_one_kind and (*states.shape[:2], states.shape[3]) == (
+            *storage.shape[2:4],
+            storage.shape[5],
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Allocates for a batch like key_states, (B, H, S, D)."""
@@ -143,11 +160,27 @@ class KVCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends (B, H, S, D) states; returns all keys and values, views of the storage."""
+        if value_states.shape != key_states.shape:
+            raise ValueError(
+                f"KVCache: keys and values must have one shape (B, H, S, D), got "
+                f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
+            )
         start = self.length
         self.reserve(key_states)
         self.keys[:, :, start:] = key_states
         self.values[:, :, start:] = value_states
         return self.keys, self.values
+
+    def crop(self, max_length: int) -> None:
+        """As KVCache.crop, this layer alone."""
+        kept = max_length if max_length > 0 else self.length + max_length
+        self.length = min(self.length, max(kept, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As KVCache.reorder_cache, this layer alone."""
+        if self.length > 0:
+            for states in (self.keys, self.values):
+                states.copy_(states.index_select(0, beam_idx.to(states.device)))
 
     def get_seq_length(self) -> int:
         """Positions held."""

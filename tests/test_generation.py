@@ -73,13 +73,43 @@ def test_it_forgets_all_or_some():
     cache.crop(4)
     assert torch.equal(cache.layers[0].keys, kept)
     cache.crop(-1)
+    cache.crop(0)  # prompt lookup has nothing to drop
     assert cache.get_seq_length() == 3
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.storage is not None
+    filled(cache, (2, 2))
+    cache.reset()
+    cache.update(states(batch=1), states(batch=1), 0)  # an empty one takes another batch
+    assert cache.layers[0].keys.shape[0] == 1
+
+
+def test_layers_of_different_lengths_are_reordered_whole():
+    cache = KVCache(CONFIG, 16)
+    cache.update(states(), states(), 0)
+    longer = states(tokens=7)
+    cache.update(longer, longer, 1)
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
+    assert torch.equal(cache.layers[1].keys, longer[[1, 0, 2]])
+    cache.layers[1].reorder_cache(torch.tensor([1, 0, 2]))
+    assert torch.equal(cache.layers[1].keys, longer)
+
+
+def test_filled_in_inference_mode_it_grows_outside():
+    cache = KVCache(CONFIG, 9)
+    with torch.inference_mode():
+        filled(cache)
+    with torch.no_grad():
+        cache.update(states(tokens=30), states(tokens=30), 0)
+    assert cache.get_seq_length() > 30
 
 
 def test_errors_say_what_came():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         KVCache(CONFIG, 0)
-    with pytest.raises(ValueError, match="batch of 3, got 2 rows"):
-        filled(KVCache(CONFIG, 9)).update(states(batch=2), states(batch=2), 0)
+    cache = filled(KVCache(CONFIG, 9))
+    with pytest.raises(ValueError, match=r"holds 3 rows of 4 heads of 8, .*, got \(2, 4, "):
+        cache.update(states(batch=2), states(batch=2), 0)
+    with pytest.raises(ValueError, match=r"got .*, torch.float16 on cpu"):
+        cache.update(states().half(), states().half(), 0)
+    with pytest.raises(ValueError, match="must have one shape"):
+        cache.update(states(tokens=3), states(tokens=1), 0)
