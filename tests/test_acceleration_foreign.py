@@ -110,35 +110,3 @@ def test_transformers_vision_tower_tells_its_states(attentions):
             assert len(found.attentions) == 3
             for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
                 close(ours, theirs)
-
-
-@pytest.mark.parametrize("text", ["llama", "qwen2"])
-@torch.no_grad()
-def test_transformers_composite(text):
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
-
-    vision = {
-        "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96,
-        "image_size": [28, 28], "patch_size": [7, 7], "num_hidden_layers": 2,
-        "norm_type": "rms_norm", "use_qk_norm": True,
-    }  # fmt: skip
-    llm = {
-        "model_type": text, "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    config = InternVLConfig(vision_config=vision, text_config=llm, image_token_id=60)
-    built = InternVLForConditionalGeneration(config).eval()
-    for parameter in built.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
-    ids = torch.cat((torch.full((2, 4), 60), torch.randint(3, 60, (2, 5))), 1)
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
-    inputs["attention_mask"] = torch.ones_like(ids)
-    decode = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected, tokens = built(**inputs).logits, built.generate(**inputs, **decode)
-    report = accelerate(built, strict=True)
-    kinds = Counter(entry.fused for entry in report.entries)
-    assert kinds["FusedLlamaAttention"] == kinds["FusedTransformersVisionLayer"] == 2
-    close(built(**inputs).logits, expected)
-    assert torch.equal(built.generate(**inputs, **decode), tokens)
-    report.undo()
-    assert torch.equal(built(**inputs).logits, expected)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from foreign_decoders import published
+from foreign_decoders import close, published
 from torch import nn
 
 from internvl_engine import accelerate
@@ -12,10 +12,6 @@ from internvl_engine import accelerate
 from models import decoder
 
 PADDING = torch.tensor([[1] * 8, [1] * 6 + [0, 1]])  # between the queries and the text
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 @torch.no_grad()
