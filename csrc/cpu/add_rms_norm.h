@@ -36,24 +36,15 @@ void add_rms_norm_backward(Rows<const T> grad, Rows<const T> passed, Rows<const 
                            const T* residual_out, const T* scale, const T* weight, T* dx,
                            T* dresidual, float* sums, double* totals, int64_t rows, int64_t cols,
                            float eps, int threads) {
+  const auto row_at = [&](int64_t r) {
+    return BackwardRow<T>{grad[r], residual_out + r * cols, passed[r], x[r],
+                          dresidual + r * cols, dx + r * cols};
+  };
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t) {
-    const int64_t first = rows * t / threads, last = rows * (t + 1) / threads;
-    float *dweight = sums + t * 2 * cols, *dscale = dweight + cols;
-    for (int64_t r = first; r < last; ++r) {
-      T* row = dresidual + r * cols;
-      rms_norm_backward_row<T>(grad[r], residual_out + r * cols, weight, passed[r], row, dweight,
-                               cols, eps);
-      if (scale)
-        for_each_vec(cols, [&](int64_t c, auto count) {
-          const Vec d = load(row + c, count);
-          store(d * load(scale + c, count), dx + r * cols + c, count);
-          store(load(dscale + c, count) + d * load(x[r] + c, count), dscale + c, count);
-        });
-      if ((r - first) % kRowsPerSum == kRowsPerSum - 1)
-        flush(dweight, totals + t * 2 * cols, 2 * cols);
-    }
-    flush(dweight, totals + t * 2 * cols, 2 * cols);
+    float* dweight = sums + t * 2 * cols;
+    backward_of_thread<T>(rows * t / threads, rows * (t + 1) / threads, row_at, weight, scale,
+                          {dweight, dweight + cols}, totals + t * 2 * cols, 2 * cols, cols, eps);
   }
 }
 

@@ -11,9 +11,10 @@ void swiglu(Rows<const T> gate_up, T* y, int64_t rows, int64_t cols, int threads
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
     const T *gate = gate_up[r], *up = gate + cols;
+    T* out = y + r * cols;
     for_each_vec(cols, [&](int64_t c, auto count) {
       const Vec g = load(gate + c, count);
-      store(g / (1.0f + exp(-g)) * load(up + c, count), y + r * cols + c, count);
+      store(g / (1.0f + exp(-g)) * load(up + c, count), out + c, count);
     });
   }
 }
