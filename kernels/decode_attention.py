@@ -22,7 +22,7 @@ from ._library import NATIVE_TYPES, define, native, triton_launcher
 
 
 def decode_attention_native(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, visible: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """Calls csrc/cpu/decode_attention.h."""
@@ -30,17 +30,17 @@ def decode_attention_native(
     if dtype is None or q.numel() == 0 or T == 0:
         return NotImplemented
     q, k_cache, v_cache = adjacent(q), adjacent(k_cache), adjacent(v_cache)
-    out, lengths = empty_output(q, False)[0], as_int64(lengths)
+    out, lengths = empty_output(q, False)[0], None if lengths is None else as_int64(lengths)
     visible = None if visible is None else visible.contiguous()
     native.decode_attention(
-        dtype, pointer(q), pointer(k_cache), pointer(v_cache), pointer(out), lengths.data_ptr(),
+        dtype, pointer(q), pointer(k_cache), pointer(v_cache), pointer(out), address(lengths),
         address(visible), (B, H, T, D), scale, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def decode_attention_by_rows(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, visible: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """The reference on the CPU, over the valid slots of each row: the others may hold NaN, which
@@ -48,7 +48,8 @@ def decode_attention_by_rows(
     if k_cache.shape[2] == 0:
         return empty_output(q, False)[0].zero_()
     out = empty_output(q, False)[0]
-    for row, length in enumerate(lengths.tolist()):
+    every = [k_cache.shape[2]] * q.shape[0]
+    for row, length in enumerate(every if lengths is None else lengths.tolist()):
         one = slice(row, row + 1)
         bias = None
         if visible is not None:
@@ -59,7 +60,7 @@ def decode_attention_by_rows(
 
 
 def decode_attention_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, visible: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """The reference, with the output as the kernels lay it out."""
@@ -70,7 +71,7 @@ def decode_attention_reference(
 
 
 _decode_attention = define(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? visible, "
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? lengths, Tensor? visible, "
     "float scale) -> Tensor",
     reference=decode_attention_reference,
     fake=lambda q, *rest: empty_output(q, False)[0],
@@ -84,7 +85,7 @@ def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     visible: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -96,6 +97,7 @@ def decode_attention(
         k_cache, v_cache: (B, H, T, D), the dtype of q, any strides with D contiguous. Row b holds
             lengths[b] keys, the new one included.
         lengths: (B,) integers from 1 to T, on the device of q and never read by the host on a GPU.
+            None: every row holds T keys.
         visible: (B, T) bool; False where a key is padding. Every row must see at least one key:
             what a row without one gives is not defined.
         scale: of the scores; None is D ** -0.5.
@@ -124,7 +126,7 @@ def decode_attention(
             f"{k_cache.dtype} and {v_cache.dtype}"
         )
     B, _, T, D = k_cache.shape
-    if lengths.shape != (B,) or lengths.is_floating_point():
+    if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point()):
         raise ValueError(
             f"decode_attention: lengths must be integers of shape ({B},), got {lengths.dtype} of "
             f"shape {tuple(lengths.shape)}"

@@ -50,7 +50,7 @@ void weigh_channels(const float* weights, const T* v, int64_t v_stride, int64_t 
 }
 
 // q, out: (batch, heads, 1, dim). k, v: (batch, heads, tokens, dim), of which row b has lengths[b], at
-// least 1. visible: (batch, tokens), 0 for a key that nobody sees, or null. weights: (threads, tokens).
+// least 1, or all where lengths is null. visible: (batch, tokens), 0 for a key that nobody sees, or null. weights: (threads, tokens).
 template <typename T>
 void decode_attention(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
                       const int64_t* lengths, const uint8_t* visible, Extent n, float scale,
@@ -58,18 +58,19 @@ void decode_attention(Heads<const T> q, Heads<const T> k, Heads<const T> v, Head
   constexpr float kLog2E = 1.44269504088896f;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < n.batch * n.heads; ++task) {
-    const int64_t b = task / n.heads, h = task % n.heads, length = lengths[b];
+    const int64_t b = task / n.heads, h = task % n.heads, length = lengths ? lengths[b] : n.tokens;
     float* weight = weights + omp_get_thread_num() * n.tokens;
     const float top = score_keys(q.at(b, h, 0), k.at(b, h, 0), k.token_stride,
                                  visible ? visible + b * n.tokens : nullptr, length, n.dim,
                                  scale * kLog2E, weight);
+    const float largest = top == -__builtin_inff() ? 0.0f : top;  // of no key: all weights are 0
     Sum sum;
     for_each_vec(length, [&](int64_t key, auto count) {
-      const Vec p = exp2(load(weight + key, count) - top);
+      const Vec p = exp2(load(weight + key, count) - largest);
       store(p, weight + key, count);
       sum.chains[0] += load(weight + key, count);  // without what lies behind the last key
     });
-    const float total = static_cast<float>(sum.total());
+    const float all = static_cast<float>(sum.total()), total = all == 0.0f ? 1.0f : all;
     int64_t c = 0;
     const T* values = v.at(b, h, 0);
     T* to = out.at(b, h, 0);

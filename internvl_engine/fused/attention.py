@@ -46,6 +46,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | AttentionMask | None)
     if mask is None:
         return kernels.attention(q, k, v)
     if isinstance(mask, AttentionMask):
+        if q.shape[2] == 1 and mask.kind != "block" and not torch.is_grad_enabled():
+            return kernels.decode_attention(q, k, v, None, mask.visible)  # the last sees all
         kind = "full" if mask.is_open else mask.kind
         return kernels.attention(q, k, v, kind, mask.prefix, mask.visible)
     mask = mask.clamp(min=torch.finfo(q.dtype).min)

@@ -40,8 +40,9 @@ def _decode_kernel(
     k_ptr += batch * k_batch_stride + head * k_head_stride
     v_ptr += batch * v_batch_stride + head * v_head_stride
     first = tl.program_id(1) * keys_per_part
-    length = tl.load(lengths_ptr + batch).to(tl.int32)
-    end = tl.minimum(tl.minimum(first + keys_per_part, length), T)
+    end = tl.minimum(first + keys_per_part, T)
+    if lengths_ptr is not None:
+        end = tl.minimum(end, tl.load(lengths_ptr + batch).to(tl.int32))
     largest = tl.zeros([1], tl.float32) + LOWEST
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -70,7 +71,7 @@ def _decode_kernel(
 
 
 def decode_attention_triton(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, visible: Tensor | None,
     scale: float, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns (B, H, 1, D); no look at the lengths, so that a CUDA graph can capture it."""

@@ -55,6 +55,13 @@ def test_triton_interpreted(shape, dtype, padded):
 
 
 @interpreted
+def test_triton_interpreted_without_lengths():
+    q, k, v, _ = inputs(2, 2, 200, 64, torch.float16)
+    with backend_in_use("decode_attention", "triton"):
+        check(q, torch.randn_like(k), torch.randn_like(v), None)
+
+
+@interpreted
 def test_a_part_of_the_cache_without_a_valid_key_weighs_nothing():
     q, k, v, _ = inputs(1, 2, 256, 64, torch.float16, ragged=False)
     for length in (1, 64, 65, 130):
@@ -108,6 +115,14 @@ def test_rejects_what_does_not_fit():
         decode_attention(q, k, v, lengths, torch.ones(2, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match="one dtype"):
         decode_attention(q.half(), k, v, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padded", [True, False])
+def test_without_lengths_every_slot_is_valid(dtype, padded, device):
+    q, k, v, _ = inputs(2, 3, 67, 40, dtype, device)
+    k, v = torch.randn_like(k), torch.randn_like(v)
+    check(q, k, v, None, holes(2, 67, device) if padded else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
