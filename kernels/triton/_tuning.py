@@ -3,8 +3,8 @@
 A configuration is a dictionary of the kernel's tunable tl.constexpr values with num_warps and
 num_stages. A kernel's file holds DEFAULTS, one configuration per architecture, and CANDIDATES.
 Tuning is off unless INTERNVL_AUTOTUNE=1 or inside `tuning()`: then the first call with a new key
-times the candidates and writes the winner to disk, and no process with this GPU and these versions
-tunes that key again. Without a stored winner the defaults serve.
+times the default and the candidates and writes the winner to disk, and no process with this GPU and
+these versions tunes that key again. Without a stored winner the defaults serve.
 """
 
 import json
@@ -68,7 +68,8 @@ def launch_config(
         key: what the best choice depends on: widths, dtype, mode. Not the number of rows, unless
             rounded to a few classes.
         defaults: by architecture.
-        candidates, run: what to time, `run(config)` launching the kernel, when tuning is on.
+        candidates, run: what to time beside the default, `run(config)` launching the kernel, when
+            tuning is on.
         device: index of the CUDA device; None or negative for tensors on the CPU.
     """
     if device is None or device < 0:
@@ -76,12 +77,22 @@ def launch_config(
     known = _resolved.get((operator, key, device))
     if known is not None:
         return known
+    default = defaults[architecture(device)]
+    choices = [default, *(config for config in candidates if config != default)]
     config = _stored(device).get(f"{operator}{key}")
-    if config is None and _tuning_is_on and run is not None and candidates:
-        config = tune(operator, key, candidates, run, device)
-    config = (config or defaults[architecture(device)]) | OPTIONS
-    _resolved[operator, key, device] = config
-    return config
+    if config not in choices:  # or stored by a version of this kernel that had other parameters
+        config = default
+        if _tuning_is_on and run is not None and candidates:
+            if _capturing():  # where nothing can be timed; a later call may
+                return default | OPTIONS
+            config = tune(operator, key, choices, run, device)
+    _resolved[operator, key, device] = config | OPTIONS
+    return _resolved[operator, key, device]
+
+
+def _capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def tune(
@@ -90,7 +101,7 @@ def tune(
 ) -> Config:  # fmt: skip
     """Times every candidate that fits the chip, stores and returns the fastest."""
     from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     if milliseconds is None:
         from triton.testing import do_bench
@@ -99,8 +110,8 @@ def tune(
     times: list[tuple[float, int]] = []
     for index, config in enumerate(candidates):
         try:
-            times.append((milliseconds(partial(run, config)), index))
-        except (OutOfResources, CompilationError):
+            times.append((milliseconds(partial(run, config | OPTIONS)), index))
+        except (OutOfResources, CompilationError, PTXASError):
             continue  # too large for this chip
     if not times:
         raise ValueError(f"{operator}: none of {len(candidates)} configurations runs on this GPU")

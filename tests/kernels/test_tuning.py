@@ -66,9 +66,11 @@ def test_keeps_what_another_process_stored_meanwhile(tmp_path):
 
 
 def test_what_does_not_fit_the_chip_is_left_out():
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     def run(config):
+        if config["BLOCK"] > 64:
+            raise PTXASError("too many registers")
         if config["BLOCK"] > 32:
             raise OutOfResources(300_000, 232_448, "shared memory")
         return config
@@ -81,6 +83,34 @@ def test_what_does_not_fit_the_chip_is_left_out():
 
     with pytest.raises(ValueError, match="none of 3 configurations runs"):
         _tuning.tune("third", KEY, CANDIDATES, never)
+
+
+def test_the_default_is_timed_too():
+    """The best of the candidates may be worse."""
+    large = {name: {"BLOCK": 256, "num_warps": 8} for name in _tuning.ARCHITECTURES}
+    with _tuning.tuning():
+        found = _tuning.launch_config("op", KEY, large, CANDIDATES, lambda config: config, 0)
+    assert found == large["sm90"] | _tuning.OPTIONS
+
+
+def test_nothing_is_timed_while_a_cuda_graph_is_captured(empty_cache, monkeypatch):
+    with _tuning.tuning():
+        monkeypatch.setattr(_tuning, "_capturing", lambda: True)
+        assert config() == DEFAULTS[_tuning.architecture(0)] | _tuning.OPTIONS
+        assert not empty_cache
+        monkeypatch.setattr(_tuning, "_capturing", lambda: False)
+        assert config()["BLOCK"] == 128
+
+
+def test_a_stored_configuration_that_the_kernel_no_longer_has_is_ignored(tmp_path):
+    with _tuning.tuning():
+        config()
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps({f"op{KEY}": {"BLOCK_OF_OLD": 128, "num_warps": 4}}))
+    forget()
+    assert config() == DEFAULTS[_tuning.architecture(0)] | _tuning.OPTIONS
+    with _tuning.tuning():
+        assert config()["BLOCK"] == 128
 
 
 @pytest.mark.parametrize(
