@@ -14,8 +14,11 @@ MAX_BYTES = 32768  # of a row: 1024 threads hold two 16-byte vectors each
 
 
 def stream() -> int:
-    """The current CUDA stream of the current device, as an address."""
-    return torch.cuda.current_stream().cuda_stream
+    """The current CUDA stream of the current device, as an address.
+
+    As Triton's launcher asks for it: torch.cuda.current_stream() builds an object at every call.
+    """
+    return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
 def aligned(*rows: Rows) -> bool:

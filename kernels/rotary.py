@@ -48,7 +48,8 @@ def rotary_cuda(
     dtype = _cuda.TYPES.get(q.dtype)
     q_out, k_out = empty_heads(q), empty_heads(k)
     cos, sin, positions = cos.contiguous(), sin.contiguous(), as_int64(positions)
-    if dtype is None or not _cuda.aligned_heads(q, k, q_out, k_out):
+    tables = (cos.data_ptr() | sin.data_ptr()) % 16 == 0
+    if dtype is None or not tables or not _cuda.aligned_heads(q, k, q_out, k_out):
         return NotImplemented
     if q.numel() > 0 or k.numel() > 0:
         native_cuda.rotary(

@@ -10,9 +10,9 @@ namespace internvl::cuda {
 namespace {
 
 template <typename T, typename W>
-__global__ void add_rms_norm_kernel(Rows<const T> x, Rows<const T> residual, const T* scale,
-                                    const W* weight, W* y, T* residual_out, int64_t cols,
-                                    float eps) {
+__global__ void __launch_bounds__(kMaxThreads)
+    add_rms_norm_kernel(Rows<const T> x, Rows<const T> residual, const T* scale, const W* weight,
+                        W* y, T* residual_out, int64_t cols, float eps) {
   constexpr int N = kPerLoad<T>;
   const int64_t row = blockIdx.x;
   const T *from = x[row], *onto = residual[row];
@@ -58,7 +58,7 @@ template <typename T, typename W>
 void launch(Rows<const void> x, Rows<const void> residual, const void* scale, const void* weight,
             void* y, void* residual_out, int64_t rows, int64_t cols, float eps,
             cudaStream_t stream) {
-  add_rms_norm_kernel<T, W><<<rows, threads_for<T>(cols), 0, stream>>>(
+  add_rms_norm_kernel<T, W><<<grid(rows), threads_for<T>(cols), 0, stream>>>(
       typed<T>(x), typed<T>(residual), static_cast<const T*>(scale), static_cast<const W*>(weight),
       static_cast<W*>(y), static_cast<T*>(residual_out), cols, eps);
 }

@@ -10,7 +10,8 @@ namespace internvl::cuda {
 namespace {
 
 template <typename T, typename W>
-__global__ void rms_norm_kernel(Rows<const T> x, const W* weight, W* y, int64_t cols, float eps) {
+__global__ void __launch_bounds__(kMaxThreads)
+    rms_norm_kernel(Rows<const T> x, const W* weight, W* y, int64_t cols, float eps) {
   constexpr int N = kPerLoad<T>;
   const int64_t row = blockIdx.x;
   const T* from = x[row];
@@ -44,7 +45,7 @@ template <typename T, typename W>
 void launch(Rows<const void> x, const void* weight, void* y, int64_t rows, int64_t cols, float eps,
             cudaStream_t stream) {
   const Rows<const T> typed{static_cast<const T*>(x.data), x.inner, x.outer_stride, x.inner_stride};
-  rms_norm_kernel<T, W><<<rows, threads_for<T>(cols), 0, stream>>>(
+  rms_norm_kernel<T, W><<<grid(rows), threads_for<T>(cols), 0, stream>>>(
       typed, static_cast<const W*>(weight), static_cast<W*>(y), cols, eps);
 }
 

@@ -26,10 +26,13 @@ __device__ __forceinline__ void rotate(const T* x, T* y, const float (&cos)[kPer
   store(y2, y + half);
 }
 
+constexpr int kThreads = 256;  // 32 heads of 64 bf16 pairs are 256 vectors
+
 template <typename T>
-__global__ void rotary_kernel(Heads<const T> q, Heads<const T> k, Heads<T> q_out, Heads<T> k_out,
-                              const T* cos, const T* sin, const int64_t* positions,
-                              int64_t positions_stride, float sign, Extent n, int64_t k_heads) {
+__global__ void __launch_bounds__(kThreads)
+    rotary_kernel(Heads<const T> q, Heads<const T> k, Heads<T> q_out, Heads<T> k_out, const T* cos,
+                  const T* sin, const int64_t* positions, int64_t positions_stride, float sign,
+                  Extent n, int64_t k_heads) {
   constexpr int N = kPerLoad<T>;
   const int64_t b = blockIdx.x / n.tokens, t = blockIdx.x % n.tokens, half = n.dim / 2;
   const int64_t row = positions[b * positions_stride + t] * half, per_head = half / N;
@@ -56,10 +59,9 @@ Heads<T> typed(Heads<From> x) {
 void rotary(int dtype, Heads<const void> q, Heads<const void> k, Heads<void> q_out,
             Heads<void> k_out, const void* cos, const void* sin, const int64_t* positions,
             int64_t positions_stride, float sign, Extent n, int64_t k_heads, cudaStream_t stream) {
-  constexpr int kThreads = 256;  // 32 heads of 64 bf16 pairs are 256 vectors
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    rotary_kernel<T><<<n.batch * n.tokens, kThreads, 0, stream>>>(
+    rotary_kernel<T><<<grid(n.batch * n.tokens), kThreads, 0, stream>>>(
         typed<const T>(q), typed<const T>(k), typed<T>(q_out), typed<T>(k_out),
         static_cast<const T*>(cos), static_cast<const T*>(sin), positions, positions_stride, sign,
         n, k_heads);

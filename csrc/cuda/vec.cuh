@@ -90,6 +90,12 @@ inline void check_launch(const char* name) {
     throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
+// A grid of one block a row; CUDA has 2^31 - 1 along x.
+inline unsigned grid(int64_t rows) {
+  if (rows > INT32_MAX) throw std::runtime_error("more than 2^31 - 1 rows");
+  return static_cast<unsigned>(rows);
+}
+
 // Calls body(T{}) with the storage type: 0 float, 1 bfloat16, 2 half.
 template <typename Body>
 void with_type(int dtype, Body body) {
@@ -103,7 +109,7 @@ void with_type(int dtype, Body body) {
 
 // Rows are cut into kPerLoad<T>-wide vectors, kVectors a thread: two independent loads in flight.
 constexpr int kVectors = 2;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // a kernel may use 64 registers: its launch bounds say so
 template <typename T>
 int threads_for(int64_t cols) {
   const int64_t per_thread = kVectors * kPerLoad<T>;
