@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from ._attention_core import (
+    COUNTS,
     LOG2E,
     load_at,
     load_lse,
     load_tile,
+    probabilities,
     product,
     score_gradient_by_key,
     store_at,
@@ -22,29 +24,19 @@ from ._attention_masks import BLOCK, CAUSAL, FULL, see, see_by_key, seen_interva
 
 
 @triton.jit
-def _lse(ptrs, valid, T, VISIBLE: tl.constexpr):
-    """(lse, its low part, whether the row sees nothing); log2(T) for a row that sees nothing."""
-    lse, low = load_lse(ptrs, valid)
-    empty = lse == float("-inf")
-    if VISIBLE:
-        lse = tl.where(empty, tl.log2(T.to(tl.float32)), lse)
-        low = tl.where(empty, 0.0, low)
-    return lse, low, empty
-
-
-@triton.jit
 def _probabilities(
-    q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, empty, first, end, start, k_stride, v_stride,
+    q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, alike, first, end, start, k_stride, v_stride,
     T, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    """(p, d loss / d p, k) of the keys [start, start + BLOCK_N)."""
+    """(p, d loss / d p, k) of the keys [start, start + BLOCK_N); p = alike = 1 / T where a row
+    sees nothing."""
     keys = start + tl.arange(0, BLOCK_N)
     k = load_tile(k_ptr, keys, k_stride, T, D, BLOCK_D, MASKED=True)
     v = load_tile(v_ptr, keys, v_stride, T, D, BLOCK_D, MASKED=True)
     scores = see(product(q, k.T), keys, first, end, visible_ptr, T, VISIBLE)
+    p = probabilities(scores, scale * LOG2E, lse[:, None], lse_low[:, None], v.dtype)
     if VISIBLE:
-        scores = tl.where(empty[:, None] & (keys < T)[None, :], 0.0, scores)
-    p = tl.exp2(scores * (scale * LOG2E) - lse[:, None] - lse_low[:, None])
+        p = tl.where((lse == float("-inf"))[:, None], tl.where(keys < T, alike, 0.0)[None, :], p)
     return p, product(d_out, v.T), k
 
 
@@ -66,19 +58,20 @@ def _queries_tile(
     d_out = load_at(d_out_ptr, offsets, valid, D, BLOCK_D)
     delta = load_at(out_ptr, offsets, valid, D, BLOCK_D).to(tl.float32) * d_out.to(tl.float32)
     delta = tl.sum(delta, axis=1)
-    lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
+    lse, lse_low = load_lse(lse_ptr + places, valid)
+    alike = tl.div_rn(1.0, T.to(tl.float32))
     first, end = seen_interval(T - S + rows % S, prefix, T, MASK)
     low = tl.min(tl.where(valid, first, T), axis=0)
     high = tl.max(tl.where(valid, end, 0), axis=0)
     if VISIBLE:  # a row that sees nothing attends to every key alike
-        some = tl.max(empty.to(tl.int32), axis=0) > 0
+        some = tl.min(lse, axis=0) == float("-inf")
         low, high = tl.where(some, 0, low), tl.where(some, T, high)
     if q_ptr.dtype.element_ty == tl.float32:
         # With few keys, fp32 rounding of sum(d_out * out) outweighs that of the probabilities.
         delta *= 0.0
         for start in range(low, high, BLOCK_N):
             p, d_p, _ = _probabilities(
-                q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, empty, first, end, start,
+                q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, alike, first, end, start,
                 k_stride, v_stride, T, scale, D, BLOCK_D, BLOCK_N, VISIBLE,
             )  # fmt: skip
             delta += tl.sum(p * d_p, axis=1)
@@ -86,7 +79,7 @@ def _queries_tile(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(low, high, BLOCK_N):
         p, d_p, k = _probabilities(
-            q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, empty, first, end, start, k_stride,
+            q, k_ptr, v_ptr, visible_ptr, d_out, lse, lse_low, alike, first, end, start, k_stride,
             v_stride, T, scale, D, BLOCK_D, BLOCK_N, VISIBLE,
         )  # fmt: skip
         d_scores = p * (d_p - delta[:, None])
@@ -94,7 +87,7 @@ def _queries_tile(
     store_at(dq_ptr, offsets, valid, dq * scale, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "tiles"])
+@triton.jit(do_not_specialize=COUNTS)
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
@@ -105,7 +98,7 @@ def queries_kernel(
 ):  # fmt: skip
     """One program: delta and dq of BLOCK_M, or TAIL_M, packed rows of one head."""
     tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % H
+    head = (tl.program_id(0) // tiles % H).to(tl.int64)
     image = (tl.program_id(0) // tiles // H).to(tl.int64)
     q_ptr += head * q_head_stride
     k_ptr += image * k_batch_stride + head * k_head_stride
@@ -168,6 +161,7 @@ def _keys_tile(
         lse_ptr, batch, head, first_key, tl.minimum(first_key + BLOCK_N, T), H, S, M, T, prefix,
         MASK, VISIBLE,
     )  # fmt: skip
+    alike = tl.div_rn(1.0, T.to(tl.float32))
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(low, high, BLOCK_M):
@@ -179,22 +173,21 @@ def _keys_tile(
         q = load_at(q_ptr, batches * q_batch_stride + rows % S * q_stride, valid, D, BLOCK_D)
         d_out = load_at(d_out_ptr, offsets, valid, D, BLOCK_D)
         delta = tl.load(delta_ptr + places, mask=valid, other=0.0)
-        lse, lse_low, empty = _lse(lse_ptr + places, valid, T, VISIBLE)
+        lse, lse_low = load_lse(lse_ptr + places, valid)
         scores = product(k, q.T)
         if MASK != FULL or VISIBLE:
             first, end = seen_interval(T - S + rows % S, prefix, T, MASK)
             scores = see_by_key(scores, keys, first, end, visible_ptr, T, VISIBLE)
+        p = probabilities(scores, scale * LOG2E, lse[None, :], lse_low[None, :], v.dtype)
         if VISIBLE:
-            scores = tl.where(empty[None, :], 0.0, scores)
-        d_scores, dv = score_gradient_by_key(
-            scores, scale * LOG2E, v, d_out, lse, lse_low, delta, dv
-        )
+            p = tl.where((lse == float("-inf"))[None, :], alike, p)
+        d_scores, dv = score_gradient_by_key(p, v, d_out, delta, dv)
         dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
     store_at(dk_ptr, keys * H * D, keys < T, dk * scale, D, BLOCK_D)
     store_at(dv_ptr, keys * H * D, keys < T, dv, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "tiles"])
+@triton.jit(do_not_specialize=COUNTS)
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, visible_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
@@ -205,7 +198,7 @@ def keys_kernel(
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N, or TAIL_N, keys of one head of one image."""
     tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % H
+    head = (tl.program_id(0) // tiles % H).to(tl.int64)
     image = (tl.program_id(0) // tiles // H).to(tl.int64)
     q_ptr += head * q_head_stride
     k_ptr += image * k_batch_stride + head * k_head_stride

@@ -3,14 +3,14 @@
 Source: Dao, Haziza, Massa, Sizov, Flash-Decoding (PyTorch blog, 2023).
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._attention_core import LOG2E, lse_dtype
+from ._sizes import cdiv, power_of_2, processors
+from ._tuning import OPTIONS, Config
 
 
 @triton.jit(do_not_specialize=["rows", "S", "H", "parts"])
@@ -31,10 +31,16 @@ def combine_kernel(
     mask = (part < parts)[:, None] & (columns < D)[None, :]
     out = part[:, None] * rows + row
     out = tl.load(partial_ptr + out * D + columns[None, :], mask=mask, other=0.0)
-    out = tl.sum(out * weight[:, None], axis=0) / total
+    out = tl.sum(out * weight[:, None], axis=0) * tl.div_rn(1.0, total)
     tl.store(out_ptr + row * D + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D)
     if lse_ptr is not None:
         tl.store(lse_ptr + place, largest + tl.log2(total.to(largest.dtype)) / LOG2E)
+
+
+def combine_config(shape: dict[str, int]) -> Config:
+    """Warps for at most 32 values a thread: 64 parts in one warp would be 256."""
+    warps = max(1, shape["BLOCK_P"] * shape["BLOCK_D"] // 1024)
+    return {"num_warps": warps, "num_stages": 1} | OPTIONS
 
 
 def partial_outputs(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
@@ -49,23 +55,15 @@ def combine(partial: Tensor, partial_lse: Tensor | None, out: Tensor, lse: Tenso
     _, H, S, D = out.shape
     parts = partial.shape[0]
     rows = out.numel() // D
+    shape = {"D": D, "BLOCK_D": power_of_2(D), "BLOCK_P": power_of_2(parts)}
     combine_kernel[(rows,)](
-        partial, partial_lse, out, lse, rows, S, H, parts, D, triton.next_power_of_2(D),
-        triton.next_power_of_2(parts), num_warps=1,
-    )  # fmt: skip
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """How many programs run at a time; 8 under the interpreter, so that small tests split too."""
-    if device.type == "cpu":
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        partial, partial_lse, out, lse, rows, S, H, parts, **shape, **combine_config(shape)
+    )
 
 
 def split_keys(keys: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
     """(parts, keys a part) so that `programs` a part fill the GPU twice; parts are whole blocks."""
-    blocks = triton.cdiv(keys, block)
-    wanted = triton.cdiv(2 * processors(device), programs)
-    blocks_per_part = triton.cdiv(blocks, min(wanted, blocks, 64))
-    return triton.cdiv(blocks, blocks_per_part), blocks_per_part * block
+    blocks = cdiv(keys, block)
+    wanted = cdiv(2 * processors(device), programs)
+    blocks_per_part = cdiv(blocks, min(wanted, blocks, 64))
+    return cdiv(blocks, blocks_per_part), blocks_per_part * block

@@ -12,9 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import power_of_2
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: finite, so that 2 ** (-inf - m) is 0 and never NaN.
 LOWEST = tl.constexpr(-1.0e30)
+# Arguments that vary with the batch or the text: another value must not compile the kernel again.
+COUNTS = [
+    "image_step", "repeat_step", "H", "S", "M", "T", "prefix", "plane", "tiles", "keys_per_split",
+]  # fmt: skip
 
 
 @triton.jit
@@ -67,14 +73,35 @@ def product(a, b):
 
 
 @triton.jit
+def exp2(x, DTYPE: tl.constexpr):
+    """2 ** x; for float32 inputs within a unit in the last place.
+
+    The GPU's own exponential may be off by 2, by which float32 gradients would have up to 1.7 times
+    the error of eager. 16-bit inputs cannot tell. Polynomial: Cephes, exp2f.
+    """
+    if DTYPE != tl.float32:
+        return tl.exp2(x)
+    whole = tl.floor(x + 0.5)
+    f = x - whole
+    y = tl.fma(f, 1.535336188319500e-4, 1.339887440266574e-3)
+    y = tl.fma(y, f, 9.618437357674640e-3)
+    y = tl.fma(y, f, 5.550332471162809e-2)
+    y = tl.fma(y, f, 2.402264791363012e-1)
+    y = tl.fma(y, f, 6.931472028550421e-1)
+    y = tl.fma(y, f, 1.0)
+    power = ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -126.0, 0.0, y * power)  # -inf too; NaN stays
+
+
+@triton.jit
 def softmax_block(scores, scale, v, largest, total, acc):
     """Takes one key block into the running (maximum, sum, weighted values) of every query row.
 
     scores (BLOCK_M, BLOCK_N) times scale > 0 are in units of log2; -inf where a key is not seen.
     """
     new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
-    p = tl.exp2(scores * scale - new_largest[:, None])
-    shrink = tl.exp2(largest - new_largest)
+    p = exp2(tl.fma(scores, scale, -new_largest[:, None]), v.dtype)
+    shrink = exp2(largest - new_largest, v.dtype)
     total = total * shrink + tl.sum(p, axis=1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return new_largest, total, acc
@@ -97,19 +124,23 @@ def load_lse(ptrs, valid):
 
 
 @triton.jit
-def score_gradient(scores, scale, v, d_out, lse, lse_low, delta):
+def probabilities(scores, scale, lse, lse_low, DTYPE: tl.constexpr):
+    """2 ** (scores * scale - lse); the log-sum-exps in two parts, in the shape of the scores."""
+    return exp2(tl.fma(scores, scale, -lse) - lse_low, DTYPE)
+
+
+@triton.jit
+def score_gradient(p, v, d_out, delta):
     """d loss / d score, (BLOCK_M, BLOCK_N), of one tile of queries and one block of keys.
 
-    lse (in log2 units) and delta = sum(d_out * out) are per query.
+    delta = sum(d_out * out) is per query.
     """
-    p = tl.exp2(scores * scale - lse[:, None] - lse_low[:, None])
     return p * (product(d_out, v.T) - delta[:, None])
 
 
 @triton.jit
-def score_gradient_by_key(scores, scale, v, d_out, lse, lse_low, delta, dv):
+def score_gradient_by_key(p, v, d_out, delta, dv):
     """The same transposed, (BLOCK_N, BLOCK_M), for one tile of keys; also adds to their dv."""
-    p = tl.exp2(scores * scale - lse[None, :] - lse_low[None, :])
     dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
     return p * (product(v, d_out.T) - delta[None, :]), dv
 
@@ -119,8 +150,13 @@ def tail(rows: int, block: int) -> int:
 
     257 rows in tiles of 128 are two whole tiles and one row: a third whole tile wastes 49 %.
     """
-    smallest = max(16, triton.next_power_of_2(rows % block))  # tl.dot takes 16 rows or more
+    smallest = max(16, power_of_2(rows % block))  # tl.dot takes 16 rows or more
     return smallest if 0 < rows % block and smallest < block else 0
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight, lengths or a mask as kernels read them; None stays None."""
+    return None if x is None else x.contiguous()
 
 
 def supported(dtype: torch.dtype, D: int) -> bool:
@@ -137,7 +173,7 @@ def width_class(D: int, dtype: torch.dtype) -> str:
 
 def length_class(length: int) -> int:
     """A length rounded up to a power of two, up to 2048: the tuner's key, not one a length."""
-    return min(triton.next_power_of_2(length), 2048)
+    return min(power_of_2(length), 2048)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

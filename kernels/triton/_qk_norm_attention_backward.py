@@ -13,9 +13,11 @@ import triton.language as tl
 
 from ._attention_core import (
     LOG2E,
+    exp2,
     load_lse,
     load_row,
     load_tile,
+    probabilities,
     product,
     score_gradient,
     score_gradient_by_key,
@@ -51,7 +53,7 @@ def _exact_delta(
         scores = product(q, k.T)
         if NORM:
             scores *= tl.load(rstd_ptr + keys, mask=keys < N, other=0.0)[None, :]
-        p = tl.exp2(scores * scale - lse[:, None] - lse_low[:, None])
+        p = probabilities(scores, scale, lse[:, None], lse_low[:, None], v.dtype)
         p = tl.where((keys < N)[None, :], p, 0.0)
         delta += tl.sum(p * product(d_out, v.T), axis=1)
     return delta
@@ -74,7 +76,8 @@ def _walk_over_keys(
         scores *= rstd[None, :]
     if MASKED:
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
-    d_scores = score_gradient(scores, scale, v, d_out, lse, lse_low, delta)
+    p = probabilities(scores, scale, lse[:, None], lse_low[:, None], v.dtype)
+    d_scores = score_gradient(p, v, d_out, delta)
     if NORM:
         d_scores *= (rstd * unit)[None, :]
     return tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
@@ -114,7 +117,7 @@ def _queries_tile(
         last_value = load_row(v_ptr + (N - 1) * token_stride, D, BLOCK_D)
         score = tl.sum(q.to(tl.float32) * last_key[None, :], axis=1) * (last_rstd * scale)
         d_p = tl.sum(d_out.to(tl.float32) * last_value[None, :], axis=1)
-        d_score = tl.exp2(score - lse - lse_low) * (d_p - delta)
+        d_score = exp2(score - lse - lse_low, q.dtype) * (d_p - delta)
         dq += (d_score * (last_rstd * unit))[:, None] * last_key[None, :]
     whole = N // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
@@ -143,7 +146,8 @@ def _walk_over_queries(
     lse, lse_low = load_lse(lse_ptr + rows, rows < N)
     delta = tl.load(delta_ptr + rows, mask=rows < N, other=0.0)
     scores = product(k, q.T) * rstd[:, None]
-    d_scores, dv = score_gradient_by_key(scores, scale, v, d_out, lse, lse_low, delta, dv)
+    p = probabilities(scores, scale, lse[None, :], lse_low[None, :], v.dtype)
+    d_scores, dv = score_gradient_by_key(p, v, d_out, delta, dv)
     return tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
@@ -168,7 +172,7 @@ def _keys_tile(
         last_d_out = load_row(d_out_ptr + (N - 1) * out_stride, D, BLOCK_D)
         score = tl.sum(k.to(tl.float32) * last_query[None, :], axis=1) * rstd * scale
         lse, lse_low = load_lse(lse_ptr + N - 1, N > 0)
-        p = tl.exp2(score - lse - lse_low)
+        p = exp2(score - lse - lse_low, v.dtype)
         d_p = tl.sum(v.to(tl.float32) * last_d_out[None, :], axis=1)
         d_score = p * (d_p - tl.load(delta_ptr + N - 1))
         dk += d_score[:, None] * last_query[None, :]
@@ -199,7 +203,7 @@ def queries_kernel(
 ):  # fmt: skip
     """One program: delta, folded q and dq (see norm_kernel) of BLOCK_M, or TAIL_M, rows."""
     tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % H
+    head = (tl.program_id(0) // tiles % H).to(tl.int64)
     batch = (tl.program_id(0) // tiles // H).to(tl.int64)
     q_ptr = qkv_ptr + batch * batch_stride + head * head_stride
     k_ptr = q_ptr + part_stride
@@ -243,7 +247,7 @@ def keys_kernel(
 ):  # fmt: skip
     """One program: the gradients of k * rstd and of v, of BLOCK_N, or TAIL_N, keys of one head."""
     tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % H
+    head = (tl.program_id(0) // tiles % H).to(tl.int64)
     batch = (tl.program_id(0) // tiles // H).to(tl.int64)
     q_ptr = qkv_ptr + batch * batch_stride + head * head_stride
     q_stride = token_stride

@@ -9,12 +9,20 @@ from torch import Tensor
 
 from .._rows import as_rows
 from ._cross_compile import Case
-from ._rows import add_exactly, persistent_programs, row_offsets, tile
+from ._rows import (
+    add_exactly,
+    empty_rows,
+    persistent_programs,
+    reciprocal_rms,
+    row_offsets,
+    tile,
+)
+from ._sizes import cdiv
 from ._tuning import Config, launch_config
 from .rms_norm import CANDIDATES, DEFAULTS, MAX_COLS, PROGRAMS_PER_PROCESSOR, TILE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "x_inner", "r_inner"])
 def _add_rms_norm_kernel(
     x_ptr, residual_ptr, scale_ptr, weight_ptr, y_ptr, residual_out_ptr, num_rows,
     x_inner, x_outer_stride, x_inner_stride, r_inner, r_outer_stride, r_inner_stride, C, eps,
@@ -36,12 +44,12 @@ def _add_rms_norm_kernel(
     start = rows.to(tl.int64) * C
     tl.store(residual_out_ptr + start + cols, rounded, mask=mask)
     r = rounded.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(r * r, axis=1)[:, None] / C + eps)
+    rstd = reciprocal_rms(r, C, eps)
     normed = (r * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + start + cols, (normed * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "grad_inner", "passed_inner", "x_inner"])
 def _add_rms_norm_backward_kernel(
     grad_ptr, passed_ptr, x_ptr, r_ptr, scale_ptr, weight_ptr, dx_ptr, dresidual_ptr, partial_ptr,
     num_rows, grad_inner, grad_outer_stride, grad_inner_stride,
@@ -71,7 +79,7 @@ def _add_rms_norm_backward_kernel(
         start = row_offsets(rows, passed_inner, passed_outer_stride, passed_inner_stride)
         passed = tl.load(passed_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
 
-        rstd = tl.rsqrt(tl.sum(r * r, axis=1)[:, None] / C + eps)
+        rstd = reciprocal_rms(r, C, eps)
         normed = r * rstd
         dnormed = grad * weight
         mean = tl.sum(dnormed * normed, axis=1)[:, None] / C
@@ -101,8 +109,8 @@ def add_rms_norm_triton(
     C = x.shape[-1]
     if x.dtype == torch.float64 or x.dtype != residual.dtype or C > MAX_COLS:
         return NotImplemented
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_rows(x, torch.promote_types(x.dtype, weight.dtype))
+    residual_out = empty_rows(x, x.dtype)
     if y.numel() == 0:
         return y, residual_out
     config = config or launch_config(
@@ -110,7 +118,7 @@ def add_rms_norm_triton(
         lambda config: add_rms_norm_triton(x, residual, scale, weight, eps, config), x.get_device(),
     )  # fmt: skip
     x_rows, r_rows, blocks, num_rows = as_rows(x), as_rows(residual), tile(C, TILE), y.numel() // C
-    _add_rms_norm_kernel[(triton.cdiv(num_rows, blocks["BLOCK_R"]),)](
+    _add_rms_norm_kernel[(cdiv(num_rows, blocks["BLOCK_R"]),)](
         x_rows.x, r_rows.x, weight if scale is None else scale.contiguous(), weight.contiguous(),
         y, residual_out, num_rows, *x_rows[1:], *r_rows[1:], C, eps, scale is not None,
         **blocks, **config,
@@ -126,7 +134,7 @@ def add_rms_norm_backward_triton(
     C = x.shape[-1]
     if x.dtype == torch.float64 or C > MAX_COLS:
         return NotImplemented
-    dresidual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dresidual = empty_rows(x, x.dtype)
     dx = torch.empty_like(dresidual) if scale is not None else x.new_empty(0)
     if dresidual.numel() == 0:
         dscale = x.new_empty(0) if scale is None else torch.zeros_like(scale)
@@ -137,7 +145,7 @@ def add_rms_norm_backward_triton(
         lambda config: add_rms_norm_backward_triton(*inputs, config), x.get_device(),
     )  # fmt: skip
     blocks, num_rows = tile(C, TILE), dresidual.numel() // C
-    tiles = triton.cdiv(num_rows, blocks["BLOCK_R"])
+    tiles = cdiv(num_rows, blocks["BLOCK_R"])
     programs = persistent_programs(x.device, tiles, PROGRAMS_PER_PROCESSOR)
     shares = (1 if scale is None else 2, programs, C)
     partial = torch.empty(shares, dtype=torch.float32, device=x.device)

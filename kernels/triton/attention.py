@@ -22,6 +22,7 @@ from internvl_engine.reference import MASKS
 
 from ._attention_backward import keys_kernel, queries_kernel
 from ._attention_core import (
+    COUNTS,
     LOG2E,
     LOWEST,
     length_class,
@@ -38,6 +39,7 @@ from ._attention_core import (
 )
 from ._attention_masks import see, seen_interval
 from ._cross_compile import Case
+from ._sizes import cdiv, power_of_2
 from ._tuning import ARCHITECTURES, Config, launch_config
 
 
@@ -85,13 +87,13 @@ def _forward_tile(
             total = tl.where(empty, T.to(tl.float32), total)
             largest = tl.where(empty, float("-inf"), largest)
     out_rows = (batches * S + rows % S) * H + head
-    store_at(out_ptr, out_rows * D, valid, acc / total[:, None], D, BLOCK_D)
+    store_at(out_ptr, out_rows * D, valid, acc * tl.div_rn(1.0, total)[:, None], D, BLOCK_D)
     if lse_ptr is not None:
         lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
         tl.store(lse_ptr + (batches * H + head) * S + rows % S, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=["H", "S", "M", "T", "prefix", "plane", "tiles", "keys_per_split"])
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, lse_ptr,
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
@@ -105,7 +107,7 @@ def forward_kernel(
     program_id(1) is the part; each writes its own plane of out and lse, to be combined.
     """
     tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % H
+    head = (tl.program_id(0) // tiles % H).to(tl.int64)
     image = (tl.program_id(0) // tiles // H).to(tl.int64)
     q_ptr += head * q_head_stride
     k_ptr += image * k_batch_stride + head * k_head_stride
@@ -137,14 +139,15 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
     }  # fmt: skip
 
 
-# By width class, then architecture. Chosen by what compiles without spills; not yet timed on a GPU.
+# By width class, then architecture. Chosen by what Triton 3.4, 3.6 and 3.9 compile without spills;
+# not yet timed on a GPU.
 FORWARD = {
     "wide": {
-        "sm80": _config(64, 32, 4, 2), "sm90": _config(128, 64, 8, 2),
+        "sm80": _config(64, 64, 8, 2), "sm90": _config(128, 64, 8, 2),
         "sm100": _config(128, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "narrow": {
-        "sm80": _config(64, 64, 4, 2), "sm90": _config(64, 64, 4, 2),
+        "sm80": _config(64, 32, 4, 2), "sm90": _config(64, 64, 4, 2),
         "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "fp32": dict.fromkeys(ARCHITECTURES, _config(32, 16, 8, 2)),
@@ -179,9 +182,13 @@ CANDIDATES = [
 ]
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """x with heads that are contiguous along D; a copy where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def readable(x: Tensor) -> Tensor:
+    """x (B, H, S, D), or a copy where D is not contiguous or positions span 2**31 elements.
+
+    Kernels add up 64-bit offsets of batch and head, and 32-bit ones of the positions.
+    """
+    _, _, position, last = x.stride()
+    return x if last == 1 and position * x.shape[2] < 2**31 else x.contiguous()
 
 
 def as_bytes(visible: Tensor | None) -> Tensor | None:
@@ -191,12 +198,12 @@ def as_bytes(visible: Tensor | None) -> Tensor | None:
 
 def row_tiles(config: Config, own: str, rows: int) -> tuple[int, dict[str, int]]:
     """(tiles a head, the constant for the last one) of `rows` rows in tiles of config[own]."""
-    return triton.cdiv(rows, config[own]), {f"TAIL_{own[-1]}": tail(rows, config[own])}
+    return cdiv(rows, config[own]), {f"TAIL_{own[-1]}": tail(rows, config[own])}
 
 
 def head_constants(D: int, mask: str, visible: Tensor | None) -> dict[str, int | bool]:
     """What all three kernels are specialised for."""
-    width = max(16, triton.next_power_of_2(D))
+    width = max(16, power_of_2(D))
     case = MASKS.index(mask)
     return {"D": D, "BLOCK_D": width, "MASK": case, "VISIBLE": visible is not None}
 
@@ -214,7 +221,7 @@ def attention_triton(
     lse = q.new_empty((B, H, S) if saves else 0, dtype=lse_dtype(q.dtype))
     if out.numel() == 0 or T == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    q, k, v = readable(q), readable(k), readable(v)
     config = config or launch_config(
         "attention", (width_class(D, q.dtype), mask, length_class(T)),
         FORWARD[width_class(D, q.dtype)], CANDIDATES,
@@ -256,7 +263,7 @@ def packed_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     M = q.shape[0] // B * S
     grad, out = grad.transpose(1, 2).contiguous(), out.transpose(1, 2).contiguous()
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    q, k, v = readable(q), readable(k), readable(v)
     delta = lse.new_empty(lse.shape, dtype=torch.float32)
     visible = as_bytes(visible)
     sizes = (
@@ -294,13 +301,11 @@ def compile_values(D: int, mask: str, visible: bool) -> dict[str, object]:
     """The arguments of all three kernels for cross-compiling, bf16."""
     pointers = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "d_out_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     strides = [f"{x}{s}stride" for x in "qkv" for s in ("_batch_", "_head_", "_")]
-    counts = ("image_step", "repeat_step", "H", "S", "M", "T", "prefix", "plane", "tiles",
-              "keys_per_split")  # fmt: skip
     return {
         **dict.fromkeys(pointers, "*bf16"), **dict.fromkeys(strides, "i32:16"),
-        **dict.fromkeys(counts, "i32"), "scale": "fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32",
+        **dict.fromkeys(COUNTS, "i32"), "scale": "fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32",
         "visible_ptr": "*u8" if visible else None, "MASK": MASKS.index(mask), "VISIBLE": visible,
-        "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "D": D, "BLOCK_D": max(16, power_of_2(D)),
     }  # fmt: skip
 
 

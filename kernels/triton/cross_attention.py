@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ._attention_combine import combine, combine_kernel, partial_outputs, split_keys
+from ._attention_combine import (
+    combine,
+    combine_config,
+    combine_kernel,
+    partial_outputs,
+    split_keys,
+)
 from ._attention_core import length_class, lse_dtype, supported, width_class
 from ._cross_compile import Case
 from ._tuning import Config, launch_config
@@ -21,8 +27,8 @@ from .attention import (
     forward_kernel,
     head_constants,
     packed_backward,
+    readable,
     row_tiles,
-    unit_stride,
 )
 
 
@@ -44,7 +50,7 @@ def cross_attention_triton(
     lse = q.new_empty((batch, H, S) if saves else 0, dtype=lse_dtype(q.dtype))
     if out.numel() == 0 or T == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    q, k, v = readable(q), readable(k), readable(v)
     config = config or launch_config(
         "cross_attention", (width_class(D, q.dtype), length_class(T)),
         FORWARD[width_class(D, q.dtype)], CANDIDATES,
@@ -88,7 +94,8 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     arguments = {
         "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": None,
         "rows": "i32", "S": "i32", "H": "i32", "parts": "i32",
-        "D": 128, "BLOCK_D": 128, "BLOCK_P": 8,
     }  # fmt: skip
-    one = {"num_warps": 1, "num_stages": 1}
-    yield Case("cross_attention", "combine 8 parts D=128", combine_kernel, arguments, one)
+    for parts in (8, 64):
+        shape = {"D": 128, "BLOCK_D": 128, "BLOCK_P": parts}
+        name, config = f"combine {parts} parts D=128", combine_config(shape)
+        yield Case("cross_attention", name, combine_kernel, arguments | shape, config)

@@ -11,10 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_combine import combine, partial_outputs, split_keys
-from ._attention_core import LOG2E, LOWEST, load_row, load_tile, log_sum_exp, supported
+from ._attention_core import (
+    LOG2E,
+    LOWEST,
+    contiguous,
+    exp2,
+    load_row,
+    load_tile,
+    log_sum_exp,
+    supported,
+)
 from ._cross_compile import Case
+from ._sizes import power_of_2
 from ._tuning import ARCHITECTURES, Config, launch_config
-from .attention import as_bytes, unit_stride
+from .attention import as_bytes, readable
 
 DEFAULTS = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2})
 CANDIDATES = [
@@ -33,7 +43,7 @@ def _decode_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """One program: the query of one head against part program_id(1) of its keys."""
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     batch = (tl.program_id(0) // H).to(tl.int64)
     q = load_row(q_ptr + batch * q_batch_stride + head * q_head_stride, D, BLOCK_D)
     q *= scale * LOG2E
@@ -55,15 +65,15 @@ def _decode_kernel(
             seen = seen & (tl.load(visible_ptr + batch * T + keys, mask=seen, other=0) != 0)
         scores = tl.where(seen, tl.sum(k * q[None, :], axis=1), float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=0))
-        p = tl.exp2(scores - new_largest)
-        shrink = tl.exp2(largest - new_largest)
+        p = exp2(scores - new_largest, k_ptr.dtype.element_ty)
+        shrink = exp2(largest - new_largest, k_ptr.dtype.element_ty)
         total = total * shrink + tl.sum(p, axis=0)
         acc = acc * shrink + tl.sum(p[:, None] * v, axis=0)
         largest = new_largest
     row = tl.program_id(1).to(tl.int64) * plane + tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     # A part with no valid key writes zeros and -infinity, which weigh nothing.
-    out = tl.where(total > 0.0, acc / total, 0.0).to(out_ptr.dtype.element_ty)
+    out = tl.where(total > 0.0, acc * tl.div_rn(1.0, total), 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * D + columns, out, mask=columns < D)
     if lse_ptr is not None:
         lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
@@ -82,7 +92,7 @@ def decode_attention_triton(
     out = q.new_empty((B, H, 1, D))
     if out.numel() == 0 or T == 0:
         return out.zero_()
-    q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
+    q, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
     config = config or launch_config(
         "decode_attention", (D, q.dtype), DEFAULTS, CANDIDATES,
         lambda c: decode_attention_triton(q, k_cache, v_cache, lengths, visible, scale, c),
@@ -91,10 +101,10 @@ def decode_attention_triton(
     parts, keys_per_part = split_keys(T, config["BLOCK_N"], B * H, q.device)
     to, to_lse = (out, None) if parts == 1 else partial_outputs(out, parts)
     _decode_kernel[(B * H, parts)](
-        q, k_cache, v_cache, lengths, as_bytes(visible),
+        q, k_cache, v_cache, contiguous(lengths), as_bytes(visible),
         to, to_lse, *q.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], H, T, scale, B * H, keys_per_part,
-        D=D, BLOCK_D=triton.next_power_of_2(D), VISIBLE=visible is not None, **config,
+        D=D, BLOCK_D=power_of_2(D), VISIBLE=visible is not None, **config,
     )  # fmt: skip
     if parts > 1:
         combine(to, to_lse, out, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._rows import as_rows
 from ._cross_compile import Case
 from ._rows import persistent_programs, row_offsets
+from ._sizes import cdiv
 from ._tuning import ARCHITECTURES, Config, launch_config
 
 EPILOGUES = {"none": 0, "gelu": 1, "swiglu": 2}
@@ -87,7 +88,7 @@ def _product_tile(
     return product, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "x_inner", "residual_inner"])
 def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, M, F, C,
     x_inner, x_outer_stride, x_inner_stride, residual_inner, residual_outer_stride,
@@ -100,7 +101,7 @@ def _linear_kernel(
     residual_ptr may be None.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(F, BLOCK_N)
-    up_ptr = weight_ptr + F.to(tl.int64) * C
+    up_ptr = weight_ptr + tl.cast(F, tl.int64) * C  # F = 1 is no tensor but a constant
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         # Down a group of GROUP_M tiles, then to the next column: their weights are read once.
         first_m = index // (GROUP_M * tiles_n) * GROUP_M
@@ -154,7 +155,7 @@ def linear_triton(
         return NotImplemented
     F = features // 2 if epilogue == "swiglu" else features
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty((*x.shape[:-1], F), dtype=dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], F), dtype=dtype)
     if y.numel() == 0:
         return y
     rows = y.numel() // F
@@ -163,7 +164,7 @@ def linear_triton(
         CANDIDATES_FEW if rows <= ROWS_FEW else CANDIDATES,
         lambda config: linear_triton(x, weight, bias, epilogue, residual, config), x.get_device(),
     )  # fmt: skip
-    tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(F, config["BLOCK_N"])
+    tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(F, config["BLOCK_N"])
     x_rows = as_rows(x)
     residual_rows = (None, 1, 0, 0) if residual is None else as_rows(residual)
     _linear_kernel[(persistent_programs(x.device, tiles, 1),)](

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._attention_core import product
 from ._cross_compile import Case
+from ._sizes import cdiv, power_of_2
 from ._tuning import ARCHITECTURES, Config, launch_config
 
 SCORES = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2})
@@ -38,8 +39,8 @@ def _scores_kernel(
     C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: scores (B, H, N), mean and rstd (B, 2, N) of BLOCK_N tokens of one image."""
-    batch = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch = tl.program_id(0).to(tl.int64)
+    tokens = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     heads = tl.arange(0, BLOCK_H)
     x_ptrs = x_ptr + batch * x_batch_stride + tokens[:, None] * x_stride
     query_ptrs = query_ptr + (batch * H + heads)[:, None] * C
@@ -49,7 +50,7 @@ def _scores_kernel(
         mask = (tokens < N)[:, None] & (cols < C)[None, :]
         x = tl.load(x_ptrs + cols[None, :], mask=mask, other=0.0)
         total += tl.sum(x.to(tl.float32), axis=1)
-    mean = total / C
+    mean = tl.div_rn(total, C)
     squares = tl.zeros([BLOCK_N], tl.float32)
     scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     query_sum = tl.zeros([BLOCK_H], tl.float32)
@@ -63,7 +64,7 @@ def _scores_kernel(
         query = tl.load(query_ptrs + cols[None, :], mask=mask, other=0.0)
         query_sum += tl.sum(query.to(tl.float32), axis=1)
         scores += product(query, x.T)
-    rstd = tl.rsqrt(squares / C + eps)
+    rstd = tl.rsqrt(tl.div_rn(squares, C) + eps)
     scores = (scores - query_sum[:, None] * mean[None, :]) * rstd[None, :]
     mask = (heads < H)[:, None] & (tokens < N)[None, :]
     tl.store(scores_ptr + (batch * H + heads)[:, None] * N + tokens[None, :], scores, mask=mask)
@@ -77,9 +78,9 @@ def _means_kernel(
     C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of the weighted means of one image."""
-    batch = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, BLOCK_H)
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scores_ptrs = scores_ptr + (batch * H + heads)[:, None] * N
     mean_ptr = statistics_ptr + batch * 2 * N
     largest = tl.full([BLOCK_H], float("-inf"), tl.float32)
@@ -101,9 +102,9 @@ def _means_kernel(
         p = tl.exp(scores - largest[:, None])
         mean = tl.load(mean_ptr + tokens, mask=tokens < N, other=0.0)
         rstd = tl.load(mean_ptr + N + tokens, mask=tokens < N, other=0.0)
-        p_rstd = p * (rstd / unit)[None, :]
+        p_rstd = p * tl.div_rn(rstd, unit)[None, :]
         mask = (tokens < N)[:, None] & (cols < C)[None, :]
-        x_ptrs = x_ptr + batch * x_batch_stride + tokens[:, None] * x_stride
+        x_ptrs = x_ptr + batch * x_batch_stride + tokens[:, None].to(tl.int64) * x_stride
         x = tl.load(x_ptrs + cols[None, :], mask=mask, other=0.0)
         total += tl.sum(p, axis=1)
         shift += tl.sum(p_rstd * mean[None, :], axis=1)
@@ -111,7 +112,7 @@ def _means_kernel(
         acc += product(high, x)
         if x.dtype != tl.float32:  # what 16 bits round off the weights: eager keeps them in fp32
             acc += product((p_rstd - high.to(tl.float32)).to(x.dtype), x)
-    out = ((acc - shift[:, None]) * (unit / total)[:, None]).to(out_ptr.dtype.element_ty)
+    out = ((acc - shift[:, None]) * tl.div_rn(unit, total)[:, None]).to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + (batch * H + heads)[:, None] * C + cols[None, :]
     tl.store(out_ptrs, out, mask=(heads < H)[:, None] & (cols < C)[None, :])
 
@@ -131,15 +132,15 @@ def pooling_attention_triton(
     x = x if x.stride(-1) == 1 else x.contiguous()
     scores = query.new_empty((B, H, N), dtype=torch.float32)
     statistics = query.new_empty((B, 2, N), dtype=torch.float32)
-    constants = {"C": C, "BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_C": BLOCK_C}
+    constants = {"C": C, "BLOCK_H": max(16, power_of_2(H)), "BLOCK_C": BLOCK_C}
 
     def score(config: Config) -> None:
-        _scores_kernel[(triton.cdiv(N, config["BLOCK_N"]), B)](
+        _scores_kernel[(B, cdiv(N, config["BLOCK_N"]))](
             query, x, scores, statistics, *x.stride()[:2], H, N, eps, **constants, **config
         )
 
     def average(config: Config) -> None:
-        _means_kernel[(triton.cdiv(C, BLOCK_C), B)](
+        _means_kernel[(B, cdiv(C, BLOCK_C))](
             x, scores, statistics, out, *x.stride()[:2], H, N, **constants, **config
         )
 

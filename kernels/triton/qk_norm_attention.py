@@ -10,6 +10,7 @@ from torch import Tensor
 from ._attention_core import (
     LOG2E,
     LOWEST,
+    contiguous,
     length_class,
     load_row,
     load_tile,
@@ -24,7 +25,8 @@ from ._attention_core import (
 )
 from ._cross_compile import Case
 from ._qk_norm_attention_backward import keys_kernel, norm_kernel, queries_kernel
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._sizes import cdiv, power_of_2
+from ._tuning import ARCHITECTURES, OPTIONS, Config, launch_config
 
 
 def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
@@ -33,7 +35,8 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
     }  # fmt: skip
 
 
-# By width class, then architecture. Chosen by what compiles without spills; not yet timed on a GPU.
+# By width class, then architecture. Chosen by what Triton 3.4, 3.6 and 3.9 compile without spills;
+# not yet timed on a GPU.
 FORWARD = {
     "wide": {
         "sm80": _config(128, 32, 8, 3), "sm90": _config(128, 64, 8, 3),
@@ -48,7 +51,7 @@ FORWARD = {
 QUERIES = {
     "wide": {
         "sm80": _config(64, 64, 8, 2), "sm90": _config(128, 64, 8, 2),
-        "sm100": _config(64, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
+        "sm100": _config(64, 128, 8, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "narrow": {
         "sm80": _config(64, 64, 4, 2), "sm90": _config(128, 64, 8, 2),
@@ -59,7 +62,7 @@ QUERIES = {
 KEYS = {
     "wide": {
         "sm80": _config(32, 64, 8, 2), "sm90": _config(32, 64, 8, 2),
-        "sm100": _config(32, 128, 8, 2), "gfx942": _config(32, 64, 4, 1),
+        "sm100": _config(64, 128, 8, 2), "gfx942": _config(32, 64, 4, 1),
     },
     "narrow": {
         "sm80": _config(64, 64, 8, 2), "sm90": _config(64, 128, 8, 2),
@@ -91,8 +94,8 @@ def statistics_kernel(
         k = tl.load(row_ptr + part_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
         q_squares += q * q
         k_squares += k * k
-    tl.store(rstd_ptr + token, tl.rsqrt(tl.sum(q_squares, axis=0) / C + eps))
-    tl.store(rstd_ptr + B * N + token, tl.rsqrt(tl.sum(k_squares, axis=0) / C + eps))
+    tl.store(rstd_ptr + token, tl.rsqrt(tl.div_rn(tl.sum(q_squares, axis=0), C) + eps))
+    tl.store(rstd_ptr + B * N + token, tl.rsqrt(tl.div_rn(tl.sum(k_squares, axis=0), C) + eps))
 
 
 @triton.jit
@@ -153,7 +156,7 @@ def _forward_tile(
                 q, k_ptr, v_ptr, k_rstd_ptr, start, N, token_stride, scale, largest, total, acc,
                 D, BLOCK_D, BLOCK_N, NORM, MASKED=True,
             )  # fmt: skip
-    store_at(out_ptr, rows * out_stride, rows < N, acc / total[:, None], D, BLOCK_D)
+    store_at(out_ptr, rows * out_stride, rows < N, acc * tl.div_rn(1.0, total)[:, None], D, BLOCK_D)
     if lse_ptr is not None:
         lse = log_sum_exp(largest, total, lse_ptr.dtype.element_ty)
         tl.store(lse_ptr + rows, lse, mask=rows < N)
@@ -168,7 +171,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head, or the TAIL_M rows that are left over."""
     tile = tl.program_id(0) % tiles  # tiles of one head run side by side and share K, V in L2
-    head = tl.program_id(0) // tiles % H
+    head = (tl.program_id(0) // tiles % H).to(tl.int64)
     batch = (tl.program_id(0) // tiles // H).to(tl.int64)
     q_ptr = qkv_ptr + batch * batch_stride + head * head_stride
     k_ptr = q_ptr + part_stride
@@ -199,25 +202,26 @@ def forward_kernel(
 def _heads_together(qkv: Tensor) -> Tensor:
     """qkv with the (H, D) of each part contiguous, as a projection writes it; else a copy."""
     dim = qkv.shape[-1]
-    return qkv if qkv.stride()[-2:] == (dim, 1) else qkv.contiguous()
+    _, token, _, *head = qkv.stride()
+    in_place = head == [dim, 1] and token * qkv.shape[1] < 2**31  # 32-bit offsets of tokens
+    return qkv if in_place else qkv.contiguous()
 
 
-def _statistics(qkv: Tensor, eps: float) -> Tensor:
-    """(2, B, N): 1 / rms of q and of k."""
+def _statistics(qkv: Tensor, rstd: Tensor, eps: float) -> None:
+    """Writes 1 / rms of q and of k to rstd (2, B, N)."""
     B, N, _, H, D = qkv.shape
-    rstd = qkv.new_empty((2, B, N), dtype=torch.float32)
-    block = min(triton.next_power_of_2(H * D), 4096)
+    block = min(power_of_2(H * D), 4096)
     statistics_kernel[(B * N,)](
-        qkv, rstd, *qkv.stride()[:3], B, N, eps, H * D, block, num_warps=4 if block > 512 else 1
-    )
-    return rstd
+        qkv, rstd, *qkv.stride()[:3], B, N, eps, H * D, block,
+        num_warps=4 if block > 512 else 1, **OPTIONS,
+    )  # fmt: skip
 
 
 def _tiles(config: Config, own: str, other: str, N: int) -> tuple[int, dict[str, int | bool]]:
     """(tiles a head, constants) for tiles of own rows that walk over blocks of other rows."""
     rest = tail(N, config[own])
     constants = {f"TAIL_{own[-1]}": rest, "PEEL": N % config[other] == 1}
-    return triton.cdiv(N, config[own]), constants
+    return cdiv(N, config[own]), constants
 
 
 def qk_norm_attention_triton(
@@ -229,13 +233,14 @@ def qk_norm_attention_triton(
     norm = q_weight is not None
     if not supported(qkv.dtype, D):
         return NotImplemented
-    qkv = _heads_together(qkv)
+    qkv, q_weight, k_weight = _heads_together(qkv), contiguous(q_weight), contiguous(k_weight)
     out = qkv.new_empty((B, N, H, D))
     lse = qkv.new_empty((B, H, N) if saves else 0, dtype=lse_dtype(qkv.dtype))
-    nothing = qkv.new_empty((2, B, N) if norm and saves else 0, dtype=torch.float32)
+    rstd = qkv.new_empty((2, B, N) if norm else 0, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse, nothing
-    rstd = _statistics(qkv, eps) if norm else nothing
+        return out, lse, rstd if saves else rstd.new_empty(0)
+    if norm:
+        _statistics(qkv, rstd, eps)
     kind = width_class(D, qkv.dtype)
     config = config or launch_config(
         "qk_norm_attention", (kind, length_class(N)), FORWARD[kind], CANDIDATES,
@@ -246,9 +251,9 @@ def qk_norm_attention_triton(
     forward_kernel[(tiles * H * B,)](
         qkv, q_weight, k_weight, rstd, out, lse if saves else None,
         *qkv.stride()[:4], B, N, H, scale, tiles,
-        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), NORM=norm, **constants, **config,
+        D=D, BLOCK_D=max(16, power_of_2(D)), NORM=norm, **constants, **config,
     )  # fmt: skip
-    return out, lse, rstd if saves else nothing
+    return out, lse, rstd if saves else rstd.new_empty(0)
 
 
 def qk_norm_attention_backward_triton(
@@ -261,7 +266,8 @@ def qk_norm_attention_backward_triton(
     norm = q_weight is not None
     if not supported(qkv.dtype, D):
         return NotImplemented
-    qkv, grad = _heads_together(qkv), grad.contiguous()
+    qkv, q_weight, k_weight = _heads_together(qkv), contiguous(q_weight), contiguous(k_weight)
+    grad = grad.contiguous()
     d_qkv = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(lse, dtype=torch.float32)
     folded = torch.empty_like(out) if norm else out
@@ -270,7 +276,7 @@ def qk_norm_attention_backward_triton(
         return d_qkv, qkv.new_zeros(width), qkv.new_zeros(width)
     kind = width_class(D, qkv.dtype)
     key = (kind, length_class(N))
-    shape = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "NORM": norm}
+    shape = {"D": D, "BLOCK_D": max(16, power_of_2(D)), "NORM": norm}
     sizes = (*qkv.stride()[:4], B, N, H, scale)
 
     def queries(config: Config) -> None:
@@ -296,11 +302,11 @@ def qk_norm_attention_backward_triton(
     ))  # fmt: skip
     if not norm:
         return d_qkv, qkv.new_empty(0), qkv.new_empty(0)
-    block = triton.next_power_of_2(H * D)
+    block = power_of_2(H * D)
     d_weights = delta.new_empty((2, min(B * N, 256), H * D))  # a row a program, summed below
     norm_kernel[(d_weights.shape[1], 2)](
         qkv, q_weight, k_weight, rstd, d_qkv, d_weights, *qkv.stride()[:3], B, N, H * D, block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 512)), **OPTIONS,
     )  # fmt: skip
     return d_qkv, d_weights[0].sum(0).to(qkv.dtype), d_weights[1].sum(0).to(qkv.dtype)
 

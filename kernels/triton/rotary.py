@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._heads import adjacent, empty_heads, positions_stride
 from ._cross_compile import Case
+from ._sizes import cdiv, power_of_2
 from ._tuning import ARCHITECTURES, Config, launch_config
 
 # A token's 16 heads of q and of k a program: 32 values a thread. Not yet measured on a GPU.
@@ -50,7 +51,7 @@ def rotate_heads(
     tl.store(y_ptr + at + HALF, (x2 * cos + x1 * sin).to(kind), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_stride", "num_tokens"])
 def _rotary_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, positions_stride,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
@@ -93,11 +94,11 @@ def rotary_triton(
     )  # fmt: skip
     q, k, positions = adjacent(q), adjacent(k), positions.contiguous()
     heads = max(q.shape[1], k.shape[1])
-    _rotary_kernel[(batch * tokens, triton.cdiv(heads, config["BLOCK_H"]))](
+    _rotary_kernel[(batch * tokens, cdiv(heads, config["BLOCK_H"]))](
         q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions,
         positions_stride(positions), *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3],
         *k_out.stride()[:3], tokens, q.shape[1], k.shape[1], dim // 2, -1.0 if inverse else 1.0,
-        BLOCK_D=triton.next_power_of_2(dim // 2), **config,
+        BLOCK_D=power_of_2(dim // 2), **config,
     )  # fmt: skip
     return q_out, k_out
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._heads import adjacent, empty_heads, positions_stride
 from ._cross_compile import Case
+from ._sizes import cdiv, power_of_2
 from ._tuning import ARCHITECTURES, Config, launch_config
 from .rotary import STRIDES, rotate_heads, token_angles
 
@@ -19,7 +20,7 @@ CANDIDATES: list[Config] = [
 ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_stride", "num_tokens"])
 def _rotary_append_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, positions_ptr,
     slots_ptr, positions_stride, q_batch, q_head, q_token, k_batch, k_head, k_token,
@@ -69,11 +70,11 @@ def rotary_append_triton(
         lambda config: rotary_append_triton(*inputs, config), q.get_device(),
     )  # fmt: skip
     q, k, v, positions = adjacent(q), adjacent(k), adjacent(v), positions.contiguous()
-    _rotary_append_kernel[(batch * tokens, triton.cdiv(heads, config["BLOCK_H"]))](
+    _rotary_append_kernel[(batch * tokens, cdiv(max(heads, k.shape[1]), config["BLOCK_H"]))](
         q, k, v, y, k_cache, v_cache, cos.contiguous(), sin.contiguous(), positions,
         slots.contiguous(), positions_stride(positions), *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *y.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        tokens, heads, k.shape[1], dim // 2, BLOCK_D=triton.next_power_of_2(dim // 2), **config,
+        tokens, heads, k.shape[1], dim // 2, BLOCK_D=power_of_2(dim // 2), **config,
     )  # fmt: skip
     return y
 
