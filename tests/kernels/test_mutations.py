@@ -1,12 +1,17 @@
 """Kernels broken on purpose, one small mistake each: the checks of this suite must see every one.
 
-A mutant is a copy of a Triton file with one line changed, run interpreted. It is caught where the
-comparison that the tests use fails; a mutant that passes would mean that the tests prove nothing.
+A mutant is a copy of the Triton files with one line changed, run interpreted. It is caught where
+the comparison that the tests use fails; a mutant that passes would mean that the tests prove
+nothing.
 """
 
 import importlib.util
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,24 +26,27 @@ from internvl_engine.kernels import _autograd
 from numerics import assert_as_accurate_as_eager
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "triton"
+PACKAGE = "internvl_engine.kernels.triton_mutant"
 EPS = 1e-2  # large enough to matter at values of 1
+SLACK = 2.0  # over so few values chance decides whose roundings are better; mutants are far off
+TILES = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}  # few keys are many blocks
 
 
-def mutant(stem: str, old: str, new: str, folder: Path):
-    """The module triton/<stem>.py with `old` replaced."""
-    source = (KERNELS / f"{stem}.py").read_text()
-    assert old in source, f"{stem}.py no longer contains {old!r}"
-    file = folder / f"{stem}_mutant.py"
-    file.write_text(source.replace(old, new))
-    name = f"internvl_engine.kernels.triton.{file.stem}"  # so that its relative imports resolve
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+@contextmanager
+def mutant(operator: str, file: str, old: str, new: str, folder: Path) -> Iterator[ModuleType]:
+    """The module of an operator, in a copy of the whole folder with `old` replaced in one file."""
+    shutil.copytree(KERNELS, folder / "triton_mutant", ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "triton_mutant" / f"{file}.py"
+    source = path.read_text()
+    assert old in source, f"{file}.py no longer contains {old!r}"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(PACKAGE, path.parent / "__init__.py")
+    sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)  # its relative imports resolve
     try:
-        spec.loader.exec_module(module)
+        yield importlib.import_module(f"{PACKAGE}.{operator}")
     finally:
-        del sys.modules[name]
-    return module
+        for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
+            del sys.modules[name]
 
 
 def check_rms_norm(module):
@@ -90,41 +98,175 @@ def check_swiglu_backward(module):
     assert_as_accurate_as_eager(module.swiglu_backward_triton(*args), expected, *args)
 
 
+def check_linear(module):
+    x, weight, residual = torch.randn(40, 24), torch.randn(2 * 40, 24), torch.randn(40, 40)
+    args = (x, weight, torch.randn(2 * 40), "swiglu", residual)
+    config = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2}
+    assert_as_accurate_as_eager(module.linear_triton(*args, config), reference.linear, *args)
+
+
+def heads(*sizes: int) -> list[torch.Tensor]:
+    """One image's (1, 2, S, 24) for every S, as projections lay them out."""
+    return [torch.randn(1, size, 2, 24).transpose(1, 2) for size in sizes]
+
+
+def attention_inputs():
+    """Left padding: text after the prefix of 19 sees nothing of it, and its first rows nothing."""
+    visible = torch.rand(1, 45) > 0.2
+    visible[:, 19:23] = False
+    return (*heads(45, 45, 45), "block", 19, visible)
+
+
+def check_attention(module):
+    args = attention_inputs()
+    out, _ = module.attention_triton(*args, 24**-0.5, True, TILES)
+    assert_as_accurate_as_eager(out, reference.attention, *args, slack=SLACK)
+
+
+def check_attention_backward(module):
+    q, k, v, *mask = attention_inputs()
+    out, lse = module.attention_triton(q, k, v, *mask, 24**-0.5, True, TILES)
+    args = (torch.randn_like(out), q, k, v)
+    actual = module.attention_backward_triton(*args, out, lse, *mask, 24**-0.5, (TILES, TILES))
+
+    def attend(q, k, v):
+        return reference.attention(q, k, v, *mask)
+
+    assert_as_accurate_as_eager(actual, _autograd.gradient(attend, (0, 1, 2)), *args, slack=SLACK)
+
+
+def check_cross_attention(module):
+    args = heads(20, 77, 77)
+    out, _ = module.cross_attention_triton(*args, False, 24**-0.5, False, TILES)
+    assert_as_accurate_as_eager(out, reference.cross_attention, *args, slack=SLACK)
+
+
+def check_decode_attention(module):
+    q, k, v = heads(1, 40, 40)
+    args = (q, k, v, torch.tensor([33]))
+    out = module.decode_attention_triton(*args, None, 24**-0.5, {"BLOCK_N": 16})
+    assert_as_accurate_as_eager(out, reference.decode_attention, *args, slack=SLACK)
+
+
+def check_qk_norm_attention(module):
+    """33 tokens: the last key is peeled off whole blocks of 16, the last row gets its own tile."""
+    qkv, q_weight, k_weight = torch.randn(1, 33, 3, 2, 16), torch.rand(32), torch.rand(32)
+    args = (qkv, q_weight, k_weight, EPS)
+    out, *_ = module.qk_norm_attention_triton(*args, 0.25, True, TILES)
+    assert_as_accurate_as_eager(out, reference.qk_norm_attention, *args, slack=SLACK)
+
+
+def check_qk_norm_attention_backward(module):
+    qkv, q_weight, k_weight = torch.randn(1, 33, 3, 2, 16), torch.rand(32), torch.rand(32)
+    out, *saved = module.qk_norm_attention_triton(qkv, q_weight, k_weight, EPS, 0.25, True, TILES)
+    args = (torch.randn_like(out), qkv, q_weight, k_weight)
+    actual = module.qk_norm_attention_backward_triton(*args, out, *saved, EPS, 0.25, TILES, TILES)
+
+    def attend(qkv, q_weight, k_weight):
+        return reference.qk_norm_attention(qkv, q_weight, k_weight, EPS)
+
+    assert_as_accurate_as_eager(actual, _autograd.gradient(attend, (0, 1, 2)), *args, slack=SLACK)
+
+
+def check_pooling_attention(module):
+    args = (torch.randn(1, 3, 200), torch.randn(1, 20, 200), EPS)
+    actual = module.pooling_attention_triton(*args)
+    assert_as_accurate_as_eager(actual, reference.pooling_attention, *args)
+
+
 MASK = "(rows < num_rows) & (cols < C)\n    start"
 GATE = "start + F + cols, mask=mask, other=0.0).to(tl.float32)\n    y"
 ROUNDED = "(x * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)"
-# The check, what is replaced in the file of its operator, by what.
-MUTATIONS = [
-    (check_rms_norm, "/ C + eps)\n    normed", "/ C)\n    normed"),
-    (check_rms_norm, MASK, MASK.replace("< C", "< C - 1")),
-    (check_rms_norm, MASK, MASK.replace("num_rows", "num_rows - 1")),
-    (check_rms_norm, ROUNDED, "(x * rstd).to(tl.float32) + 0.001"),
-    (check_rms_norm, "x_inner, x_outer_stride, x_inner_stride)", "x_inner, x_outer_stride, C)"),
-    (check_rms_norm_backward, "dnormed - normed * mean", "dnormed"),
-    (check_rms_norm_backward, "tl.num_programs(0)):", "tl.num_programs(0) + 1):"),
-    (check_add_rms_norm, "(residual + x)", "(residual - x)"),
-    (check_add_rms_norm, "        x *= tl.load", "        residual *= tl.load"),
-    (check_add_rms_norm_backward, "dresidual = passed + rstd", "dresidual = rstd"),
-    (check_add_rms_norm_backward, "dresidual * x)", "passed * x)"),
-    (check_rotary, "x1 * cos - x2 * sin", "x1 * cos + x2 * sin"),
-    (check_rotary, "x2 * cos + x1 * sin", "x2 * cos + x2 * sin"),
-    (check_rotary, "position * HALF + columns", "token * HALF + columns"),
-    (check_swiglu, GATE, GATE.replace(" + F", "")),
-    (check_swiglu_backward, "(1 + gate * (1 - sigmoid))", "(gate * (1 - sigmoid))"),
-]
+NOTHING_SEEN = "tl.min(tl.where(empty, rows, S), axis=0)"
+ALIKE = 'tl.where((lse == float("-inf"))[None, :], alike, p)'
+UP_TO = "tl.minimum(prefix, T), position + 1)"
+ONE = "tl.full([BLOCK_M], 1.0"
+FACTOR = "scores *= tl.load(k_rstd_ptr + keys)[None, :]"
+# By file: the check, what is replaced, by what.
+MUTATIONS = {
+    "rms_norm": [
+        (check_rms_norm, "reciprocal_rms(x, C, eps)", "reciprocal_rms(x, C, 0.0)"),
+        (check_rms_norm, MASK, MASK.replace("< C", "< C - 1")),
+        (check_rms_norm, MASK, MASK.replace("num_rows", "num_rows - 1")),
+        (check_rms_norm, ROUNDED, "(x * rstd).to(tl.float32) + 0.001"),
+        (check_rms_norm, "x_inner, x_outer_stride, x_inner_stride)", "x_inner, x_outer_stride, C)"),
+        (check_rms_norm_backward, "dnormed - normed * mean", "dnormed"),
+        (check_rms_norm_backward, "tl.num_programs(0)):", "tl.num_programs(0) + 1):"),
+    ],
+    "add_rms_norm": [
+        (check_add_rms_norm, "(residual + x)", "(residual - x)"),
+        (check_add_rms_norm, "        x *= tl.load", "        residual *= tl.load"),
+        (check_add_rms_norm_backward, "dresidual = passed + rstd", "dresidual = rstd"),
+        (check_add_rms_norm_backward, "dresidual * x)", "passed * x)"),
+    ],
+    "rotary": [
+        (check_rotary, "x1 * cos - x2 * sin", "x1 * cos + x2 * sin"),
+        (check_rotary, "x2 * cos + x1 * sin", "x2 * cos + x2 * sin"),
+        (check_rotary, "position * HALF + columns", "token * HALF + columns"),
+    ],
+    "swiglu": [
+        (check_swiglu, GATE, GATE.replace(" + F", "")),
+        (check_swiglu_backward, "(1 + gate * (1 - sigmoid))", "(gate * (1 - sigmoid))"),
+    ],
+    "linear": [
+        (check_linear, "bias_ptr + F + features", "bias_ptr + features"),
+        (check_linear, "index % (GROUP_M * tiles_n) // group", "index // group"),
+    ],
+    "_attention_core": [
+        (check_attention, "total = total * shrink + tl.sum", "total = total + tl.sum"),
+        (check_attention, "2.402264791363012e-1", "2.4023e-1"),
+    ],
+    "_attention_masks": [
+        (check_attention, UP_TO, UP_TO.replace(" + 1", "")),
+        (check_attention, "tl.where(position < prefix, 0, prefix)", "position * 0"),
+    ],
+    "attention": [
+        (check_attention_backward, 'tl.where(empty, float("-inf"), largest)', "largest"),
+    ],
+    "_attention_backward": [
+        (check_attention_backward, "tl.max(tl.where(empty, rows + 1, 0), axis=0)", "high"),
+        (check_attention_backward, NOTHING_SEEN, "low"),
+        (check_attention_backward, ALIKE, "p"),
+    ],
+    "_attention_combine": [
+        (check_cross_attention, ".to(tl.float32) * LOG2E)", ".to(tl.float32))"),
+        (check_cross_attention, "mask=part < parts, other", "mask=part < parts - 1, other"),
+    ],
+    "decode_attention": [
+        (check_decode_attention, "seen = keys < end", "seen = keys <= end"),
+    ],
+    "qk_norm_attention": [
+        (check_qk_norm_attention, "last_key *= tl.load(k_rstd_ptr + N - 1)", "last_key *= 1.0"),
+        (check_qk_norm_attention, FACTOR, "scores *= 1.0"),
+        (check_qk_norm_attention, ONE, ONE.replace("1.0", "0.0")),
+    ],
+    "_qk_norm_attention_backward": [
+        (check_qk_norm_attention_backward, "(score - lse - lse_low, v", "(score - lse_low, v"),
+        (check_qk_norm_attention_backward, "(rstd * unit)[None, :]", "unit"),
+        (check_qk_norm_attention_backward, "common * q_weight, mask", "common * k_weight, mask"),
+    ],
+    "pooling_attention": [
+        (check_pooling_attention, "(acc - shift[:, None])", "acc"),
+    ],
+}  # fmt: skip
+CASES = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation in mutations]
 
 
-def stem_of(check) -> str:
+def operator_of(check) -> str:
     return check.__name__.removeprefix("check_").removesuffix("_backward")
 
 
-@pytest.mark.parametrize("check", dict.fromkeys(check for check, _, _ in MUTATIONS))
+@pytest.mark.parametrize("check", dict.fromkeys(check for _, check, _, _ in CASES))
 def test_the_original_passes(check, tmp_path):
-    check(mutant(stem_of(check), "@triton.jit", "@triton.jit", tmp_path))
+    operator = operator_of(check)
+    with mutant(operator, operator, "", "", tmp_path) as original:
+        check(original)
 
 
-@pytest.mark.parametrize("check, old, new", MUTATIONS)
-def test_the_mutant_is_caught(check, old, new, tmp_path):
-    broken = mutant(stem_of(check), old, new, tmp_path)
-    with pytest.raises(AssertionError, match="error"):
+@pytest.mark.parametrize("file, check, old, new", CASES)
+def test_the_mutant_is_caught(file, check, old, new, tmp_path):
+    with (
+        mutant(operator_of(check), file, old, new, tmp_path) as broken,
+        pytest.raises(AssertionError, match="error"),
+    ):
         check(broken)
