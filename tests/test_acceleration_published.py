@@ -73,5 +73,10 @@ def test_published_probabilities_and_tiled_keys():
     )
     close(ours, theirs)
     assert ours[2][0].shape == (4, 4, 9, 16)
+    ours, theirs = (
+        one.model.layers[0].cross_attn(states, image, repeat_time=2, output_attentions=True)
+        for one in (fused, built)
+    )
+    close(ours[:2], theirs[:2])
     with pytest.raises(RuntimeError, match="must match"):  # the eager module's own
         fused.model.layers[0].cross_attn(states, image)

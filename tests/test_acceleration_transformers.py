@@ -156,20 +156,21 @@ def test_autocast_rounds_as_eager(stock):
 @torch.no_grad()
 def test_the_operator_serves_where_it_can(heads, monkeypatch):
     built, calls = llama(heads=heads), []
-    attention = kernels.attention
+    for name in ("attention", "cross_attention", "decode_attention"):
 
-    def counted(q, k, v, mask="full", **options):
-        calls.append((mask, tuple(q.shape), tuple(k.shape)))
-        return attention(q, k, v, mask, **options)
+        def counted(q, k, v, *mask, name=name, operator=getattr(kernels, name), **options):
+            calls.append((name, *mask, tuple(q.shape), tuple(k.shape)))
+            return operator(q, k, v, *mask, **options)
 
-    monkeypatch.setattr(kernels, "attention", counted)
+        monkeypatch.setattr(kernels, name, counted)
     accelerate(built)
     cache = built(IDS, use_cache=True).past_key_values
-    prefill = [("causal", (2, 4, 11, 16), (2, 4, 11, 16))] * 3 if heads == 4 else []
-    assert calls == prefill  # keys of shared heads would have to be copied
+    prefill = [("attention", "causal", (2, 4, 11, 16), (2, 4, 11, 16))] * 3
+    assert calls == (prefill if heads == 4 else [])  # keys of shared heads would have to be copied
     calls.clear()
     built(IDS[:, :1], past_key_values=cache)
-    assert calls == [("full", (2, heads, 4 // heads, 16), (2, heads, 12, 16))] * 3
+    name = "decode_attention" if heads == 4 else "cross_attention"
+    assert calls == [(name, (2, heads, 4 // heads, 16), (2, heads, 12, 16))] * 3
     calls.clear()
     built(IDS, attention_mask=LEFT)
     assert not calls
@@ -203,7 +204,7 @@ def test_what_cannot_be_proved_equal_stays():
 
 @torch.no_grad()
 def test_eager_attention_without_a_mask_sees_everything():
-    built = llama(heads=2, attention="eager")
+    built = llama(attention="eager")
     call = {"position_embeddings": built.model.rotary_emb(torch.randn(1), torch.arange(5)[None])}
     call |= {"hidden_states": torch.randn(2, 5, 64), "attention_mask": None}
     expected = built.model.layers[0].self_attn(**call)

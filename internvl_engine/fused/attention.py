@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
+from .. import kernels, reference
 from ..modeling.masks import AttentionMask
 
 MAX_HEAD_DIM = 128
@@ -50,5 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | AttentionMask | None)
             return kernels.decode_attention(q, k, v, None, mask.visible)  # the last sees all
         kind = "full" if mask.is_open else mask.kind
         return kernels.attention(q, k, v, kind, mask.prefix, mask.visible)
+    if mask.device.type == "cpu":  # where SDPA takes 2 to 6 times as long in bfloat16
+        return reference.masked_attention(q, k, v, mask)[0]
     mask = mask.clamp(min=torch.finfo(q.dtype).min)
     return nn.functional.scaled_dot_product_attention(q, k, v, mask)

@@ -92,7 +92,10 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self._forget()
+        self._x: weakref.ref[Tensor] | None = None
+        self._version: tuple = ()
+        self._value: Any = None
+        self._readers: set[int] = set()
 
     def get(self, x: Tensor, compute: Callable[[], Any], reader: object) -> Any:
         """compute(), or what another reader of the very same x made of it in this pass."""
@@ -106,12 +109,9 @@ class Shared:
         self._readers.add(id(reader))
         return self._value
 
-    def _forget(self, gone: weakref.ref[Tensor] | None = None) -> None:
-        if gone is None or self._x is gone:
-            self._x: weakref.ref[Tensor] | None = None
-            self._value: Any = None
-            self._version: tuple = ()
-            self._readers: set[int] = set()
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        if self._x is gone:
+            self._x = self._value = None
 
     def __reduce__(self) -> tuple[type["Shared"], tuple]:
         return Shared, ()  # copies and pickles remember nothing

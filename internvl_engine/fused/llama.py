@@ -134,9 +134,11 @@ class FusedLlamaAttention(FusedModule):
         batch, heads, queries, dim = q.shape
         if head_dim_objection(dim):
             return None
+        if queries == 1 and k.shape[1] == heads and not torch.is_grad_enabled():
+            return kernels.decode_attention(q, k, v, scale=self.scaling).transpose(1, 2)
         if queries == 1:  # the heads that share keys are the rows of one: no copies of these
             packed = q.reshape(batch, k.shape[1], self.num_key_value_groups, dim)
-            output = kernels.attention(packed, k, v, scale=self.scaling)
+            output = kernels.cross_attention(packed, k, v, scale=self.scaling)
             return output.reshape(batch, 1, heads, dim)
         if k.shape[1] != heads or (self.is_causal and k.shape[2] != queries):
             return None
