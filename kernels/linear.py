@@ -24,6 +24,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from ._invariance import is_batch_invariant
 from ._library import define, triton_launcher
 from .swiglu import swiglu
 
@@ -54,6 +55,8 @@ def linear_blas(
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Calls PyTorch's product (cuBLAS, hipBLASLt, oneDNN), then the activation, then the add."""
+    if is_batch_invariant():  # it chooses its tiles by the number of rows
+        return NotImplemented
     y = activate(F.linear(x, weight, bias), epilogue)
     return y if residual is None else residual + y
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._invariance import is_batch_invariant
 from ._attention_core import LOG2E, lse_dtype
 from ._sizes import cdiv, power_of_2, processors
 from ._tuning import OPTIONS, Config
@@ -61,9 +62,15 @@ def combine(partial: Tensor, partial_lse: Tensor | None, out: Tensor, lse: Tenso
     )
 
 
-def split_keys(keys: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """(parts, keys a part) so that `programs` a part fill the GPU twice; parts are whole blocks."""
+def split_keys(
+    keys: int, block: int, heads: int, programs: int, device: torch.device
+) -> tuple[int, int]:
+    """(parts, keys a part) so that `programs` a part fill the GPU twice; parts are whole blocks.
+
+    heads: of one row of the batch, which count alone where its bits must not depend on the others.
+    """
     blocks = cdiv(keys, block)
+    programs = heads if is_batch_invariant() else programs
     wanted = cdiv(2 * processors(device), programs)
     blocks_per_part = cdiv(blocks, min(wanted, blocks, 64))
     return cdiv(blocks, blocks_per_part), blocks_per_part * block

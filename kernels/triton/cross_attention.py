@@ -58,7 +58,7 @@ def cross_attention_triton(
     )  # fmt: skip
     M = batch // B * S
     tiles, rest = row_tiles(config, "BLOCK_M", M)
-    parts, keys_per_part = split_keys(T, config["BLOCK_N"], tiles * H * B, q.device)
+    parts, keys_per_part = split_keys(T, config["BLOCK_N"], H, tiles * H * B, q.device)
     saved = lse if saves else None
     to, to_lse = (out, saved) if parts == 1 else partial_outputs(out, parts)
     forward_kernel[(tiles * H * B, parts)](

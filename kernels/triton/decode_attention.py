@@ -98,7 +98,7 @@ def decode_attention_triton(
         lambda c: decode_attention_triton(q, k_cache, v_cache, lengths, visible, scale, c),
         q.get_device(),
     )  # fmt: skip
-    parts, keys_per_part = split_keys(T, config["BLOCK_N"], B * H, q.device)
+    parts, keys_per_part = split_keys(T, config["BLOCK_N"], H, B * H, q.device)
     to, to_lse = (out, None) if parts == 1 else partial_outputs(out, parts)
     _decode_kernel[(B * H, parts)](
         q, k_cache, v_cache, contiguous(lengths), as_bytes(visible),

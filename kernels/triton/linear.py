@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._invariance import is_batch_invariant
 from .._rows import as_rows
 from ._cross_compile import Case
 from ._rows import persistent_programs, row_offsets
@@ -137,10 +138,10 @@ def _linear_kernel(
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _defaults(rows: int, dtype: torch.dtype, epilogue: str) -> dict[str, Config]:
+def _defaults(few: bool, dtype: torch.dtype, epilogue: str) -> dict[str, Config]:
     if dtype == torch.float32:
         return DEFAULTS_FP32
-    if rows <= ROWS_FEW:
+    if few:
         return DEFAULTS_FEW
     return DEFAULTS_SWIGLU if epilogue == "swiglu" else DEFAULTS
 
@@ -159,9 +160,10 @@ def linear_triton(
     if y.numel() == 0:
         return y
     rows = y.numel() // F
+    few = rows <= ROWS_FEW and not is_batch_invariant()
     config = config or launch_config(
-        "linear", (F, C, x.dtype, epilogue, rows <= ROWS_FEW), _defaults(rows, x.dtype, epilogue),
-        CANDIDATES_FEW if rows <= ROWS_FEW else CANDIDATES,
+        "linear", (F, C, x.dtype, epilogue, few), _defaults(few, x.dtype, epilogue),
+        CANDIDATES_FEW if few else CANDIDATES,
         lambda config: linear_triton(x, weight, bias, epilogue, residual, config), x.get_device(),
     )  # fmt: skip
     tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(F, config["BLOCK_N"])

@@ -1,0 +1,84 @@
+"""A row has the same bits in a batch of any size: the switch, and what varies without it."""
+
+import pytest
+import torch
+
+from internvl_engine import kernels
+
+from kernel_runs import backend_in_use
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it compiled")
+
+
+def cross(batch, device="cpu"):
+    """Of a batch: the queries of 6 images, each its own keys."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(6, n, 2, 32, device=device).transpose(1, 2) for n in (16, 300, 300))
+    return kernels.cross_attention(q[:batch], k[:batch], v[:batch])[:1]
+
+
+def decode(batch, device="cpu"):
+    torch.manual_seed(0)
+    q = torch.randn(6, 2, 1, 32, device=device)
+    k, v = (torch.randn(6, 2, 900, 32, device=device) for _ in range(2))
+    return kernels.decode_attention(q[:batch], k[:batch], v[:batch])[:1]
+
+
+def product(batch, device="cpu"):
+    torch.manual_seed(0)
+    x = torch.randn(60, 200, device=device, dtype=torch.float16)
+    weight = torch.randn(40, 200, device=device, dtype=torch.float16)
+    return kernels.linear(x[: 10 * batch], weight, epilogue="gelu")[:10]
+
+
+OPERATORS = {"cross_attention": cross, "decode_attention": decode, "linear": product}
+
+
+@interpreted
+@pytest.mark.parametrize("operator", ["cross_attention", "decode_attention"])
+def test_triton_splits_keys_by_the_batch_only_without_the_switch(operator):
+    run = OPERATORS[operator]
+    with backend_in_use(operator, "triton"):
+        assert not torch.equal(run(1), run(6))
+        with kernels.batch_invariant():
+            assert torch.equal(run(1), run(6))
+        assert not torch.equal(run(1), run(6))
+
+
+@interpreted
+def test_triton_takes_one_configuration_for_any_number_of_rows(monkeypatch):
+    """Interpreted tiles all sum alike, so what is launched is compared."""
+    module = pytest.importorskip("internvl_engine.kernels.triton.linear")
+    launched = []
+    choose = module.launch_config
+
+    def spy(*args):
+        launched.append(choose(*args))
+        return launched[-1]
+
+    monkeypatch.setattr(module, "launch_config", spy)
+    with backend_in_use("linear", "triton"):
+        for batch in (1, 6):
+            product(batch)
+        assert launched[0] != launched[1]
+        with kernels.batch_invariant():
+            for batch in (1, 6):
+                product(batch)
+    assert launched[2] == launched[3]
+
+
+def test_cublas_leaves_its_place_while_the_switch_is_on():
+    from internvl_engine.kernels.linear import linear_blas
+
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    with kernels.batch_invariant():
+        assert linear_blas(x, weight) is NotImplemented
+    assert linear_blas(x, weight).shape == (2, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_on_a_gpu_no_bit_depends_on_the_batch(operator):
+    with kernels.batch_invariant():
+        alone, among = (OPERATORS[operator](batch, "cuda") for batch in (1, 6))
+    assert torch.equal(alone, among)
