@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -156,13 +157,13 @@ def test_autocast_rounds_as_eager(stock):
 @torch.no_grad()
 def test_the_operator_serves_where_it_can(heads, monkeypatch):
     built, calls = llama(heads=heads), []
+
+    def counted(name, operator, q, k, v, *mask, **options):
+        calls.append((name, *mask, tuple(q.shape), tuple(k.shape)))
+        return operator(q, k, v, *mask, **options)
+
     for name in ("attention", "cross_attention", "decode_attention"):
-
-        def counted(q, k, v, *mask, name=name, operator=getattr(kernels, name), **options):
-            calls.append((name, *mask, tuple(q.shape), tuple(k.shape)))
-            return operator(q, k, v, *mask, **options)
-
-        monkeypatch.setattr(kernels, name, counted)
+        monkeypatch.setattr(kernels, name, partial(counted, name, getattr(kernels, name)))
     accelerate(built)
     cache = built(IDS, use_cache=True).past_key_values
     prefill = [("attention", "causal", (2, 4, 11, 16), (2, 4, 11, 16))] * 3
