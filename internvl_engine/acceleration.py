@@ -96,10 +96,16 @@ def accelerate(
 ) -> Report:
     """Replaces the modules of a model that have a fused form, in place.
 
-    Inference merges the weights of neighbouring products and packs them for the CPU; they are
-    constants then, held once, and `state_dict()`, saving, copying and `undo()` give the published
-    tensors. Training leaves every parameter as it is. What a fused module cannot serve (attention
-    probabilities, hooks inside it) its eager module computes. Calling it again changes nothing.
+    Inference merges the weights of neighbouring products and packs them for the CPU, so that every
+    weight exists once. Packed weights are constants: `state_dict()`, saving, copying and loading
+    have them as ever, `parameters()` and what uses it (counts, `requires_grad_`, optimizers) do
+    not. `train()` gives them back as parameters that are trained, `eval()` packs again, and
+    whoever asks a Linear for its `weight` gets it. A parameter that somebody else holds at that
+    time (a tied module, an optimizer, a list) is neither packed nor merged.
+
+    Training leaves every parameter as it is. What a fused module cannot serve (attention
+    probabilities, hooks inside it) its eager module computes. Calling it again changes nothing but
+    the mode.
 
     Args:
         model: any module: ours, the published one, one with an InternViT or a LLaMA inside.
@@ -138,6 +144,9 @@ def accelerate(
             report._replaced.append((parent, attribute, fused))
             if compile:
                 fused.compile(fullgraph=True, dynamic=True)
+        elif isinstance(child, FusedModule) and child.inference != (mode == "inference"):
+            child.set_inference(mode == "inference")
+            entry.reason = f"already fused, for {mode} from now on"
     _link(model)
     return report
 

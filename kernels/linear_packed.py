@@ -27,8 +27,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from . import _library
-from ._library import NAMESPACE, NATIVE_TYPES, define, native
+from ._library import NATIVE_TYPES, define, native, serve_too
 from ._rows import as_rows
 from .linear import (
     EPILOGUES,
@@ -255,12 +254,7 @@ _linear_packed_backward = define(
 )
 
 # An opaque oneDNN tensor has a dispatch key of its own, which comes before that of the CPU.
-_OPAQUE = torch.library.Library(NAMESPACE, "IMPL")
-_OPAQUE.impl(
-    "linear_packed",
-    _library._first_that_can(_library._ORDER["linear_packed"]["CPU"]),
-    "MkldnnCPU",
-)
+serve_too("linear_packed", "MkldnnCPU")
 
 
 def linear_packed(

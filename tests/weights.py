@@ -16,7 +16,7 @@ def weight_bytes(built: nn.Module) -> int:
                     )
         pack = getattr(module, "pack", None)
         if pack is not None:
-            storages[id(pack)] = pack.weight.nbytes
+            storages[id(pack) if pack.data.is_mkldnn else pack.data.data_ptr()] = pack.nbytes
         for parameter in module.parameters(recurse=False):
             storage = parameter.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

@@ -38,6 +38,7 @@ class FusedModule(nn.Module):
         self.__dict__["eager"] = eager  # not a submodule: its names are ours
         self.inference = inference
         self._inner = tuple(module for module in eager.modules() if module is not eager)
+        self._after_load = self.register_load_state_dict_post_hook(_prepare)
 
     @classmethod
     def claims(cls, module: Any) -> bool:
@@ -62,12 +63,27 @@ class FusedModule(nn.Module):
         """Gives every weight back to its Linear and returns the eager module."""
         for projection in self.projections():
             projection.release()
+        self._after_load.remove()
         return self.eager
 
+    def set_inference(self, inference: bool) -> None:
+        """Changes for what the module is fused."""
+        self.inference = inference
+        for projection in self.projections():
+            projection.set_inference(inference)
+
     def train(self, mode: bool = True) -> Any:
-        """Both modules, for where the eager one computes."""
+        """Both modules, for where the eager one computes; weights are constants only in eval."""
         self.eager.training = mode
-        return nn.Module.train(self, mode)
+        nn.Module.train(self, mode)
+        for projection in self.projections():
+            projection.set_inference(self.inference and not mode)
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
 
     @property
     def is_watched(self) -> bool:
@@ -82,6 +98,11 @@ class FusedModule(nn.Module):
 
     def __reduce__(self) -> tuple:  # pickle compares __class__ with the type
         return object.__new__, (type(self),), self.__dict__
+
+
+def _prepare(module: Any, incompatible_keys: object) -> None:
+    """Merges and packs what was loaded: compiled code cannot."""
+    module.prepare()
 
 
 class Shared:

@@ -1,18 +1,25 @@
 """Linear layers of a fused module: merged with their neighbours, packed, or simply called.
 
-Every weight exists once. Merged weights (q, k, v; gate, up) own the storage and the parameters of
-the Linear modules become views of it. A packed weight (the CPU's layout) is the only copy, and
-`PackedLinear` stands in its Linear's place and unpacks for whoever asks.
+Every weight exists once and belongs to its Linear, in one of three forms:
+
+    merged   the parameters of q, k, v (or gate, up) are views of one storage, the product's weight
+    packed   the Linear has become a `PackedLinear`: its weight is rows of a pack, the CPU's layout.
+             Whoever asks for `weight` finds an ordinary Linear with its own parameter again
+    as it is where somebody else holds the parameter too: a tied weight, an optimizer, a caller
+
+Biases stay where they are and are looked up at every call.
 """
 
-from collections.abc import Callable
-from copy import deepcopy
+import sys
+from inspect import getclosurevars
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from .. import kernels
+from .packed import PackedLinear, pack_of, unpack
 
 
 class Projection:
@@ -20,6 +27,7 @@ class Projection:
 
     Weights are looked up at every call: a Linear that was wrapped (LoRA), quantized or hooked since
     is called as the module it is, and one that was moved or loaded anew is merged or packed again.
+    Compiled code does neither: it computes with the form that it finds.
     """
 
     def __init__(self, owner: Any, *names: str, inference: bool) -> None:
@@ -27,23 +35,21 @@ class Projection:
         self.owner = owner
         self.names = names
         self.inference = inference
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._merged: dict[str, Merged] = {}  # "weight", "bias"
 
     def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """residual + epilogue([linear(x), ...]): (..., C) to (..., F)."""
         linears = self.linears()
-        if self.inference:
-            linears = self._prepared(linears)
-        first = linears[0]
-        pack = getattr(first, "pack", None)
-        if pack and all(getattr(linear, "pack", None) is pack for linear in linears):
-            if not _watched(linears):
-                return kernels.linear_packed(x, pack.weight, pack.bias, epilogue, residual)
-        if len(linears) == 1 and is_plain(first):
-            return kernels.linear(x, first.weight, first.bias, epilogue, residual)
-        if self._weight is not None and all(map(is_plain, linears)):
-            return kernels.linear(x, self._weight, self._bias, epilogue, residual)
+        if not any(map(is_hooked, linears)):
+            if self.inference and not torch.compiler.is_compiling():
+                self._prepare(linears)
+            pack = pack_of(linears)
+            if pack is not None:
+                return kernels.linear_packed(x, pack, self._bias_of(linears), epilogue, residual)
+            if all(type(linear) is nn.Linear for linear in linears):
+                weight = self._whole("weight", linears)
+                if weight is not None:
+                    return kernels.linear(x, weight, self._bias_of(linears), epilogue, residual)
         outputs = [linear(x) for linear in linears]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return finish(y, epilogue, residual)
@@ -52,165 +58,135 @@ class Projection:
         """The modules as they are now."""
         return [self.owner.get_submodule(name) for name in self.names]
 
+    def set_inference(self, inference: bool) -> None:
+        """Whether to merge and pack from now on; where not, every weight is given back."""
+        self.inference = inference
+        if inference:
+            self.prepare()
+        else:
+            self.release()
+
     def prepare(self) -> None:
-        """Merges or packs what can be."""
-        if self.inference:
-            self._prepared(self.linears())
+        """Merges or packs what can be, before a call does."""
+        linears = self.linears()
+        if self.inference and not any(map(is_hooked, linears)):
+            self._prepare(linears)
 
     def release(self) -> None:
-        """Unpacks into the Linear modules that were there before."""
-        for name, linear in zip(self.names, self.linears(), strict=True):
-            if isinstance(linear, PackedLinear):
-                _replace(self.owner, name, linear.restored())
-        self._weight = self._bias = None
+        """Makes every Linear an ordinary one again, with its own parameter."""
+        unpack(self.linears())
+        self._merged.clear()
 
-    def _prepared(self, linears: list[Any]) -> list[Any]:
-        if not all(map(is_plain, linears)):
-            if not any(map(is_plain, linears)) or _watched(linears):
-                return linears
-            for linear in linears:  # somebody unpacked one of them: pack them together again
-                if isinstance(linear, PackedLinear):
-                    linear.restored()
-            if not all(map(is_plain, linears)):
-                return linears
-        weight = linears[0].weight
-        if weight.device.type == "cpu" and kernels.can_pack(weight):
-            return self._pack(linears)
-        if len(linears) > 1 and not self._is_merged(linears):
-            self._merge(linears)
-        return linears
-
-    def _is_merged(self, linears: list[Any]) -> bool:
-        if self._weight is None or torch.compiler.is_compiling():
-            return self._weight is not None
-        start, rows = self._weight.data_ptr(), 0
-        for linear in linears:
-            if linear.weight.data_ptr() != start + rows * self._weight.stride(0) * (
-                self._weight.element_size()
-            ):
-                return False
-            rows += linear.weight.shape[0]
-        return self._weight.dtype == linears[0].weight.dtype
+    def _prepare(self, linears: list[Any]) -> None:
+        if any(type(linear) is nn.Linear for linear in linears):
+            unpack(linears)  # somebody asked for one of these weights: pack them together again
+            if all(type(linear) is nn.Linear for linear in linears):
+                if kernels.can_pack(linears[0].weight):
+                    self._pack(linears)
+                else:
+                    self._merge("weight", linears)
+        if len(linears) > 1 and all(hasattr(linear, "bias") for linear in linears):
+            self._merge("bias", linears)
 
     @torch.no_grad()
-    def _merge(self, linears: list[Any]) -> None:
-        self._weight, self._bias = _joined(linears)
-        if self._weight is None:
+    def _pack(self, linears: list[Any]) -> None:
+        self._merged.pop("weight", None)  # it holds the parameters too
+        if not _may_join("weight", linears):
             return
-        rows = [linear.weight.shape[0] for linear in linears]
-        for linear, part in zip(linears, self._weight.split(rows), strict=True):
-            linear.weight.data = part
-        if self._bias is not None:
-            for linear, part in zip(linears, self._bias.split(rows), strict=True):
-                linear.bias.data = part
+        weights = [linear.weight.data for linear in linears]
+        pack = kernels.PackedWeight(weights[0] if len(weights) == 1 else torch.cat(weights))
+        start = 0
+        for linear in linears:
+            stop = start + linear.weight.shape[0]
+            PackedLinear.pack_into(linear, pack, slice(start, stop))
+            start = stop
 
     @torch.no_grad()
-    def _pack(self, linears: list[Any]) -> list[Any]:
-        weight, bias = _joined(linears)
-        if weight is None:
-            return linears
-        pack = Pack(kernels.PackedWeight(weight), bias)
-        packed: list[Any] = []
-        start = 0
-        for name, linear in zip(self.names, linears, strict=True):
-            if isinstance(linear, PackedLinear):  # was moved or loaded since it was packed
-                linear = linear.restored()
-            stop = start + linear.weight.shape[0]
-            packed.append(PackedLinear(linear, pack, slice(start, stop)))
-            _replace(self.owner, name, packed[-1])
-            start = stop
-        return packed
+    def _merge(self, name: str, linears: list[Any]) -> None:
+        if len(linears) == 1 or self._whole(name, linears) is not None:
+            return
+        self._merged.pop(name, None)  # it holds the parameters too
+        if _may_join(name, linears):
+            self._merged[name] = Merged([getattr(linear, name) for linear in linears])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Projection":
+    def _whole(self, name: str, linears: list[Any]) -> Tensor | None:
+        """The parameter of this name, of all linears one below the other, if that is there."""
+        parameters = [getattr(linear, name) for linear in linears]
+        if len(parameters) == 1:
+            return parameters[0]
+        merged = self._merged.get(name)
+        return merged.tensor if merged is not None and merged.holds(parameters) else None
+
+    def _bias_of(self, linears: list[Any]) -> Tensor | None:
+        biases = [linear.bias for linear in linears]
+        there = [bias for bias in biases if bias is not None]
+        if not there or len(biases) == 1:
+            return biases[0]
+        whole = self._whole("bias", linears)
+        if whole is not None:
+            return whole
+        zeros = [there[0].new_zeros(linear.out_features) for linear in linears]
+        return torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
+
+    def __getstate__(self) -> dict[str, Any]:
         # Copied parameters share no storage: the copy merges its own at its first call.
-        return Projection(deepcopy(self.owner, memo), *self.names, inference=self.inference)
+        return {**self.__dict__, "_merged": {}}
 
 
-class Pack:
-    """A packed weight and its bias, shared by the Linear modules whose rows it holds."""
+class Merged:
+    """Parameters that are views of one tensor, where they lie one below the other."""
 
-    def __init__(self, weight: kernels.PackedWeight, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        self.tensor = torch.cat([parameter.data for parameter in parameters])
+        rows = [parameter.shape[0] for parameter in parameters]
+        for parameter, part in zip(parameters, self.tensor.split(rows), strict=True):
+            parameter.data = part
 
+    def holds(self, parameters: list[Any]) -> bool:
+        """Whether these are they, and still views.
 
-class PackedLinear(nn.Linear):
-    """Stands in place of a Linear whose weight is rows of a Pack.
-
-    Whoever asks for `weight` (to merge LoRA into it, to change it) gets the Linear's own parameter
-    again; the next call of the fused module packs what it finds there.
-    """
-
-    def __init__(self, linear: Any, pack: Pack, rows: slice) -> None:
-        self.__dict__.update(linear.__dict__)
-        self._parameters = dict(linear._parameters)
-        self.__dict__["linear"] = linear  # hidden, not a submodule: its names are ours
-        self.rows = rows
-        self.pack: Pack | None = pack
-        del self._parameters["weight"]
-        linear.weight.data = linear.weight.data.new_empty(0)
-
-    @property
-    def weight(self) -> Any:  # type: ignore[override]
-        """The dense parameter (F, C), unpacked for good."""
-        self.restored()
-        return self._parameters["weight"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Only when called as a module: wrapped, hooked, or by the eager layer."""
-        if self.pack is not None and self.rows == slice(0, self.pack.weight.shape[0]):
-            return kernels.linear_packed(x, self.pack.weight, self.bias)
-        return nn.functional.linear(x, self.weight, self.bias)
-
-    def restored(self) -> Any:
-        """The Linear that was here, with its own weight again."""
-        if self.pack is not None:
-            linear = self.__dict__["linear"]
-            linear.weight.data = self._dense(self.pack)
-            self._parameters["weight"] = linear.weight
-            self.pack = None
-        return self.__dict__["linear"]
-
-    def _dense(self, pack: Pack) -> Tensor:
-        dense = pack.weight.dense()
-        return dense if dense.shape[0] == self.out_features else dense[self.rows].clone()
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "PackedLinear":
-        if self.pack is not None:
-            probe = fn(torch.empty(0, dtype=self.pack.weight.dtype))
-            if probe.dtype != self.pack.weight.dtype or probe.device.type != "cpu":
-                self.restored()
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.pack is not None:
-            destination[prefix + "weight"] = self._dense(self.pack)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict:
-            self.restored()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        Compiled code guards which parameters they are. Whether they are views it sees only when it
+        is traced: of `parameter.data = ...` after that only an eager call or `prepare` takes note.
+        """
+        same = all(a is b for a, b in zip(self.parameters, parameters, strict=True))
+        return same and _are_parts(self.tensor, *parameters)
 
 
-def is_plain(linear: Any) -> bool:
-    """Whether a module is nothing but a dense matrix product: its own weight, nobody watching."""
-    plain = type(linear) is nn.Linear or isinstance(linear, PackedLinear) and linear.pack is None
-    return plain and not _watched([linear])
+@torch.compiler.assume_constant_result
+def _are_parts(whole: Tensor, *parts: Tensor) -> bool:
+    position = whole.data_ptr()
+    for part in parts:
+        if part.data_ptr() != position or part.dtype != whole.dtype:
+            return False
+        position += part.nbytes
+    return position == whole.data_ptr() + whole.nbytes
 
 
 def state_of(linear: Any) -> tuple | None:
-    """What changes when the weight of a linear does; None where it is more than a linear."""
-    if isinstance(linear, PackedLinear) and linear.pack is not None:
-        return (id(linear.pack),)
-    return version_of(linear.weight) if is_plain(linear) else None
+    """What changes when the weight or the bias of a linear does; None where it is more than that.
+
+    It can be kept: it keeps no weight alive, and none that is made later is taken for this one.
+    """
+    packed = type(linear) is PackedLinear and linear._parameters["weight"] is None
+    if is_hooked(linear) or not (packed or type(linear) is nn.Linear):
+        return None
+    weight = (WeakIdRef(linear.pack),) if packed else _state_of_parameter(linear.weight)
+    bias = () if linear.bias is None else _state_of_parameter(linear.bias)
+    return None if weight is None or bias is None else (weight, bias)
 
 
-def version_of(x: Tensor) -> tuple:
-    """Memory, number of changes and dtype of a tensor: the same means unchanged."""
-    if torch.compiler.is_compiling() or x.is_inference():  # neither counts changes
-        return 0, 0, x.dtype
-    return x.data_ptr(), x._version, x.dtype
+def _state_of_parameter(parameter: Tensor) -> tuple | None:
+    version = version_of(parameter)
+    return None if version is None else (WeakIdRef(parameter), version)
+
+
+def version_of(x: Tensor) -> tuple | None:
+    """Memory, number of changes and dtype of a tensor: the same means unchanged.
+
+    None where nobody can tell, because a tensor made under `torch.inference_mode` counts none.
+    """
+    return None if x.is_inference() else (x.data_ptr(), x._version, x.dtype)
 
 
 def finish(y: Tensor, epilogue: str, residual: Tensor | None) -> Tensor:
@@ -224,8 +200,25 @@ def finish(y: Tensor, epilogue: str, residual: Tensor | None) -> Tensor:
 
 def is_hooked(module: Any) -> bool:
     """Whether somebody wants to see, or to change, what goes through a module."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or has_own_forward(module)
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if others or has_own_forward(module):
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and not all(map(_is_idle, hooks.values()))
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one that transformers 5 leaves on a module once it recorded its output.
+
+    Such a hook does nothing but in a call that is asked for outputs of its kind.
+    """
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    if recording is None or torch.compiler.is_compiling():
+        return False
+    if getattr(hook, "__module__", None) != recording.__name__:
+        return False
+    collected = recording._active_collector.get()
+    return collected is None or getclosurevars(hook).nonlocals["key"] not in collected
 
 
 def has_own_forward(module: Any) -> bool:
@@ -237,29 +230,22 @@ def has_own_forward(module: Any) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
-def _watched(linears: list[Any]) -> bool:
-    return any(map(is_hooked, linears))
+def _may_join(name: str, linears: list[Any]) -> bool:
+    """Whether these parameters are of one kind, and nobody but their Linear holds one."""
+    if any(_is_shared(linear._parameters, name) for linear in linears):
+        return False
+    parameters = [linear._parameters[name] for linear in linears]
+    kinds = {(p.dtype, p.device, isinstance(p, nn.Parameter)) for p in parameters}
+    return len(kinds) == 1 and isinstance(parameters[0], nn.Parameter) and not parameters[0].is_meta
 
 
-def _joined(linears: list[Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Weights and biases one below the other, or None where the kinds do not go together."""
-    first = linears[0]
-    if len(linears) == 1:
-        return first.weight.data, None if first.bias is None else first.bias.data
-    same = all(
-        linear.weight.dtype == first.weight.dtype
-        and linear.weight.device == first.weight.device
-        and (linear.bias is None) == (first.bias is None)
-        for linear in linears
-    )
-    if not same or first.weight.is_meta:
-        return None, None
-    weight = torch.cat([linear.weight.data for linear in linears])
-    if first.bias is None:
-        return weight, None
-    return weight, torch.cat([linear.bias.data for linear in linears])
+_ALONE = {"parameter": nn.Parameter(torch.empty(0))}
 
 
-def _replace(owner: Any, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(owner.get_submodule(parent), attribute, module)
+def _is_shared(parameters: dict[str, Any], name: str) -> bool:
+    """Whether somebody else holds a parameter too, who would find it emptied or elsewhere.
+
+    He may be no module of the model, so the references are counted, against those of a parameter
+    that only a dictionary holds.
+    """
+    return sys.getrefcount(parameters.get(name)) > sys.getrefcount(_ALONE.get("parameter"))

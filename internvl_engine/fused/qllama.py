@@ -10,7 +10,6 @@ What is merged, packed or handed on: projection.py and base.py.
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -204,5 +203,5 @@ class Constants:
         normed, hidden = (x.expand(batch, -1, -1) for x in self._value)
         return normed, hidden
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Constants":
-        return Constants(deepcopy(self.owner, memo), self.name)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_key": (), "_value": None}  # copies and pickles forget
