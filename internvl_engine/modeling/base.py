@@ -43,6 +43,18 @@ class InternVLPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "reset_extra_parameters"):
             module.reset_extra_parameters(std)
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recomputes the layers in the backward pass from here on.
+
+        Without `use_reentrant`, transformers 4's default: that loses the gradients of a layer whose
+        inputs need none, as those after frozen embeddings.
+        """
+        super().gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs or {"use_reentrant": False}
+        )
+
     @property
     def device(self) -> torch.device:
         """Where inputs belong: of an offloaded model, not the meta device of its first weight."""
