@@ -51,15 +51,6 @@ def backend_in_use(operator: str, backend: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def few_rows(x: Tensor) -> float:
-    """The slack for a norm's result with the rows of x.
-
-    1.05 where there are many. All elements of a row share one rounding, its reciprocal root mean
-    square, up to 1 unit in the last place; over few rows chance decides whose is better: 2.
-    """
-    return 1.05 if x.numel() // max(x.shape[-1], 1) >= 64 else 2.0
-
-
 def with_outliers(x: Tensor) -> Tensor:
     """x with a thousand times the usual size in a few channels, as large models have."""
     x = x.clone()

@@ -4,7 +4,7 @@ import torch
 from internvl_engine import reference
 from internvl_engine.kernels import add_rms_norm
 
-from kernel_runs import backend_in_use, few_rows, interpreted, runs, with_outliers
+from kernel_runs import backend_in_use, interpreted, runs, with_outliers
 from numerics import assert_as_accurate_as_eager, assert_gradient_as_accurate_as_eager
 
 EPS = 1e-6
@@ -33,9 +33,7 @@ def test_is_as_accurate_as_eager(shape, has_scale, device, backend, dtype):
     with backend_in_use("add_rms_norm", backend):
         y, residual_out = add_rms_norm(*args, EPS)
     assert y.is_contiguous() and residual_out.is_contiguous()
-    assert_as_accurate_as_eager(
-        (y, residual_out), reference.add_rms_norm, *args, EPS, slack=few_rows(args[0])
-    )
+    assert_as_accurate_as_eager((y, residual_out), reference.add_rms_norm, *args, EPS, slack=1.05)
 
 
 @pytest.mark.parametrize("has_scale", [True, False])

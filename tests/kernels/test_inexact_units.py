@@ -55,23 +55,21 @@ def floats(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def heads(*positions: int) -> list[torch.Tensor]:
-    return floats(*((1, 2, n, 24) for n in positions))
+    return floats(*((2, 2, n, 24) for n in positions))
 
 
 CASES = {
-    "rms_norm": lambda: (*floats((70, 41), (41,)), EPS),
-    "add_rms_norm": lambda: (*floats((70, 41), (70, 41), (41,), (41,)), EPS),
-    "swiglu": lambda: floats((70, 82)),
-    "linear": lambda: (*floats((70, 41), (82, 41), (82,)), "swiglu"),
-    "attention": lambda: (*heads(70, 70, 70), "causal"),
-    "cross_attention": lambda: heads(40, 50, 50),
+    "rms_norm": lambda: (*floats((256, 41), (41,)), EPS),
+    "add_rms_norm": lambda: (*floats((256, 41), (256, 41), (41,), (41,)), EPS),
+    "swiglu": lambda: floats((256, 82)),
+    "linear": lambda: (*floats((256, 41), (82, 41), (82,)), "swiglu"),
+    "attention": lambda: (*heads(64, 64, 64), "causal"),
+    "cross_attention": lambda: heads(64, 64, 64),
     "qk_norm_attention": lambda: (*floats((1, 50, 3, 2, 24), (48,), (48,)), EPS),
 }
 
 
-# Norms must be closer. Of 48 values of a weight's gradient, chance decides which are better.
-FORWARD_SLACK = {"rms_norm": 1.05, "add_rms_norm": 1.05}
-GRADIENT_SLACK = {"qk_norm_attention": 1.6}
+SLACK = {"rms_norm": 1.05, "add_rms_norm": 1.05}
 
 
 @pytest.mark.parametrize("operator", CASES)
@@ -79,10 +77,9 @@ def test_is_as_accurate_as_eager_all_the_same(operator):
     args = CASES[operator]()
     run, expected = getattr(kernels, operator), getattr(reference, operator)
     with backend_in_use(operator, "triton"):
-        slack = FORWARD_SLACK.get(operator, 1.25)
+        slack = SLACK.get(operator, 1.25)
         assert_as_accurate_as_eager(run(*args), expected, *args, slack=slack)
-        slack = GRADIENT_SLACK.get(operator, 1.25)
-        assert_gradient_as_accurate_as_eager(run, expected, *args, slack=slack)
+        assert_gradient_as_accurate_as_eager(run, expected, *args)
 
 
 @pytest.mark.parametrize("operator", ["pooling_attention", "decode_attention"])
