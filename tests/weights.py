@@ -14,8 +14,9 @@ def weight_bytes(built: nn.Module) -> int:
                     storages[tensor.untyped_storage().data_ptr()] = (
                         tensor.untyped_storage().nbytes()
                     )
-        pack = getattr(module, "pack", None)
-        if pack is not None:
+        packed = getattr(module, "packed", None)
+        if packed is not None:
+            pack = packed.pack
             storages[id(pack) if pack.data.is_mkldnn else pack.data.data_ptr()] = pack.nbytes
         for parameter in module.parameters(recurse=False):
             storage = parameter.untyped_storage()

@@ -10,6 +10,21 @@ from torch import Tensor, nn
 from .. import kernels
 
 
+class Rows:
+    """Rows of a pack, and the parameter that is empty while they are its values."""
+
+    def __init__(self, pack: kernels.PackedWeight, rows: slice, parameter: nn.Parameter) -> None:
+        self.pack = pack
+        self.rows = rows
+        self.emptied = [parameter]  # to be popped: torch.compile keeps attributes for some time
+
+    def dense(self) -> Tensor:
+        """The values, (F, C)."""
+        dense = self.pack.dense()
+        start, stop, _ = self.rows.indices(len(dense))
+        return dense if stop - start == len(dense) else dense[self.rows].clone()
+
+
 class PackedLinear(nn.Linear):
     """What a Linear is while its weight is rows of a pack: the same module, of this class.
 
@@ -17,15 +32,13 @@ class PackedLinear(nn.Linear):
     is used for as long as it is there.
     """
 
-    pack: kernels.PackedWeight
-    rows: slice
+    packed: Rows
 
     @staticmethod
     def pack_into(linear: Any, pack: kernels.PackedWeight, rows: slice) -> None:
         """Makes a Linear, whose weight is these rows of pack, a PackedLinear."""
         parameter = linear._parameters["weight"]
-        hidden = {"pack": pack, "rows": rows, "emptied": parameter}  # no submodules, no parameters
-        linear.__dict__.update(hidden)
+        linear.packed = Rows(pack, rows, parameter)
         linear.__class__ = PackedLinear
         linear._parameters["weight"] = None
         parameter.data = parameter.data.new_empty(0)
@@ -33,12 +46,11 @@ class PackedLinear(nn.Linear):
     def unpack(self) -> None:
         """Becomes an ordinary Linear, with the parameter that it had or what was put there."""
         if self._parameters["weight"] is None:
-            parameter = self.__dict__["emptied"]
-            parameter.data = self._dense()
+            parameter = self.packed.emptied.pop()
+            parameter.data = self.packed.dense()
             self._parameters["weight"] = parameter
         self.__class__ = nn.Linear
-        for name in ("pack", "rows", "emptied"):
-            del self.__dict__[name]
+        del self.packed
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
@@ -51,27 +63,25 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Only when called as a module: wrapped, hooked, or by the eager layer."""
-        if self._parameters["weight"] is None:
-            if self.out_features == self.pack.shape[0]:
-                return kernels.linear_packed(x, self.pack, self.bias)
+        if is_packed(self):
+            pack = self.packed.pack
+            if self.out_features == pack.shape[0]:
+                return kernels.linear_packed(x, pack, self.bias)
             if torch.compiler.is_compiling():  # where nothing can be unpacked
-                y = kernels.linear_packed(x, self.pack)[..., self.rows]
+                y = kernels.linear_packed(x, pack)[..., self.packed.rows]
                 return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.weight, self.bias)
 
-    def _dense(self) -> Tensor:
-        dense = self.pack.dense()
-        return dense if dense.shape[0] == self.out_features else dense[self.rows].clone()
-
     def _apply(self, fn: Callable, recurse: bool = True) -> "PackedLinear":
-        probe = fn(torch.empty(0, dtype=self.pack.dtype))
-        if probe.dtype != self.pack.dtype or probe.device.type != "cpu":
+        dtype = self.packed.pack.dtype
+        probe = fn(torch.empty(0, dtype=dtype))
+        if probe.dtype != dtype or probe.device.type != "cpu":
             self.unpack()
         return nn.Linear._apply(self, fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._parameters["weight"] is None:
-            destination[prefix + "weight"] = self._dense()
+        if is_packed(self):
+            destination[prefix + "weight"] = self.packed.dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -88,11 +98,16 @@ class PackedLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable, tuple[type], dict[str, Any]]:
         state = {**self.__dict__, "_parameters": dict(self._parameters)}
-        emptied = [state.pop(name) for name in ("pack", "rows", "emptied")][-1]
-        if self._parameters["weight"] is None:
-            weight = nn.Parameter(self._dense(), emptied.requires_grad)
+        rows = state.pop("packed")
+        if is_packed(self):
+            weight = nn.Parameter(rows.dense(), rows.emptied[0].requires_grad)
             state["_parameters"]["weight"] = weight
         return object.__new__, (nn.Linear,), state
+
+
+def is_packed(linear: Any) -> bool:
+    """Whether the weight of a module is rows of a pack and nothing else."""
+    return type(linear) is PackedLinear and linear._parameters["weight"] is None
 
 
 def unpack(linears: list[Any]) -> None:
@@ -104,8 +119,11 @@ def unpack(linears: list[Any]) -> None:
 
 def pack_of(linears: list[Any]) -> kernels.PackedWeight | None:
     """The pack whose rows are the weights of all these and of no others, if there is one."""
-    if any(type(n) is not PackedLinear or n._parameters["weight"] is not None for n in linears):
+    if not is_packed(linears[0]):
         return None
-    pack, rows = linears[0].pack, sum(linear.out_features for linear in linears)
-    same = rows == pack.shape[0] and all(linear.pack is pack for linear in linears)
-    return pack if same else None
+    pack, num_rows = linears[0].packed.pack, 0
+    for linear in linears:
+        if not is_packed(linear) or linear.packed.pack is not pack:
+            return None
+        num_rows += linear.out_features
+    return pack if num_rows == pack.shape[0] else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from .. import kernels
-from .packed import PackedLinear, pack_of, unpack
+from .packed import PackedLinear, is_packed, pack_of, unpack
 
 
 class Projection:
@@ -40,16 +40,11 @@ class Projection:
     def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """residual + epilogue([linear(x), ...]): (..., C) to (..., F)."""
         linears = self.linears()
-        if not any(map(is_hooked, linears)):
-            if self.inference and not torch.compiler.is_compiling():
-                self._prepare(linears)
-            pack = pack_of(linears)
-            if pack is not None:
-                return kernels.linear_packed(x, pack, self._bias_of(linears), epilogue, residual)
-            if all(type(linear) is nn.Linear for linear in linears):
-                weight = self._whole("weight", linears)
-                if weight is not None:
-                    return kernels.linear(x, weight, self._bias_of(linears), epilogue, residual)
+        weight = None if any(map(is_hooked, linears)) else self._weight_of(linears)
+        if isinstance(weight, kernels.PackedWeight):
+            return kernels.linear_packed(x, weight, self._bias_of(linears), epilogue, residual)
+        if weight is not None:
+            return kernels.linear(x, weight, self._bias_of(linears), epilogue, residual)
         outputs = [linear(x) for linear in linears]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return finish(y, epilogue, residual)
@@ -69,28 +64,68 @@ class Projection:
     def prepare(self) -> None:
         """Merges or packs what can be, before a call does."""
         linears = self.linears()
-        if self.inference and not any(map(is_hooked, linears)):
-            self._prepare(linears)
+        if not any(map(is_hooked, linears)):
+            self._weight_of(linears)
 
     def release(self) -> None:
         """Makes every Linear an ordinary one again, with its own parameter."""
         unpack(self.linears())
         self._merged.clear()
 
-    def _prepare(self, linears: list[Any]) -> None:
-        if any(type(linear) is nn.Linear for linear in linears):
-            unpack(linears)  # somebody asked for one of these weights: pack them together again
-            if all(type(linear) is nn.Linear for linear in linears):
-                if kernels.can_pack(linears[0].weight):
-                    self._pack(linears)
-                else:
-                    self._merge("weight", linears)
-        if len(linears) > 1 and all(hasattr(linear, "bias") for linear in linears):
-            self._merge("bias", linears)
+    def _weight_of(self, linears: list[Any]) -> kernels.PackedWeight | Tensor | None:
+        """The weight of all rows; None where it is in several tensors, or behind other modules."""
+        pack = pack_of(linears)
+        if pack is not None:
+            return pack
+        weight = self._dense_of(linears)
+        is_final = weight is not None and len(linears) > 1
+        if is_final or not self.inference or torch.compiler.is_compiling():
+            return weight
+        del weight  # nobody else may hold it
+        self._join(linears)
+        pack = pack_of(linears)
+        return self._dense_of(linears) if pack is None else pack
+
+    def _dense_of(self, linears: list[Any]) -> Tensor | None:
+        if all(type(linear) is nn.Linear for linear in linears):
+            return self._whole("weight", [linear.weight for linear in linears])
+        return None
+
+    def _bias_of(self, linears: list[Any]) -> Tensor | None:
+        biases = [linear.bias for linear in linears]
+        whole = self._whole("bias", biases)
+        there = [bias for bias in biases if bias is not None]
+        if whole is not None or not there:
+            return whole
+        zeros = [there[0].new_zeros(linear.out_features) for linear in linears]
+        return torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
+
+    def _whole(self, name: str, parameters: list[Any]) -> Tensor | None:
+        """One parameter, or several as the one tensor in which they lie below each other."""
+        if len(parameters) == 1:
+            return parameters[0]
+        merged = self._merged.get(name)
+        return merged.tensor if merged is not None and merged.holds(parameters) else None
+
+    def _join(self, linears: list[Any]) -> None:
+        is_dense = [type(linear) is nn.Linear for linear in linears]
+        if not any(is_dense):
+            return
+        if not all(is_dense):  # somebody asked for one of these weights: pack them together again
+            if not all(
+                map(is_packed, (n for n, d in zip(linears, is_dense, strict=True) if not d))
+            ):
+                return
+            unpack(linears)
+        self._merged.clear()  # it holds the parameters too
+        if kernels.can_pack(linears[0].weight):
+            self._pack(linears)
+        else:
+            self._merge("weight", linears)
+        self._merge("bias", linears)
 
     @torch.no_grad()
     def _pack(self, linears: list[Any]) -> None:
-        self._merged.pop("weight", None)  # it holds the parameters too
         if not _may_join("weight", linears):
             return
         weights = [linear.weight.data for linear in linears]
@@ -103,30 +138,8 @@ class Projection:
 
     @torch.no_grad()
     def _merge(self, name: str, linears: list[Any]) -> None:
-        if len(linears) == 1 or self._whole(name, linears) is not None:
-            return
-        self._merged.pop(name, None)  # it holds the parameters too
-        if _may_join(name, linears):
+        if len(linears) > 1 and _may_join(name, linears):
             self._merged[name] = Merged([getattr(linear, name) for linear in linears])
-
-    def _whole(self, name: str, linears: list[Any]) -> Tensor | None:
-        """The parameter of this name, of all linears one below the other, if that is there."""
-        parameters = [getattr(linear, name) for linear in linears]
-        if len(parameters) == 1:
-            return parameters[0]
-        merged = self._merged.get(name)
-        return merged.tensor if merged is not None and merged.holds(parameters) else None
-
-    def _bias_of(self, linears: list[Any]) -> Tensor | None:
-        biases = [linear.bias for linear in linears]
-        there = [bias for bias in biases if bias is not None]
-        if not there or len(biases) == 1:
-            return biases[0]
-        whole = self._whole("bias", linears)
-        if whole is not None:
-            return whole
-        zeros = [there[0].new_zeros(linear.out_features) for linear in linears]
-        return torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
 
     def __getstate__(self) -> dict[str, Any]:
         # Copied parameters share no storage: the copy merges its own at its first call.
@@ -168,10 +181,10 @@ def state_of(linear: Any) -> tuple | None:
 
     It can be kept: it keeps no weight alive, and none that is made later is taken for this one.
     """
-    packed = type(linear) is PackedLinear and linear._parameters["weight"] is None
+    packed = is_packed(linear)
     if is_hooked(linear) or not (packed or type(linear) is nn.Linear):
         return None
-    weight = (WeakIdRef(linear.pack),) if packed else _state_of_parameter(linear.weight)
+    weight = (WeakIdRef(linear.packed.pack),) if packed else _state_of_parameter(linear.weight)
     bias = () if linear.bias is None else _state_of_parameter(linear.bias)
     return None if weight is None or bias is None else (weight, bias)
 

@@ -1,11 +1,12 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from internvl_engine import kernels
-from internvl_engine.fused.base import Handoff
 from internvl_engine.fused.projection import PackedLinear, Projection, state_of
 
 NAMES = ("first", "second")
@@ -47,7 +48,7 @@ def test_two_linears_are_one_product_and_their_weights_one_storage(owner, dtype)
     near(pair(x), expected)
     if kernels.can_pack(torch.empty(64, 64, dtype=dtype)):
         assert all(isinstance(linear, PackedLinear) for linear in pair.linears())
-        assert len({id(linear.pack) for linear in pair.linears()}) == 1
+        assert len({id(linear.packed.pack) for linear in pair.linears()}) == 1
     else:
         first, second = (linear.weight for linear in pair.linears())
         assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
@@ -89,6 +90,63 @@ def test_whoever_takes_a_weight_may_change_it(owner, dtype):
     assert [state_of(linear) for linear in pair.linears()] != states
 
 
+@pytest.mark.parametrize("how", ["in place", "data", "new", "none", "given"])
+@torch.no_grad()
+def test_a_bias_is_looked_up_at_every_call(owner, dtype, how):
+    x = torch.randn(5, 64, dtype=dtype)
+    pair = Projection(owner, *NAMES, inference=True)
+    pair(x)
+    bias = torch.randn(96, dtype=dtype)
+    if owner.second.bias is None or how == "new":
+        owner.second.bias = nn.Parameter(bias)
+    elif how == "in place":
+        owner.second.bias.copy_(bias)
+    elif how == "data":
+        owner.second.bias.data = bias
+    elif how == "none":
+        owner.second.bias = None
+    else:
+        owner.second._parameters["bias"] = bias
+    found = pair(x)
+    near(found, pair(x))
+    near(found, owner(x))
+    second = copy.deepcopy(owner.second)
+    near(found[:, 32:], nn.functional.linear(x, second.weight, second.bias))
+
+
+@torch.no_grad()
+def test_a_module_stays_the_one_it_was(owner, dtype):
+    modules = dict(owner.named_modules())
+    parameters = [id(p) for p in owner.parameters()]
+    pair = Projection(owner, *NAMES, inference=True)
+    pair(torch.randn(5, 64, dtype=dtype))
+    assert dict(owner.named_modules()) == modules
+    pair.release()
+    assert dict(owner.named_modules()) == modules
+    assert [id(p) for p in owner.parameters()] == parameters
+
+
+@torch.no_grad()
+def test_a_state_is_of_one_weight_and_keeps_none_alive(owner, dtype):
+    pair = Projection(owner, *NAMES, inference=True)
+    pair.prepare()
+    states = [state_of(owner.first)]
+    assert states[0] == state_of(owner.first)
+    for _ in range(20):  # memory is given out again
+        owner.first.weight = nn.Parameter(torch.randn(32, 64, dtype=dtype))
+        pair.prepare()
+        states.append(state_of(owner.first))
+    assert all(states.count(state) == 1 for state in states)
+    whose = weakref.ref(owner.first.packed.pack if pair_is_packed(pair) else owner.first.weight)
+    del owner.first, owner.second, pair
+    gc.collect()
+    assert whose() is None
+
+
+def pair_is_packed(pair):
+    return all(isinstance(linear, PackedLinear) for linear in pair.linears())
+
+
 @torch.no_grad()
 def test_a_wrapped_or_hooked_linear_is_called(owner, dtype):
     x = torch.randn(5, 64, dtype=dtype)
@@ -118,23 +176,3 @@ def test_a_gradient_reaches_the_weights_in_training(owner, dtype):
     x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
     Projection(owner, *NAMES, inference=False)(x).sum().backward()
     near(owner.first.weight.grad, x.detach().sum(0).expand(32, 64))
-
-
-def test_a_handoff_serves_only_the_same_unchanged_tensor():
-    loop = nn.Identity()
-    handoff = Handoff(nn.Identity(), loop)
-    hidden, normed = torch.zeros(2), torch.ones(2)
-    handoff.put(hidden, normed)
-    assert handoff.take(hidden) is normed and handoff.take(hidden) is None
-    handoff.put(hidden, normed)
-    assert handoff.take(hidden.clone()) is None
-    handoff.put(hidden, normed)
-    hidden.add_(1)
-    assert handoff.take(hidden) is None
-    assert handoff.is_open
-    loop.gradient_checkpointing = True
-    assert not handoff.is_open
-    with torch.no_grad():
-        assert not handoff.is_open
-    loop.eval()
-    assert handoff.is_open
