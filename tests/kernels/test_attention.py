@@ -188,6 +188,17 @@ def test_outlier_channels(dtype, device):
     assert_as_accurate_as_eager(attention(q, k, v), reference.attention, q, k, v)
 
 
+def test_positions_beyond_32_bits_are_copied():
+    """The kernels add up 32-bit offsets of the positions, as of rows 2**30 elements apart."""
+    module = pytest.importorskip("internvl_engine.kernels.triton.attention")
+    near, far = (
+        torch.empty_strided((1, 2, 3, 16), (0, 16, step, 1), device="meta")
+        for step in (2**29, 2**30)
+    )
+    assert module.readable(near) is near
+    assert module.readable(far).is_contiguous()
+
+
 @interpreted
 def test_triton_twice_the_same_bits(triton_small_tiles):
     args = (*inputs(1, 2, 45, 45, 16, torch.float16), "causal", 0, padding(1, 45))

@@ -105,6 +105,16 @@ def test_a_cuda_graph_follows_the_lengths():
     torch.testing.assert_close(out, decode_attention(q, k, v, lengths), rtol=0, atol=0)
 
 
+@interpreted
+def test_triton_reads_lengths_of_any_stride():
+    q, k, v, _ = inputs(3, 2, 40, 16, torch.float16, ragged=False)
+    k, v = k.nan_to_num(0.5), v.nan_to_num(0.5)
+    lengths = torch.tensor([[5, 1], [9, 1], [40, 1]])[:, 0]
+    with backend_in_use("decode_attention", "triton"):
+        check(q, k, v, lengths)
+        check(q, k, v, lengths[1].expand(3))
+
+
 def test_rejects_what_does_not_fit():
     q, k, v, lengths = inputs(2, 2, 9, 16)
     with pytest.raises(ValueError, match=r"\(B, H, 1, D\)"):

@@ -152,6 +152,13 @@ def test_nan_weights_give_nan(dtype, device):
     assert out.isnan().all()
 
 
+@interpreted
+def test_triton_reads_weights_of_any_stride(triton_small_tiles):
+    qkv, *_ = inputs((1, 33, 2, 16), torch.float16)
+    weights = (torch.rand(32, 2) + 0.5).half().requires_grad_()
+    check(qkv, weights[:, 0], weights[:, 1], EPS)
+
+
 @pytest.mark.parametrize("shape", [(0, 257, 2, 16), (2, 0, 2, 16)])
 @pytest.mark.parametrize("backend", ["native", "sdpa", "triton"])
 def test_empty(shape, backend):

@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -44,6 +47,21 @@ def test_reads_a_packed_qkv_in_place(device, backend, dtype):
     assert q_out.transpose(1, 2).is_contiguous() and k_out.transpose(1, 2).is_contiguous()
     assert_as_accurate_as_eager((q_out, k_out), reference.rotary, q, k, *rest)
     assert torch.equal(qkv, before)
+
+
+def test_the_cuda_kernel_gets_no_tables_that_do_not_start_on_16_bytes(monkeypatch):
+    module = sys.modules[rotary.__module__]
+    calls = []
+    monkeypatch.setattr(
+        module, "native_cuda", SimpleNamespace(rotary=lambda *args: calls.append(1))
+    )
+    monkeypatch.setattr(module._cuda, "stream", lambda: 0)
+    q, k, cos, sin, positions = inputs((1, 2, 3, 16))
+    module.rotary_cuda(q, k, cos, sin, positions)
+    assert calls == [1]
+    off_by_one = torch.empty(cos.numel() + 1)[1:].view_as(cos).copy_(cos)
+    assert module.rotary_cuda(q, k, off_by_one, sin, positions) is NotImplemented
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("device, backend, dtype", RUNS)

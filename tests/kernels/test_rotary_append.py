@@ -78,6 +78,16 @@ def test_fewer_key_heads_than_query_heads(device, backend, dtype):
     assert_as_accurate_as_eager((y, written), functional, q, k, v, *rest, storage)
 
 
+@pytest.mark.parametrize("device, backend, dtype", RUNS)
+def test_more_key_heads_than_query_heads(device, backend, dtype):
+    q, k, v, *rest = inputs((2, 40, 5, 16), dtype, device)
+    storage = cache((2, 40, 5, 16), dtype, device)
+    written = storage.clone()
+    with backend_in_use("rotary_append", backend):
+        y = rotary_append(q[:, :2], k, v, *rest, *written)
+    assert_as_accurate_as_eager((y, written), functional, q[:, :2], k, v, *rest, storage)
+
+
 def test_is_a_wellformed_operator(device):
     args, storage = (
         inputs((2, 3, 4, 16), device=device),
