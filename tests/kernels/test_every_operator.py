@@ -112,3 +112,129 @@ def test_every_row_has_the_same_bits_in_every_batch():
             for image in range(3):
                 alone = call(*(tensor[image : image + 1] for tensor in batch))
                 assert torch.equal(alone[0], whole[image]), (operator, dtype)
+
+
+def on_gpu(operator: str, dtype: torch.dtype = torch.bfloat16) -> list:
+    """The example's arguments on the GPU, floating tensors in one dtype.
+
+    Those of attention's gradients stay as the forward pass gave them, bfloat16 and float32.
+    """
+
+    def moved(x):
+        cast = x.is_floating_point() and not operator.endswith("attention_backward")
+        return x.to("cuda", dtype if cast else x.dtype)
+
+    return [moved(x) if isinstance(x, torch.Tensor) else x for x in examples()[operator]]
+
+
+def outputs_of(operator: str, arguments: list) -> list[torch.Tensor]:
+    """What it returns, and the tensors that it writes to."""
+    returned = getattr(torch.ops.internvl, operator).default(*arguments)
+    written = arguments[-2:] if operator == "rotary_append" else []
+    return [returned, *written] if isinstance(returned, torch.Tensor) else [*returned, *written]
+
+
+ON_GPU = sorted(name for name in _library._ORDER if "packed" not in name)  # a CPU's layout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", ON_GPU)
+def test_a_cuda_graph_captures_it_and_follows_its_inputs(operator):
+    """Capture fails where the host waits for the device."""
+    arguments, others = on_gpu(operator), on_gpu(operator)
+    outputs_of(operator, arguments)  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_of(operator, arguments)
+    for mine, other in zip(arguments, others, strict=True):
+        if isinstance(mine, torch.Tensor):
+            mine.copy_(other)
+    graph.replay()
+    expected = outputs_of(operator, others)
+    for actual, wanted in zip(captured, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", ON_GPU)
+def test_all_backends_of_a_gpu_agree(operator):
+    """flash, cuDNN and CUDA C++ too: a wrong order of arguments or outputs shows. Accuracy is for
+    the operators' own tests; a few roundings of bfloat16 apart is near enough here."""
+    arguments = on_gpu(operator)
+    with kernels.prefer(operator, "reference"):
+        expected = outputs_of(operator, copies(arguments))
+    for backend in kernels.backends(operator)["CUDA"]:
+        with kernels.prefer(operator, backend):
+            actual = outputs_of(operator, copies(arguments))
+        for ours, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(
+                ours,
+                wanted,
+                rtol=0.05,
+                atol=0.05,
+                equal_nan=True,
+                msg=lambda m, b=backend: f"{b}: {m}",
+            )
+
+
+def copies(arguments: list) -> list:
+    """So that what writes to a cache does not see what another wrote."""
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("operator", ON_GPU)
+def test_runs_on_the_second_gpu_while_the_first_is_current(operator):
+    arguments = on_gpu(operator)
+    there = [x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in arguments]
+    expected, actual = outputs_of(operator, arguments), outputs_of(operator, there)
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert ours.device == torch.device("cuda", 1)
+        torch.testing.assert_close(ours.cuda(0), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("operator", ON_GPU)
+def test_storage_that_starts_off_16_bytes(operator, dtype):
+    """Another variant of a Triton kernel, and not for the kernels in CUDA C++."""
+    arguments = on_gpu(operator, dtype)
+    shifted = []
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            storage = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+            x = storage[1:].view(x.shape).copy_(x)
+        shifted.append(x)
+    for ours, wanted in zip(
+        outputs_of(operator, shifted), outputs_of(operator, arguments), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", ["rms_norm", "swiglu", "qk_norm_attention", "rotary"])
+def test_batches_of_more_than_2_to_the_31_elements(operator):
+    """The last image of a batch whose offsets need 64 bits has the bits that it has alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GiB")
+    width, weight = 3200, torch.ones(3200, device="cuda", dtype=torch.bfloat16)
+    table = reference.rotary_table(257, 128, 10000.0, torch.bfloat16, "cuda")
+    positions = torch.arange(257, device="cuda")[None]
+    calls = {
+        "rms_norm": lambda x: kernels.rms_norm(x, weight.repeat(3)),
+        "swiglu": kernels.swiglu,
+        "qk_norm_attention": lambda x: kernels.qk_norm_attention(
+            x.unflatten(-1, (3, 25, 128)), weight, weight
+        ),
+        "rotary": lambda x: kernels.rotary(
+            *(x.unflatten(-1, (3, 25, 128))[:, :, part].transpose(1, 2) for part in (0, 1)),
+            *table, positions,
+        )[0],
+    }  # fmt: skip
+    x = torch.zeros(900, 257, 3 * width, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-1].normal_()
+    whole = calls[operator](x)[-1]
+    assert torch.equal(whole, calls[operator](x[-1:])[0])
+    assert whole.any()

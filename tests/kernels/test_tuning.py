@@ -1,6 +1,9 @@
 import json
 
 import pytest
+import torch
+
+from internvl_engine import kernels
 
 pytest.importorskip("triton")
 from internvl_engine.kernels.triton import _tuning
@@ -11,8 +14,8 @@ KEY = (3200, "bf16")
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    """Results of this test only, and a timer that prefers BLOCK = 128."""
+def empty_cache(tmp_path, monkeypatch, request):
+    """Results of this test only, and but on a GPU a timer that prefers BLOCK = 128."""
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path))
     timed = []
 
@@ -20,7 +23,8 @@ def empty_cache(tmp_path, monkeypatch):
         timed.append(run())
         return 1.0 / timed[-1]["BLOCK"]
 
-    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr("triton.testing.do_bench", do_bench)
     forget()
     yield timed
     forget()
@@ -111,6 +115,19 @@ def test_a_stored_configuration_that_the_kernel_no_longer_has_is_ignored(tmp_pat
     assert config() == DEFAULTS[_tuning.architecture(0)] | _tuning.OPTIONS
     with _tuning.tuning():
         assert config()["BLOCK"] == 128
+
+
+@pytest.mark.gpu
+def test_a_gpu_tunes_a_kernel_stores_the_winner_and_gives_the_same_result(tmp_path):
+    x = torch.randn(300, 3200, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(3200, device="cuda", dtype=torch.bfloat16)
+    before = kernels.rms_norm(x, weight)
+    with _tuning.tuning():
+        tuned = kernels.rms_norm(x, weight)
+    torch.testing.assert_close(tuned, before)
+    (file,) = tmp_path.iterdir()
+    (name,) = json.loads(file.read_text())
+    assert name == "rms_norm(3200, torch.bfloat16)"
 
 
 @pytest.mark.parametrize(
