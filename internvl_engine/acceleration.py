@@ -1,10 +1,12 @@
 """Puts the fused modules into a model, says what it did, and takes them out again.
 
 Modules are recognised by their structure (the names and shapes of what they hold), so our eager
-model, copies of the published code and transformers' own InternViT and LLaMA are all served.
-Instances are replaced, never classes; the loops, masks and caches around them stay.
+model, copies of the published code and transformers' own InternViT and LLaMA are all served; one of
+every foreign kind is tried whether it computes what its fused form does. Instances are replaced,
+never classes; the loops, masks and caches around them stay.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +26,10 @@ from .fused import (
     FusedTransformersVisionLayer,
     FusedVisionLayer,
 )
-from .fused.base import Handoff, Shared
 from .fused.projection import has_own_forward
+from .fused.proof import Proofs
 from .fused.qllama import Constants
+from .fused.sharing import Handoff, Shared
 
 # The first that claims a module gets it; what is inside a fused module is its own business.
 FUSED: tuple[type[FusedModule], ...] = (
@@ -40,6 +43,7 @@ FUSED: tuple[type[FusedModule], ...] = (
     FusedLlamaMLP,
     FusedRMSNorm,
 )
+Found = tuple[nn.Module, str, "Entry"]  # parent, attribute, what becomes of the module there
 MODES = ("inference", "training")
 
 
@@ -107,6 +111,10 @@ def accelerate(
     probabilities, hooks inside it) its eager module computes. Calling it again changes nothing but
     the mode.
 
+    What the first layer of QLLaMA makes of the query tokens is computed once and, when a weight of
+    it is changed or replaced, anew. In-place edits behind autograd's back (`weight.data.copy_`) are
+    not noticed: use `torch.no_grad()`, or call `accelerate` again.
+
     Args:
         model: any module: ours, the published one, one with an InternViT or a LLaMA inside.
         mode: "inference" or "training".
@@ -127,62 +135,71 @@ def accelerate(
             f"accelerate: give the model around this {type(model).__name__}; a module is replaced "
             "in its parent"
         )
-    found = list(_find(model, ""))
+    found = list(_find(model, "", Proofs(), set()))
     report = Report(mode, [entry for _, _, entry in found])
     if strict and report.kept:
         name, reason = next(iter(report.kept.items()))
         raise ValueError(
             f"accelerate: {len(report.kept)} modules cannot be replaced; {name}: {reason}"
         )
-    classes = {kind.__name__: kind for kind in FUSED}
-    for parent, attribute, entry in found:
-        child = parent._modules[attribute]
-        if entry.fused and not isinstance(child, FusedModule):
-            fused = classes[entry.fused](child, mode == "inference")
-            fused.prepare()
-            parent._modules[attribute] = fused
-            report._replaced.append((parent, attribute, fused))
-            if compile:
-                fused.compile(fullgraph=True, dynamic=True)
-        elif isinstance(child, FusedModule) and child.inference != (mode == "inference"):
-            child.set_inference(mode == "inference")
-            entry.reason = f"already fused, for {mode} from now on"
+    _replace(model, found, report, compile)
     _link(model)
     return report
 
 
-def _find(parent: nn.Module, prefix: str):
+def _replace(model: nn.Module, found: list[Found], report: Report, compile: bool) -> None:
+    inference = report.mode == "inference"
+    classes = {kind.__name__: kind for kind in FUSED}
+    # A module may be in several places, and so is the one that is fused of it.
+    fused_of = {m.eager: m for m in model.modules() if isinstance(m, FusedModule)}
+    for parent, attribute, entry in found:
+        child: Any = parent._modules[attribute]
+        if isinstance(child, FusedModule):
+            if child.inference != inference:
+                child.set_inference(inference)
+                entry.reason = f"already fused, for {report.mode} from now on"
+        elif entry.fused:
+            if child not in fused_of:
+                fused = fused_of[child] = classes[entry.fused](child, inference)
+                fused.prepare()
+                if compile:
+                    fused.compile(fullgraph=True, dynamic=True)
+            parent._modules[attribute] = fused_of[child]
+            report._replaced.append((parent, attribute, fused_of[child]))
+
+
+def _find(parent: nn.Module, prefix: str, proofs: Proofs, seen: set[nn.Module]) -> Iterator[Found]:
     """(parent, attribute, Entry) of every known module below, outermost first."""
-    for attribute, child in parent.named_children():
+    for attribute, child in parent._modules.items():
         name = f"{prefix}{attribute}"
-        if isinstance(child, AbsentModule):  # of a part that was not loaded
+        if child is None or isinstance(child, AbsentModule):  # of a part that was not loaded
             continue
         if isinstance(child, FusedModule):
-            yield (
-                parent,
-                attribute,
-                Entry(name, type(child.eager).__name__, type(child).__name__, "already fused"),
-            )
+            kept = Entry(name, type(child.eager).__name__, type(child).__name__, "already fused")
+            yield parent, attribute, kept
             continue
         kind = next((kind for kind in FUSED if kind.claims(child)), None)
-        reason = None if kind is None else _untouchable(child) or kind.objection(child)
-        if kind is not None and reason is None:
-            yield parent, attribute, Entry(name, type(child).__name__, kind.__name__)
-            continue
         if kind is not None:
-            yield parent, attribute, Entry(name, type(child).__name__, None, reason or "")
-            if _untouchable(child):
+            fixed = _untouchable(parent, child)
+            reason = fixed or proofs.objection(kind, child)
+            fused = None if reason else kind.__name__
+            yield parent, attribute, Entry(name, type(child).__name__, fused, reason or "")
+            if fused or fixed:
                 continue
-        yield from _find(child, f"{name}.")
+        if child not in seen:
+            seen.add(child)
+            yield from _find(child, f"{name}.", proofs, seen)
 
 
-def _untouchable(module: nn.Module) -> str | None:
+def _untouchable(parent: nn.Module, module: nn.Module) -> str | None:
     if any(hasattr(m, "_hf_hook") for m in module.modules()):
         return "its weights are moved in and out by hooks (device_map)"
     if any(p.is_meta for p in module.parameters()):
         return "its weights are offloaded, or were never loaded"
     if any(has_own_forward(m) for m in module.modules()):
         return "its forward was replaced"
+    if has_own_forward(parent):  # as of torch.compile's wrapper, which has the old one's bound
+        return f"what calls it is not the forward of {type(parent).__name__}"
     return None
 
 
@@ -195,26 +212,28 @@ def _link(model: nn.Module) -> None:
         elif isinstance(loop, FusedLlamaAttention):
             loop.angles = angles
         for layers in (m for m in loop.children() if isinstance(m, nn.ModuleList)):
-            _link_layers(loop, list(layers))
+            _link_layers(list(layers), getattr(loop, "norm", None))
     tokens = getattr(model, "query_tokens", None)
     first = next((m for m in model.modules() if isinstance(m, FusedDecoderLayer)), None)
     if isinstance(tokens, torch.Tensor) and first is not None and first.layer_idx == 0:
         first.constants = Constants(model)
 
 
-def _link_layers(loop: nn.Module, layers: list[Any]) -> None:
+def _link_layers(layers: list[Any], last: Any) -> None:
     followers: list[Any] = [*layers[1:], None]
     for layer, following in zip(layers, followers, strict=True):
         norm = None
+        if layers.count(layer) > 1:  # whom it precedes depends
+            continue
         if isinstance(layer, FusedDecoderLayer) and isinstance(following, FusedDecoderLayer):
             norm = following.input_layernorm
         elif isinstance(layer, FusedVisionLayer) and isinstance(following, FusedVisionLayer):
             norm = getattr(following, following.NORMS[0])
         elif isinstance(layer, FusedDecoderLayer) and following is None:
-            following = getattr(loop, "norm", None)
-            norm = following.eager if isinstance(following, FusedRMSNorm) else None
+            following = last
+            norm = last.eager if isinstance(last, FusedRMSNorm) else None
         if norm is not None:
-            handoff = Handoff(norm, loop)
+            handoff = Handoff(norm)
             layer.after = handoff
             if isinstance(following, FusedRMSNorm):
                 following.handoff = handoff

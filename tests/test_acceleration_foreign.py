@@ -6,6 +6,7 @@ from collections import Counter
 import published_code
 import pytest
 import torch
+from foreign_towers import vision_tower
 
 from internvl_engine.acceleration import accelerate
 
@@ -33,19 +34,6 @@ def test_the_published_code():
     report.undo()
     assert all(type(m).__module__.startswith(("published", "torch")) for m in model.modules())
     assert torch.equal(model(x)[1], expected[1])
-
-
-def vision_tower(**changes):
-    modeling = pytest.importorskip("transformers.models.internvl.modeling_internvl")
-    from transformers import InternVLVisionConfig
-
-    torch.manual_seed(0)
-    fields = {
-        "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96,
-        "num_hidden_layers": 3, "image_size": (28, 28), "patch_size": (7, 7),
-        "norm_type": "rms_norm", "use_qk_norm": True,
-    }  # fmt: skip
-    return modeling.InternVLVisionModel(InternVLVisionConfig(**(fields | changes))).eval()
 
 
 @pytest.mark.parametrize("qk_norm, bias", [(True, False), (False, True)])

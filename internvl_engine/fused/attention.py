@@ -32,7 +32,7 @@ def rotate(
     Returns:
         rotated q, and the keys and values of all positions.
     """
-    appends = hasattr(cache, "rotary_append") and q.dtype == v.dtype
+    appends = hasattr(cache, "rotary_append") and q.dtype == v.dtype == angles[0].dtype
     if appends and not (torch.is_grad_enabled() and q.requires_grad):
         return cache.rotary_append(q, k, v, *angles, layer_idx)
     q, k = kernels.rotary(q, k, *angles)
@@ -43,6 +43,8 @@ def rotate(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | AttentionMask | None) -> Tensor:
     """Self-attention under a described or a ready mask: q (B, H, S, D) to (B, H, S, D)."""
+    if q.dtype != v.dtype:  # autocast leaves the rotated ones in the dtype of the tables
+        q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is None:
         return kernels.attention(q, k, v)
     if isinstance(mask, AttentionMask):

@@ -1,14 +1,16 @@
 """What every fused module is: the eager one's state with another forward."""
 
-import weakref
 from collections.abc import Callable
-from copy import deepcopy
+from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from .projection import Projection, is_hooked, version_of
+from .projection import Projection, is_hooked
+
+# What others set on a layer while it is fused, and the eager module has when it is back.
+SWITCHES = ("_is_full_backward_hook", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class FusedModule(nn.Module):
@@ -16,8 +18,8 @@ class FusedModule(nn.Module):
 
     The dictionaries themselves are shared, so that whatever is loaded, moved, wrapped or hooked on
     either is so on both, `state_dict()` has the old names, and `eager` needs no repair to go back.
-    To `isinstance` it is of the eager class too: transformers looks for the layers whose hidden
-    states and attentions it returns by their class.
+    It is of the eager class too, which follows in the order of its bases: transformers looks for
+    layers whose states it returns or recomputes by their class, and others wrap layers by theirs.
     """
 
     if TYPE_CHECKING:
@@ -25,11 +27,8 @@ class FusedModule(nn.Module):
         def __getattr__(self, name: str) -> Any:
             """The eager module's own attributes, whatever its class."""
 
-    else:
-
-        @property
-        def __class__(self) -> type:
-            return type(self.eager) if "eager" in self.__dict__ else type(self)
+    def __new__(cls, eager: Any, inference: bool) -> Any:
+        return _blank(cls, type(eager))
 
     def __init__(self, eager: Any, inference: bool) -> None:
         """inference: whether weights may be merged and packed, and are constants."""
@@ -38,6 +37,7 @@ class FusedModule(nn.Module):
         self.__dict__["eager"] = eager  # not a submodule: its names are ours
         self.inference = inference
         self._inner = tuple(module for module in eager.modules() if module is not eager)
+        self._drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._inner)
         self._after_load = self.register_load_state_dict_post_hook(_prepare)
 
     @classmethod
@@ -49,6 +49,11 @@ class FusedModule(nn.Module):
     def objection(cls, module: Any) -> str | None:
         """Why a module that is claimed must stay eager, or None."""
         return None
+
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple | None:
+        """Arguments to try a module with, by draw(*shape); None where its class is proof enough."""
+        raise NotImplementedError
 
     def projections(self) -> list[Projection]:
         """Every group of linears whose weights this module merges or packs."""
@@ -64,6 +69,9 @@ class FusedModule(nn.Module):
         for projection in self.projections():
             projection.release()
         self._after_load.remove()
+        for name in SWITCHES:
+            if name in self.__dict__:
+                setattr(self.eager, name, self.__dict__[name])
         return self.eager
 
     def set_inference(self, inference: bool) -> None:
@@ -75,7 +83,7 @@ class FusedModule(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """Both modules, for where the eager one computes; weights are constants only in eval."""
         self.eager.training = mode
-        nn.Module.train(self, mode)
+        super().train(mode)
         for projection in self.projections():
             projection.set_inference(self.inference and not mode)
         return self
@@ -90,86 +98,44 @@ class FusedModule(nn.Module):
         """Whether somebody hooked a submodule or its forward, so that it must really be called."""
         return any(map(is_hooked, self._inner))
 
-    def _get_name(self) -> str:
-        return type(self).__name__
+    @property
+    def stays_eager(self) -> bool:
+        """Whether the eager module must compute this call, because it is watched or drops."""
+        return (self.training and self._drops) or self.is_watched
 
     def extra_repr(self) -> str:
         return f"in place of {type(self.eager).__name__}"
 
-    def __reduce__(self) -> tuple:  # pickle compares __class__ with the type
-        return object.__new__, (type(self),), self.__dict__
+    def __reduce__(self) -> tuple:  # its class is made anew where it is read
+        return _blank, (self.fused_class, type(self.eager)), self.__getstate__()
+
+
+@cache
+def _derived(fused: type, eager: type) -> Any:
+    """The fused class for modules of an eager class, which is one of its bases."""
+    namespace = {"__module__": fused.__module__, "__doc__": fused.__doc__, "fused_class": fused}
+    return type(fused)(fused.__name__, (fused, eager), namespace)
+
+
+def _blank(fused: type, eager: type) -> Any:
+    return object.__new__(_derived(fused, eager))
+
+
+def holds(module: Any, *names: str) -> bool:
+    """Whether a module has submodules, parameters or attributes of these names.
+
+    Its own: a wrapper (torch.compile's, a checkpointing one) passes on those of what it wraps.
+    """
+    places = (getattr(module, place, {}) for place in ("_modules", "_parameters", "__dict__"))
+    return isinstance(module, nn.Module) and set(names) <= set().union(*places)
+
+
+def same_arguments(one: type[nn.Module], other: type[nn.Module]) -> bool:
+    """Whether modules of two classes can be called alike; a single argument may have any name."""
+    names = [list(signature(each.forward).parameters) for each in (one, other)]
+    return names[0] == names[1] or [len(each) for each in names] == [2, 2]
 
 
 def _prepare(module: Any, incompatible_keys: object) -> None:
     """Merges and packs what was loaded: compiled code cannot."""
     module.prepare()
-
-
-class Shared:
-    """What all layers would compute of the same tensor: the first does, the others take it.
-
-    A reader that comes again starts anew, as does a tensor that was changed or recorded into a CUDA
-    graph: nothing outlives its pass but by the memory it takes, and that goes with the tensor.
-    """
-
-    def __init__(self) -> None:
-        self._x: weakref.ref[Tensor] | None = None
-        self._version: tuple = ()
-        self._value: Any = None
-        self._readers: set[int] = set()
-
-    def get(self, x: Tensor, compute: Callable[[], Any], reader: object) -> Any:
-        """compute(), or what another reader of the very same x made of it in this pass."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # each layer its own graph
-            return compute()
-        known = self._x is not None and self._x() is x and self._version == version_of(x)
-        if not known or id(reader) in self._readers:
-            value = compute()
-            self._x = weakref.ref(x, self._forget)  # from here on the last tensor's is not heard
-            self._value, self._version, self._readers = value, version_of(x), set()
-        self._readers.add(id(reader))
-        return self._value
-
-    def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        if self._x is gone:
-            self._x = self._value = None
-
-    def __reduce__(self) -> tuple[type["Shared"], tuple]:
-        return Shared, ()  # copies and pickles remember nothing
-
-
-class Handoff:
-    """What a layer computed for the next one in the same pass: the norm of the states it returns.
-
-    It is taken only by somebody who holds the very tensor that was returned, unchanged; whoever
-    looks in between or changes something loses nothing but the saved pass.
-    """
-
-    def __init__(self, norm: Any, loop: Any) -> None:
-        """norm: of the next layer. loop: what calls the layers, and may recompute them."""
-        self.norm = norm
-        self.loop = loop
-        self._hidden: torch.Tensor | None = None
-        self._normed: torch.Tensor | None = None
-        self._version = 0
-
-    @property
-    def is_open(self) -> bool:
-        """False where layers are recomputed in the backward pass, which must see the same work.
-
-        Without gradients too: transformers 4 runs such layers without, and adds the graph after.
-        """
-        return not (getattr(self.loop, "gradient_checkpointing", False) and self.loop.training)
-
-    def put(self, hidden: torch.Tensor, normed: torch.Tensor) -> None:
-        """Leaves the norm of hidden."""
-        self._hidden, self._normed, self._version = hidden, normed, version_of(hidden)[1]
-
-    def take(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """The norm of hidden if that was left, else None; forgets it either way."""
-        left, normed, version = self._hidden, self._normed, self._version
-        self._hidden = self._normed = None
-        return normed if left is hidden and version == version_of(hidden)[1] else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Handoff":
-        return Handoff(deepcopy(self.norm, memo), deepcopy(self.loop, memo))

@@ -7,7 +7,7 @@ Each layer applies its own norm weight to the shared x / rms(x), which gives the
 own RMSNorm; folding the weights into K and V would save that product but lose the published bits.
 """
 
-from inspect import signature
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 from .. import kernels
 from ..modeling.qllama_layers import split_heads
 from .attention import head_dim_objection
-from .base import FusedModule, Shared
+from .base import FusedModule, holds, same_arguments
 from .norm import is_rms_norm, normalize
 from .projection import Projection
+from .sharing import Shared
 
 
 class FusedCrossAttention(FusedModule):
@@ -26,10 +27,6 @@ class FusedCrossAttention(FusedModule):
 
     PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
     NORMS = ("norm1", "norm2")
-    ARGUMENTS = (
-        "self", "hidden_states", "vision_hidden_states", "repeat_time", "attention_mask",
-        "position_ids", "past_key_value", "output_attentions", "use_cache",
-    )  # fmt: skip
 
     def __init__(self, eager: Any, inference: bool) -> None:
         super().__init__(eager, inference)
@@ -37,17 +34,20 @@ class FusedCrossAttention(FusedModule):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return (
-            type(module).__name__ == "LlamaCrossAttention"
-            and {name for name, _ in module.named_children()} == {*cls.PROJECTIONS, *cls.NORMS}
-            and tuple(signature(type(module).forward).parameters) == cls.ARGUMENTS
-        )
+        named = type(module).__name__ == "LlamaCrossAttention"
+        held = holds(module, *cls.PROJECTIONS, *cls.NORMS)
+        return named and held and same_arguments(cls, type(module))
 
     @classmethod
     def objection(cls, module: Any) -> str | None:
         if not all(is_rms_norm(getattr(module, name)) for name in cls.NORMS):
             return "its norms are not RMSNorm"
         return head_dim_objection(module.head_dim)
+
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        widths = (getattr(module, name).weight.shape[0] for name in cls.NORMS)
+        return tuple(draw(2, 17, width) for width in widths)
 
     def projections(self) -> list[Projection]:
         return self._cross.projections()

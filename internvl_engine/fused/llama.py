@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import kernels
 from .attention import Three, attend, head_dim_objection, rotate
-from .base import FusedModule, Shared
+from .base import FusedModule, holds, same_arguments
 from .projection import Projection
+from .sharing import Shared
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -62,7 +63,7 @@ class FusedLlamaAttention(FusedModule):
     @classmethod
     def claims(cls, module: Any) -> bool:
         known = (*PROJECTIONS, "head_dim", "num_key_value_groups", "scaling", "layer_idx", "config")
-        return all(hasattr(module, name) for name in known)
+        return holds(module, *known)
 
     @classmethod
     def objection(cls, module: Any) -> str | None:
@@ -74,6 +75,10 @@ class FusedLlamaAttention(FusedModule):
         more = sorted(set(signature(type(module).forward).parameters) - cls.ARGUMENTS)
         if more:
             return f"its forward takes {', '.join(more)}, which is unknown here"
+        return None
+
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> None:
         return None
 
     def forward(
@@ -152,11 +157,6 @@ class FusedPublishedAttention(FusedModule):
     With an additive mask, its own rotary tables, and a pair of tensors for a cache.
     """
 
-    ARGUMENTS = (
-        "self", "hidden_states", "attention_mask", "position_ids", "past_key_value",
-        "output_attentions", "use_cache",
-    )  # fmt: skip
-
     def __init__(self, eager: Any, inference: bool) -> None:
         super().__init__(eager, inference)
         self._qkv = Projection(eager, *PROJECTIONS[:3], inference=inference)
@@ -164,11 +164,9 @@ class FusedPublishedAttention(FusedModule):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        return (
-            type(module).__name__ == "LlamaAttention"
-            and {name for name, _ in module.named_children()} == {*PROJECTIONS, "rotary_emb"}
-            and tuple(signature(type(module).forward).parameters) == cls.ARGUMENTS
-        )
+        named = type(module).__name__ == "LlamaAttention"
+        held = holds(module, *PROJECTIONS, "rotary_emb", "head_dim")
+        return named and held and same_arguments(cls, type(module))
 
     @classmethod
     def objection(cls, module: Any) -> str | None:
@@ -177,6 +175,10 @@ class FusedPublishedAttention(FusedModule):
         if getattr(module, "num_key_value_groups", 1) != 1:
             return "its keys have fewer heads than its queries"
         return head_dim_objection(module.head_dim)
+
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        return draw(2, 17, module.q_proj.in_features), None, torch.arange(17).expand(2, 17)
 
     def forward(
         self,
@@ -218,8 +220,7 @@ class FusedLlamaMLP(FusedModule):
 
     @classmethod
     def claims(cls, module: Any) -> bool:
-        names = ("gate_proj", "up_proj", "down_proj", "act_fn")
-        return all(hasattr(module, name) for name in names)
+        return holds(module, "gate_proj", "up_proj", "down_proj", "act_fn")
 
     @classmethod
     def objection(cls, module: Any) -> str | None:
@@ -227,8 +228,12 @@ class FusedLlamaMLP(FusedModule):
             return f"its activation is {type(module.act_fn).__name__}, not SiLU"
         return None
 
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        return (draw(2, 17, module.gate_proj.in_features),)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_watched:
+        if self.stays_eager:
             return self.eager.forward(x)
         return self._down(self._gate_up(x, "swiglu"))
 

@@ -1,20 +1,21 @@
 """A fused RMSNorm in place of an eager one that stands by itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
-from .base import FusedModule, Handoff
+from .base import FusedModule, holds
+from .sharing import Handoff
 
 
 def is_rms_norm(module: Any) -> bool:
     """Whether a module is one of the RMSNorms: a weight, an epsilon and nothing else."""
     return (
-        isinstance(module, nn.Module)
+        holds(module, "weight", "variance_epsilon")
         and "RMSNorm" in type(module).__name__
-        and hasattr(module, "variance_epsilon")
         and [name for name, _ in module.named_parameters()] == ["weight"]
     )
 
@@ -37,6 +38,10 @@ class FusedRMSNorm(FusedModule):
     @classmethod
     def claims(cls, module: Any) -> bool:
         return is_rms_norm(module)
+
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        return (draw(2, 17, module.weight.shape[-1]),)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normed = None if self.handoff is None else self.handoff.take(hidden_states)

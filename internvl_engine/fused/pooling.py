@@ -7,6 +7,7 @@ The key's biases add the same to every score and cancel in the softmax. About 11
 operations for K and V than projecting 257 tokens. What it replaces: modeling/pooling.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .base import FusedModule
+from .base import FusedModule, holds
 
 PARTS = ("norm1_q", "norm1_k", "norm1_v", "cross_attn")
 
@@ -30,7 +31,7 @@ class FusedAttentionPooling(FusedModule):
     def claims(cls, module: Any) -> bool:
         attention = getattr(module, "cross_attn", None)
         return (
-            all(hasattr(module, name) for name in PARTS)
+            holds(module, *PARTS)
             and all(isinstance(getattr(attention, name, None), nn.Linear) for name in "qkv")
             and "Pooling" in type(module).__name__
         )
@@ -43,6 +44,10 @@ class FusedAttentionPooling(FusedModule):
         if module.norm1_k.eps != module.norm1_v.eps:
             return "the norms of key and value have different epsilons"
         return None
+
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        return (draw(2, 17, module.norm1_k.weight.shape[0]),)
 
     def forward(self, x: Tensor) -> Tensor:
         attention = self.cross_attn

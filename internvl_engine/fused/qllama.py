@@ -20,11 +20,12 @@ from ..modeling.masks import AttentionMask
 from ..modeling.qllama import LlamaAttention, LlamaCrossAttention, LlamaDecoderLayer
 from ..modeling.qllama_layers import split_heads
 from .attention import attend, head_dim_objection, rotate
-from .base import FusedModule, Handoff, Shared
+from .base import FusedModule
 from .cross_attention import CrossAttention
 from .llama import FusedLlamaMLP
 from .norm import add_normalize, normalize
 from .projection import Projection, state_of, version_of
+from .sharing import Handoff, Shared, counted
 
 
 class FusedDecoderLayer(FusedModule):
@@ -52,10 +53,18 @@ class FusedDecoderLayer(FusedModule):
 
     @classmethod
     def objection(cls, module: Any) -> str | None:
-        if type(module.self_attn) is not LlamaAttention:
+        if not isinstance(module.self_attn, LlamaAttention):
             return "its attention was replaced"
         too_wide = head_dim_objection(module.self_attn.head_dim)
         return too_wide or FusedLlamaMLP.objection(module.mlp)
+
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        hidden, cross = draw(2, 17, module.hidden_size), module.cross_attn
+        reads = isinstance(cross, LlamaCrossAttention)
+        image = draw(2, 17, cross.vision_hidden_size) if reads else None
+        positions, tables = module.self_attn.rotary_emb.at(None, 0, hidden)
+        return hidden, None, positions, None, False, image, 1, tables
 
     def projections(self) -> list[Projection]:
         own = super().projections()
@@ -98,7 +107,7 @@ class FusedDecoderLayer(FusedModule):
         update = self._down(self._gate_up(normed, "swiglu"))
         if self.after is None or not self.after.is_open:
             return hidden + update, None
-        normed, hidden = add_normalize(update, hidden, None, self.after.norm)
+        normed, hidden = counted(add_normalize, update, hidden, None, self.after.norm)
         self.after.put(hidden, normed)
         return hidden, None
 
@@ -128,10 +137,9 @@ class FusedDecoderLayer(FusedModule):
     def _state_of_weights(self, norm: Any) -> tuple | None:
         """What changes when a weight of the self-attention does; None where nobody can tell."""
         linears = [*self._qkv.linears(), *self._o.linears()]
-        states = [state_of(linear) for linear in linears]
-        if None in states:
-            return None
-        return (*states, *(version_of(each.weight) for each in (self.input_layernorm, norm)))
+        norms = [version_of(each.weight) for each in (self.input_layernorm, norm)]
+        states = (*map(state_of, linears), *norms)
+        return None if None in states else states
 
     def _self_attend(
         self,
@@ -171,8 +179,7 @@ class Constants:
     def __init__(self, owner: Any, name: str = "query_tokens") -> None:
         self.owner = owner
         self.name = name
-        self._key: tuple = ()
-        self._value: tuple[Tensor, Tensor] | None = None
+        self._known: tuple[tuple, tuple[Tensor, Tensor]] | None = None
 
     def are(self, hidden: Tensor, mask: Tensor | AttentionMask | None) -> bool:
         """Whether hidden is nothing but the query tokens, for any number of images."""
@@ -182,6 +189,7 @@ class Constants:
             is_open
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(hidden.device.type)  # which rounds otherwise
             and hidden.data_ptr() == tokens.data_ptr()
             and hidden.shape[1:] == tokens.shape[1:]
             and (hidden.stride(0) == 0 or hidden.shape[0] == 1)
@@ -189,7 +197,7 @@ class Constants:
 
     def forget(self) -> None:
         """Drops what was computed."""
-        self._value = None
+        self._known = None
 
     def get(
         self, batch: int, weights: tuple, compute: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -197,11 +205,11 @@ class Constants:
         """What compute makes of the tokens, for every image; anew when they or weights change."""
         tokens = getattr(self.owner, self.name)
         key = (version_of(tokens), weights)
-        if self._value is None or self._key != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._key, self._value = key, compute(tokens.detach())
-        normed, hidden = (x.expand(batch, -1, -1) for x in self._value)
+        known = self._known
+        if known is None or known[0] != key:
+            known = self._known = key, counted(compute, tokens.detach())
+        normed, hidden = (x.expand(batch, -1, -1) for x in known[1])
         return normed, hidden
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_key": (), "_value": None}  # copies and pickles forget
+        return {**self.__dict__, "_known": None}

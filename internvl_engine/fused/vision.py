@@ -9,22 +9,26 @@
 What is merged, packed or handed on: projection.py and base.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from .base import FusedModule, Handoff
+from .base import FusedModule, holds
 from .norm import add_normalize, add_scaled, is_rms_norm, normalize
 from .projection import Projection
+from .sharing import Handoff, counted
 
 MAX_HEAD_DIM = 128
 EXACT_GELU = ("GELU", "GELUActivation")  # torch's, and transformers' "gelu"
 
 
 class FusedVisionLayer(FusedModule):
-    """In place of InternVisionEncoderLayer, ours or the published one: (B, N, C) to (B, N, C)."""
+    """In place of InternVisionEncoderLayer, ours or the published one: (B, N, C) to (B, N, C).
+
+    Its result is `counted`: the layers of QLLaMA share what they make of the last one's.
+    """
 
     NORMS = ("norm1", "norm2")
     SCALES = ("ls1", "ls2")
@@ -45,18 +49,17 @@ class FusedVisionLayer(FusedModule):
         self._proj = Projection(eager, f"{attention}.{self.PROJ}", inference=inference)
         self._fc1 = Projection(eager, "mlp.fc1", inference=inference)
         self._fc2 = Projection(eager, "mlp.fc2", inference=inference)
-        drop_paths = [getattr(eager, name, None) for name in self.DROP_PATHS]
-        self._drops = any(
-            isinstance(module, nn.Dropout) and module.p > 0 for module in eager.modules()
-        ) or any(path is not None and not isinstance(path, nn.Identity) for path in drop_paths)
+        paths = (getattr(eager, name, None) for name in self.DROP_PATHS)
+        self._drops |= any(not isinstance(path, nn.Identity | None) for path in paths)
 
     @classmethod
     def claims(cls, module: Any) -> bool:
         attention, mlp = getattr(module, cls.ATTENTION, None), getattr(module, "mlp", None)
         return (
-            all(hasattr(attention, name) for name in (*cls.QKV, cls.PROJ, "num_heads"))
-            and all(hasattr(mlp, name) for name in ("fc1", "fc2"))
-            and all(hasattr(module, name) for name in (*cls.NORMS, *cls.SCALES))
+            holds(attention, *cls.QKV, cls.PROJ, "num_heads")
+            and holds(mlp, "fc1", "fc2")
+            and holds(module, *cls.NORMS)
+            and all(isinstance(getattr(module, name, None), nn.Parameter) for name in cls.SCALES)
         )
 
     @classmethod
@@ -73,8 +76,12 @@ class FusedVisionLayer(FusedModule):
             return f"its heads are {head_dim} wide; the kernels take multiples of 8 up to 128"
         return None
 
+    @classmethod
+    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        return (draw(2, 17, getattr(module, cls.SCALES[0]).shape[0]),)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.is_watched or (self.training and self._drops):
+        if self.stays_eager:
             return self.eager.forward(hidden_states)
         hidden = hidden_states
         norm1, norm2 = (getattr(self, name) for name in self.NORMS)
@@ -85,8 +92,8 @@ class FusedVisionLayer(FusedModule):
         normed, hidden = add_normalize(self._attend(normed), hidden, scale1, norm2)
         update = self._fc2(self._fc1(normed, "gelu"))
         if self.after is None or not self.after.is_open:
-            return add_scaled(update, hidden, scale2)
-        normed, hidden = add_normalize(update, hidden, scale2, self.after.norm)
+            return counted(add_scaled, update, hidden, scale2)
+        normed, hidden = counted(add_normalize, update, hidden, scale2, self.after.norm)
         self.after.put(hidden, normed)
         return hidden
 
@@ -105,7 +112,7 @@ class FusedVisionLayer(FusedModule):
 
 
 class FusedTransformersVisionLayer(FusedVisionLayer):
-    """In place of transformers' InternVLVisionLayer, which recomputes itself in training."""
+    """In place of transformers' InternVLVisionLayer, whose class recomputes it in training."""
 
     NORMS = ("layernorm_before", "layernorm_after")
     SCALES = ("lambda_1", "lambda_2")
@@ -114,13 +121,6 @@ class FusedTransformersVisionLayer(FusedVisionLayer):
     PROJ = "projection_layer"
     ACTIVATION = "activation_fn"
     DROP_PATHS = ()
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        forward = super().forward
-        if getattr(self, "gradient_checkpointing", False) and self.training:
-            if torch.is_grad_enabled():
-                return self._gradient_checkpointing_func(forward, hidden_states)
-        return forward(hidden_states)
 
 
 def _is_approximate(activation: object) -> bool:

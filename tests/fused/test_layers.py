@@ -18,7 +18,6 @@ from internvl_engine.fused import (
     FusedPublishedAttention,
     FusedVisionLayer,
 )
-from internvl_engine.fused.base import Shared
 from internvl_engine.modeling.masks import AttentionMask
 
 from models import decoder, model
@@ -107,27 +106,6 @@ def test_pooler(dtype, draw):
     fused = fused_of(built, dtype).clip_projector
     assert isinstance(fused, FusedAttentionPooling)
     check(built.clip_projector, fused, dtype, draw(3, 17, 48).to(dtype))
-
-
-@torch.no_grad()
-def test_what_layers_share_is_computed_once_a_pass_and_forgotten():
-    shared, x, made = Shared(), torch.randn(2, 5), []
-
-    def read(reader, x):
-        return shared.get(x, lambda: made.append(reader) or len(made), reader)
-
-    assert [read(name, x) for name in "abc"] == [1, 1, 1] and made == ["a"]
-    assert [read(name, x) for name in "bac"] == [2, 2, 2]  # the next pass
-    x.mul_(2)
-    assert read("d", x) == 3  # another tensor by now
-    assert read("e", x.clone()) == 4
-    assert read("f", x) == 5
-    with torch.enable_grad():
-        assert read("g", x) == 6
-    assert copy.deepcopy(shared)._value is None
-    read("h", x)
-    del x
-    assert shared._value is None and shared._x is None
 
 
 @pytest.mark.parametrize("build", [decoder, published_decoder])
