@@ -12,7 +12,7 @@ from torch.func import functional_call
 from weights import weight_bytes
 
 from internvl_engine import accelerate, kernels
-from internvl_engine.fused.projection import PackedLinear
+from internvl_engine.fused.packed import PackedLinear, Rows
 
 from models import decoder, model, pixels
 
@@ -156,8 +156,9 @@ def test_compiled_layers_run_in_one_graph_after_a_load_and_with_one_new_weight(b
     for batch in (2, 3, 5):
         compiled(pixels(batch).to(built.dtype))
     assert graphs.frame_count == 1
-    other = model().to(built.dtype).vision_model
+    packed, other = num_packed(tower), model().to(built.dtype).vision_model
     tower.load_state_dict(other.state_dict())
+    assert num_packed(tower) == packed
     for change in (lambda: None, lambda: tower.encoder.layers[0].mlp.fc1.weight):
         change()
         expected = other(x).last_hidden_state
@@ -290,3 +291,18 @@ def test_copies_have_the_weights_once_and_of_their_own(built, x, way):
     assert (run(copied, x) - expected).norm() <= 1e-6 * expected.norm()
     assert num_packed(copied) == packed
     assert weight_bytes(copied) <= 1.1 * weight_bytes(built)
+
+
+def test_a_copy_takes_no_second_dense_weight(monkeypatch):
+    built, unpacked = model(), []
+    accelerate(built)
+
+    def dense(rows):
+        unpacked.append(read(rows))
+        return unpacked[-1]
+
+    read = Rows.dense
+    monkeypatch.setattr(Rows, "dense", dense)
+    places = {p.data_ptr() for p in copy.deepcopy(built).parameters()}
+    assert len(unpacked) == num_packed(built)
+    assert {tensor.data_ptr() for tensor in unpacked} <= places

@@ -49,7 +49,7 @@ class PackedLinear(nn.Linear):
             parameter = self.packed.emptied.pop()
             parameter.data = self.packed.dense()
             self._parameters["weight"] = parameter
-        self.__class__ = nn.Linear
+        self.__class__ = nn.Linear  # type: ignore[assignment]
         del self.packed
 
     @property

@@ -161,6 +161,21 @@ def test_a_wrapped_or_hooked_linear_is_called(owner, dtype):
     near(pair(x)[:, 32:], expected[:, 32:].relu())
 
 
+@pytest.mark.parametrize("asked", [(), ("first",), ("second",), NAMES])
+@torch.no_grad()
+def test_compiled_code_takes_the_weights_as_they_are(owner, dtype, asked):
+    x = torch.randn(5, 64, dtype=dtype)
+    pair = Projection(owner, *NAMES, inference=True)
+    pair.prepare()
+    for name in asked:
+        owner.get_submodule(name).weight.mul_(2)  # unpacks it
+    kinds = [type(linear) for linear in pair.linears()]
+    torch._dynamo.reset()
+    found = torch.compile(pair, backend="eager", fullgraph=True)(x)
+    assert [type(linear) for linear in pair.linears()] == kinds
+    near(found, owner(x))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_one_of_two_may_be_wrapped_where_they_are_packed(owner, dtype, name):
