@@ -70,8 +70,9 @@ def _try(kind: type[FusedModule], module: nn.Module) -> str | None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(generator=generator)
+    def uniform(low: float, high: float, shape: torch.Size) -> Tensor:
+        empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return empty.uniform_(low, high, generator=generator)
 
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         arguments = kind.trial(module, lambda *shape: draw(*shape) * SCALES)
@@ -81,12 +82,12 @@ def _try(kind: type[FusedModule], module: nn.Module) -> str | None:
             return f"its forward takes other arguments than that of {kind.__name__}"
         stand_in = _stand_in(module, uniform)
         fused = kind(stand_in, True)
+        for projection in fused.projections():  # a stand-in is not worth packing
+            projection.inference = False
         for training in (False, True):  # what drops shows in training only
-            fused.train(training)
-            for projection in fused.projections():  # a stand-in is not worth packing
-                projection.inference = False
             outputs = []
             for one in (fused, stand_in):
+                nn.Module.train(one, training)
                 with torch.random.fork_rng(devices=()):
                     torch.manual_seed(0)
                     outputs.append(one.forward(*arguments))
@@ -100,10 +101,9 @@ def _stand_in(module: Any, uniform: Draw) -> Any:
     if isinstance(getattr(module, "in_features", None), int):  # also quantized, or with LoRA:
         width, bias = module.in_features, getattr(module, "bias", None) is not None
         linear = nn.Linear(width, module.out_features, bias, device="meta")
+        spread = (3 / width) ** 0.5  # outputs as large as inputs
         for name, parameter in linear.named_parameters():
-            spread = (3 / width) ** 0.5  # outputs as large as inputs
-            weight = (uniform(*parameter.shape) * 2 - 1) * spread
-            linear._parameters[name] = nn.Parameter(weight)
+            linear._parameters[name] = nn.Parameter(uniform(-spread, spread, parameter.shape))
         return linear
     copied = object.__new__(type(module))
     copied.__dict__.update(module.__dict__, training=False)
@@ -111,7 +111,7 @@ def _stand_in(module: Any, uniform: Draw) -> Any:
     for name in [name for name in vars(copied) if "_hooks" in name]:
         copied.__dict__[name] = OrderedDict()
     copied._parameters = {
-        name: None if p is None else nn.Parameter(uniform(*p.shape) + 0.5)
+        name: None if p is None else nn.Parameter(uniform(0.5, 1.5, p.shape))
         for name, p in module._parameters.items()
     }
     copied._buffers = {name: _plain(buffer) for name, buffer in module._buffers.items()}
