@@ -6,7 +6,7 @@
     cross-attention                          image states normalised once for all layers
     n', h = add_rms_norm(swiglu(n Wgu) Wd, h)
 
-What is merged, packed or handed on: projection.py and base.py.
+What is merged, packed or handed on: projection.py and sharing.py.
 """
 
 from collections.abc import Callable

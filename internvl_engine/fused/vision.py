@@ -6,7 +6,7 @@
     m = gelu(n W1) W2                        GELU in the product's epilogue
     n', h = add_rms_norm(m, h, ls2)          with norm1 of the next layer, which takes it
 
-What is merged, packed or handed on: projection.py and base.py.
+What is merged, packed or handed on: projection.py and sharing.py.
 """
 
 from collections.abc import Callable
