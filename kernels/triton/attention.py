@@ -159,7 +159,7 @@ QUERIES = {
     },
     "narrow": {
         "sm80": _config(64, 64, 8, 2), "sm90": _config(64, 64, 4, 2),
-        "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 32, 4, 1),
+        "sm100": _config(64, 64, 4, 2), "gfx942": _config(32, 32, 4, 1),
     },
     "fp32": dict.fromkeys(ARCHITECTURES, _config(16, 16, 8, 1)),
 }  # fmt: skip
