@@ -98,4 +98,4 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     for parts in (8, 64):
         shape = {"D": 128, "BLOCK_D": 128, "BLOCK_P": parts}
         name, config = f"combine {parts} parts D=128", combine_config(shape)
-        yield Case("cross_attention", name, combine_kernel, arguments | shape, config)
+        yield Case("cross_attention", name, combine_kernel, {**arguments, **shape}, config)
