@@ -5,7 +5,8 @@ PyTorch's and flash-attn's take q (B, H, S, D), k and v (B, H, T, D) in any stri
 (B, H, S) that the gradients start from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -86,16 +87,29 @@ def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> 
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
-    """The flash-attn package: its version 3 for Hopper where installed, else version 2."""
-    if find_spec("flash_attn_interface"):
-        flash_attn_func = import_module("flash_attn_interface").flash_attn_func
-    else:
-        flash_attn_func = import_module("flash_attn").flash_attn_func
+    """The flash-attn package in the version that is made for this GPU, of those installed."""
+    attend, wants_lse = _flash_attn_of(q.device)
     rows = (x.transpose(1, 2) for x in (q, k, v))  # (B, S, H, D)
-    out, lse, *_ = flash_attn_func(
-        *rows, softmax_scale=scale, causal=causal, return_attn_probs=True
-    )
+    out, lse, *_ = attend(*rows, softmax_scale=scale, causal=causal, **{wants_lse: True})
     return out.transpose(1, 2), lse
+
+
+@cache
+def _flash_attn_of(device: torch.device) -> tuple[Callable, str]:
+    """(flash_attn_func, its argument that asks for the log-sum-exp)."""
+    versions = {  # 3 is made for Hopper, 4 for Blackwell
+        3: ("flash_attn_interface", "return_attn_probs"),
+        2: ("flash_attn", "return_attn_probs"),
+        4: ("flash_attn.cute", "return_lse"),
+    }
+    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    for version in (4, 3, 2) if blackwell else (3, 2, 4):
+        name, wants_lse = versions[version]
+        found = find_spec(name.split(".")[0]) and find_spec(name)
+        attend = getattr(import_module(name), "flash_attn_func", None) if found else None
+        if attend is not None:  # 4 alone leaves a package flash_attn without it
+            return attend, wants_lse
+    raise ImportError("flash-attn is installed without flash_attn_func; reinstall it")
 
 
 # What CUDA can use beside Triton, by the names that prefer() takes.

@@ -257,8 +257,9 @@ def qk_norm_attention(
             )
     autocast = torch.is_autocast_enabled(qkv.device.type)
     if q_weight is not None and k_weight is not None and not autocast:
-        dtype = torch.promote_types(q_weight.dtype, k_weight.dtype)
-        qkv, q_weight, k_weight = (x.to(dtype) for x in (qkv, q_weight, k_weight))
+        if not qkv.dtype == q_weight.dtype == k_weight.dtype:
+            dtype = torch.promote_types(q_weight.dtype, k_weight.dtype)
+            qkv, q_weight, k_weight = (x.to(dtype) for x in (qkv, q_weight, k_weight))
     saves = needs_gradient(qkv, q_weight, k_weight)
     scale = scale_of(scale, qkv.shape[-1])
     return _qk_norm_attention(qkv, q_weight, k_weight, eps, scale, saves)[0]

@@ -265,11 +265,19 @@ def test_rejects_what_does_not_fit():
         attention(q, k, v, visible=torch.ones(2, 9, dtype=torch.bool))
 
 
-def test_the_flash_attn_package_is_called_as_it_is_documented(monkeypatch):
-    """With a stand-in that has its signature: (B, S, H, D), softmax_scale, causal."""
+@pytest.mark.parametrize(
+    "name, wants_lse",
+    [("flash_attn", "return_attn_probs"), ("flash_attn_interface", "return_attn_probs"),
+     ("flash_attn.cute", "return_lse")],
+)  # fmt: skip
+def test_the_flash_attn_package_is_called_as_it_is_documented(name, wants_lse, monkeypatch):
+    """With a stand-in that has the signature of each version: (B, S, H, D), softmax_scale, causal.
 
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False):
-        assert return_attn_probs
+    Version 4 leaves a package flash_attn around it that has no such function.
+    """
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, **more):
+        assert more == {wants_lse: True}
         heads = [x.transpose(1, 2) for x in (q, k, v)]
         mask = "causal" if causal else "full"
         out = reference.attention(*heads, mask, scale=softmax_scale)
@@ -277,10 +285,12 @@ def test_the_flash_attn_package_is_called_as_it_is_documented(monkeypatch):
         lse = _attention.log_sum_exp(heads[0], heads[1], seen, softmax_scale)
         return out.transpose(1, 2), lse.float(), None
 
-    package = ModuleType("flash_attn")
-    package.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(_attention, "find_spec", lambda name: name == "flash_attn" or None)
+    installed = {name, name.split(".")[0]}
+    for each in installed:
+        monkeypatch.setitem(sys.modules, each, ModuleType(each))
+    sys.modules[name].flash_attn_func = flash_attn_func
+    monkeypatch.setattr(_attention, "find_spec", lambda name: name in installed or None)
+    _attention._flash_attn_of.cache_clear()
     q, k, v = (x.detach() for x in inputs(2, 3, 9, 9, 16, torch.float16))
     for causal in (False, True):
         out, lse = _attention.flash_attn(q, k, v, causal, 0.25)
