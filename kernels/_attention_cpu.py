@@ -5,12 +5,14 @@ memory as the projection after it reads, and the natural log-sum-exp (B, H, S). 
 no log-sum-exp: they compute the probabilities again, rounded as in eager PyTorch.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from internvl_engine import reference
 
-from ._attention import Pair, as_projected, lse_dtype
+from ._attention import Pair, empty_output, lse_dtype
 from ._heads import address, adjacent, pointer
 from ._library import NATIVE_TYPES, native
 
@@ -61,29 +63,37 @@ def bmm_backward(
     """
     B, H, S, _ = q.shape
     T = k.shape[2]
-    grad, q, k, v = (x.contiguous().flatten(0, 1) for x in (grad, q, k, v))
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    scores_of_one = S * T * q.element_size()
-    heads = min(B * H, max(torch.get_num_threads(), (1 << 20) // scores_of_one))
-    if bias is not None and bias.shape[0] > 1:
-        heads = H * max(1, heads // H)  # whole rows of the batch, each with its own mask
-        bias = bias.expand(-1, H, -1, -1).flatten(0, 1)
-    all_scores, all_p, all_dp = q.new_empty((3, heads, S, T))
-    for first in range(0, B * H, heads):
-        some = slice(first, min(first + heads, B * H))
-        scores, p, dp = (x[: some.stop - first] for x in (all_scores, all_p, all_dp))
-        start, beta = scores, 0
+    dq, dk, dv = (empty_output(x, False)[0] for x in (q, k, v))
+    heads = min(B * H, max(torch.get_num_threads(), (1 << 20) // (S * T * q.element_size())))
+    buffers = q.new_empty((3, heads, S, T))
+    for rows, some in _parts(B, H, heads):
+        here = rows, some
+        grad_, q_, k_, v_ = (x[here].flatten(0, 1) for x in (grad, q, k, v))
+        scores, p, dp = (x[: len(q_)] for x in buffers)
+        torch.baddbmm(scores, q_, k_.mT, beta=0, alpha=scale, out=scores)
         if bias is not None:
-            start, beta = bias[some] if len(bias) > 1 else bias[0].expand_as(scores), 1
-        torch.baddbmm(start, q[some], k[some].mT, beta=beta, alpha=scale, out=scores)
+            scores.unflatten(0, (-1, some.stop - some.start)).add_(
+                bias if len(bias) == 1 else bias[rows]
+            )
         torch.softmax(scores, -1, out=p)
-        torch.bmm(p.mT, grad[some], out=dv[some])
-        torch.bmm(grad[some], v[some].mT, out=dp)
+        dv[here] = torch.bmm(p.mT, grad_).view(v[here].shape)
+        torch.bmm(grad_, v_.mT, out=dp)
         torch._softmax_backward_data(dp, p, -1, q.dtype, grad_input=scores)
-        torch.baddbmm(dq[some], scores, k[some], beta=0, alpha=scale, out=dq[some])
-        torch.baddbmm(dk[some], scores.mT, q[some], beta=0, alpha=scale, out=dk[some])
-    dq, dk, dv = (as_projected(x.unflatten(0, (B, H))) for x in (dq, dk, dv))
+        dq[here] = torch.baddbmm(q_, scores, k_, beta=0, alpha=scale).view(q[here].shape)
+        dk[here] = torch.baddbmm(k_, scores.mT, q_, beta=0, alpha=scale).view(k[here].shape)
     return dq, dk, dv
+
+
+def _parts(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of the batch and heads: `at_once` heads in all, of one row or of whole rows."""
+    if at_once < heads:
+        for row in range(batch):
+            for first in range(0, heads, at_once):
+                yield slice(row, row + 1), slice(first, min(first + at_once, heads))
+    else:
+        rows = at_once // heads
+        for first in range(0, batch, rows):
+            yield slice(first, min(first + rows, batch)), slice(0, heads)
 
 
 def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float):

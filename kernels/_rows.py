@@ -26,8 +26,8 @@ def as_rows(x: Tensor) -> Rows:
     stride in the last dimension, or does not merge, is copied.
     """
     if x.is_contiguous():
-        cols = x.shape[-1]
-        return Rows(x, max(x.numel() // max(cols, 1), 1), 0, cols)
+        cols = x.size(-1)
+        return Rows(x, max(x.numel() // cols, 1) if cols else 1, 0, cols)
     if x.stride(-1) != 1:
         return as_rows(x.contiguous())
     if x.dim() == 2:
