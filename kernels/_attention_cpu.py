@@ -5,8 +5,6 @@ memory as the projection after it reads, and the natural log-sum-exp (B, H, S). 
 no log-sum-exp: they compute the probabilities again, rounded as in eager PyTorch.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -65,35 +63,30 @@ def bmm_backward(
     T = k.shape[2]
     dq, dk, dv = (empty_output(x, False)[0] for x in (q, k, v))
     heads = min(B * H, max(torch.get_num_threads(), (1 << 20) // (S * T * q.element_size())))
+    rows = max(1, heads // H)
+    heads = rows * H if heads >= H else heads
     buffers = q.new_empty((3, heads, S, T))
-    for rows, some in _parts(B, H, heads):
-        here = rows, some
-        grad_, q_, k_, v_ = (x[here].flatten(0, 1) for x in (grad, q, k, v))
-        scores, p, dp = (x[: len(q_)] for x in buffers)
-        torch.baddbmm(scores, q_, k_.mT, beta=0, alpha=scale, out=scores)
-        if bias is not None:
-            scores.unflatten(0, (-1, some.stop - some.start)).add_(
-                bias if len(bias) == 1 else bias[rows]
-            )
-        torch.softmax(scores, -1, out=p)
-        dv[here] = torch.bmm(p.mT, grad_).view(v[here].shape)
-        torch.bmm(grad_, v_.mT, out=dp)
-        torch._softmax_backward_data(dp, p, -1, q.dtype, grad_input=scores)
-        dq[here] = torch.baddbmm(q_, scores, k_, beta=0, alpha=scale).view(q[here].shape)
-        dk[here] = torch.baddbmm(k_, scores.mT, q_, beta=0, alpha=scale).view(k[here].shape)
+    for first_row in range(0, B, rows):
+        here = slice(first_row, min(first_row + rows, B))
+        grad_, q_, k_, v_ = (x[here].contiguous().flatten(0, 1) for x in (grad, q, k, v))
+        dq_, dk_, dv_ = torch.empty_like(q_), torch.empty_like(k_), torch.empty_like(v_)
+        for first in range(0, len(q_), heads):
+            some = slice(first, first + heads)
+            scores, p, dp = (x[: len(q_[some])] for x in buffers)
+            torch.baddbmm(scores, q_[some], k_[some].mT, beta=0, alpha=scale, out=scores)
+            if bias is not None:
+                scores.unflatten(0, (here.stop - first_row, -1)).add_(
+                    bias[here] if len(bias) > 1 else bias
+                )
+            torch.softmax(scores, -1, out=p)
+            torch.bmm(p.mT, grad_[some], out=dv_[some])
+            torch.bmm(grad_[some], v_[some].mT, out=dp)
+            torch._softmax_backward_data(dp, p, -1, q.dtype, grad_input=scores)
+            torch.baddbmm(dq_[some], scores, k_[some], beta=0, alpha=scale, out=dq_[some])
+            torch.baddbmm(dk_[some], scores.mT, q_[some], beta=0, alpha=scale, out=dk_[some])
+        for whole, part in ((dq, dq_), (dk, dk_), (dv, dv_)):
+            whole[here] = part.unflatten(0, (-1, H))
     return dq, dk, dv
-
-
-def _parts(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of the batch and heads: `at_once` heads in all, of one row or of whole rows."""
-    if at_once < heads:
-        for row in range(batch):
-            for first in range(0, heads, at_once):
-                yield slice(row, row + 1), slice(first, min(first + at_once, heads))
-    else:
-        rows = at_once // heads
-        for first in range(0, batch, rows):
-            yield slice(first, min(first + rows, batch)), slice(0, heads)
 
 
 def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float):
