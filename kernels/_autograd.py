@@ -4,22 +4,23 @@ from collections.abc import Callable
 from inspect import signature
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 
 
 def register_autograd(
-    library: torch.library.Library,
+    into: library.Library,
     overload: torch._ops.OpOverload,
     backward: Callable,
     setup_context: Callable,
     implementations: dict[str, Callable],
 ) -> None:
-    """What torch.library.register_autograd does, in half the time a call.
+    """What PyTorch's own `register_autograd` for a library does, in less time a call.
 
     Forward-mode differentiation is an error, where that would give zeros.
 
     Args:
+        into: the library of the operator. backward, setup_context: as PyTorch's takes them.
         implementations: by dispatch key, what the library runs for it: called without asking the
             dispatcher a second time where nothing else is between autograd and that key.
     """
@@ -60,7 +61,7 @@ def register_autograd(
             _refuse_tangents(overload, args)
         return run_below(keyset, args)
 
-    library.impl(overload._opname, run, "Autograd", with_keyset=True)
+    into.impl(overload._opname, run, "Autograd", with_keyset=True)
 
 
 def _refuse_tangents(overload: torch._ops.OpOverload, args: tuple) -> None:

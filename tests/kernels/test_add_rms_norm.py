@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import reference
 from internvl_engine.kernels import add_rms_norm
@@ -113,7 +114,7 @@ def test_float32_norm_weight_with_16_bit_input(device, backend, dtype):
 @pytest.mark.parametrize("has_scale", [True, False])
 def test_is_a_wellformed_operator(has_scale, device):
     args = as_leaves(inputs((4, 64), device=device, has_scale=has_scale))
-    torch.library.opcheck(torch.ops.internvl.add_rms_norm.default, (*args, EPS))
+    library.opcheck(torch.ops.internvl.add_rms_norm.default, (*args, EPS))
 
 
 def test_autocast_changes_nothing(device):

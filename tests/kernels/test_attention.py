@@ -3,6 +3,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import _attention, attention
@@ -227,14 +228,14 @@ def test_is_a_wellformed_operator(padded, device):
     args = inputs(2, 2, 9, 12, 16, device=device)
     rest = ("causal", 0, padding(2, 12, device) if padded else None, 0.25)
     operator = torch.ops.internvl.attention.default
-    torch.library.opcheck(operator, (*args, *rest, True))
+    library.opcheck(operator, (*args, *rest, True))
     # The gradient of 16-bit inputs: opcheck cannot see through torch.func, which float32 needs.
     args = [x.detach().bfloat16() for x in inputs(2, 2, 9, 9, 16, device=device)]
     rest = ("causal", 0, None, 0.25)
     out = operator(*args, *rest, True)
     gradient = torch.ops.internvl.attention_backward.default
     saved = (torch.randn_like(out[0]), *args, *out, *rest)
-    torch.library.opcheck(gradient, saved, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(gradient, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_graph_breaks(device):

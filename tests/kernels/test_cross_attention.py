@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import cross_attention
@@ -124,13 +125,13 @@ def test_empty(shape, backend):
 def test_is_a_wellformed_operator(device):
     args = inputs(2, 2, 2, 5, 9, 16, device=device)
     operator = torch.ops.internvl.cross_attention.default
-    torch.library.opcheck(operator, (*args, True, 0.25, True))
+    library.opcheck(operator, (*args, True, 0.25, True))
     # The gradient of 16-bit inputs: opcheck cannot see through torch.func, which float32 needs.
     args = [x.detach().bfloat16() for x in args]
     out = operator(*args, False, 0.25, True)
     gradient = torch.ops.internvl.cross_attention_backward.default
     saved = (torch.randn_like(out[0]), *args, *out, False, 0.25)
-    torch.library.opcheck(gradient, saved, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(gradient, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_graph_breaks(device):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import decode_attention
@@ -83,7 +84,7 @@ def test_empty(backend):
 def test_is_a_wellformed_operator(device):
     q, k, v, lengths = inputs(2, 2, 9, 16, device=device, ragged=False)
     args = (q, k.nan_to_num(0.0), v.nan_to_num(0.0), lengths, holes(2, 9, device), 0.25)
-    torch.library.opcheck(torch.ops.internvl.decode_attention.default, args)
+    library.opcheck(torch.ops.internvl.decode_attention.default, args)
 
 
 def test_compiles_without_graph_breaks(device):

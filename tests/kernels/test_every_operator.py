@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import _library
@@ -76,7 +77,7 @@ def test_every_operator_is_wellformed(operator):
         if operator != "rotary_append":  # writes to its cache and has no gradient
             arguments = [as_leaf(x) for x in arguments]
     overload = getattr(torch.ops.internvl, operator).default
-    torch.library.opcheck(overload, tuple(arguments), test_utils=checks)
+    library.opcheck(overload, tuple(arguments), test_utils=checks)
 
 
 def as_leaf(x):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import linear
@@ -128,7 +129,7 @@ def test_is_a_wellformed_operator(epilogue, device):
     x, weight, bias = (t.requires_grad_() for t in inputs(5, 8, 16, device=device))
     residual = residual_for(x, 8, epilogue).requires_grad_()
     for arguments in ((x, weight), (x, weight, bias, epilogue, residual)):
-        torch.library.opcheck(torch.ops.internvl.linear.default, arguments)
+        library.opcheck(torch.ops.internvl.linear.default, arguments)
 
 
 def test_compiles_without_a_graph_break(device):

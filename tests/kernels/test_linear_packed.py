@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import reference
 from internvl_engine.kernels import PackedWeight, can_pack, linear_packed
@@ -216,4 +217,4 @@ def test_is_a_wellformed_operator(epilogue):
     packed = PackedWeight(weight).data
     leaves = [tensor.requires_grad_() for tensor in (x, bias, residual)]
     arguments = (leaves[0], packed, 6, leaves[1], epilogue, leaves[2])
-    torch.library.opcheck(torch.ops.internvl.linear_packed.default, arguments)
+    library.opcheck(torch.ops.internvl.linear_packed.default, arguments)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import pooling_attention
@@ -80,7 +81,7 @@ def test_empty(backend):
 def test_is_a_wellformed_operator(device):
     query, x, _ = inputs(2, 4, 9, 32, device=device)
     args = (query.requires_grad_(), x.requires_grad_(), EPS)
-    torch.library.opcheck(torch.ops.internvl.pooling_attention.default, args)
+    library.opcheck(torch.ops.internvl.pooling_attention.default, args)
 
 
 def test_compiles_without_graph_breaks(device):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import qk_norm_attention
@@ -177,14 +178,14 @@ def test_empty(shape, backend):
 def test_is_a_wellformed_operator(norm, device):
     args = inputs((2, 9, 2, 16), device=device, norm=norm)
     operator = torch.ops.internvl.qk_norm_attention.default
-    torch.library.opcheck(operator, (*args, 0.25, True))
+    library.opcheck(operator, (*args, 0.25, True))
     # The gradient of 16-bit inputs: opcheck cannot see through torch.func, which float32 needs.
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     args = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in args]
     out = operator(*args, 0.25, True)
     gradient = torch.ops.internvl.qk_norm_attention_backward.default
     saved = (torch.randn_like(out[0]), *args[:3], *out, EPS, 0.25)
-    torch.library.opcheck(gradient, saved, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(gradient, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_graph_breaks(device):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import rotary
@@ -101,7 +102,7 @@ def test_twice_the_same_bits_and_int32_positions(device, backend, dtype):
 def test_is_a_wellformed_operator(device):
     q, k, *rest = inputs((2, 3, 4, 16), device=device)
     q.requires_grad_(), k.requires_grad_()
-    torch.library.opcheck(torch.ops.internvl.rotary.default, (q, k, *rest))
+    library.opcheck(torch.ops.internvl.rotary.default, (q, k, *rest))
 
 
 def test_promotes_as_pytorch_does(device):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import rotary_append
@@ -93,7 +94,7 @@ def test_is_a_wellformed_operator(device):
         inputs((2, 3, 4, 16), device=device),
         cache((2, 3, 4, 16), torch.float32, device),
     )
-    torch.library.opcheck(torch.ops.internvl.rotary_append.default, (*args, *storage.clone()))
+    library.opcheck(torch.ops.internvl.rotary_append.default, (*args, *storage.clone()))
 
 
 def test_compiles_with_its_write_kept(device):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from internvl_engine import reference
 from internvl_engine.kernels import swiglu
@@ -52,7 +53,7 @@ def test_reads_strided_input_in_place_and_gives_the_same_bits_twice(device, back
 
 def test_is_a_wellformed_operator(device):
     gate_up = torch.randn(3, 20, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.internvl.swiglu.default, (gate_up,))
+    library.opcheck(torch.ops.internvl.swiglu.default, (gate_up,))
 
 
 def test_float64_goes_through_autograd_twice():
