@@ -11,8 +11,8 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._attention import Pair, empty_output, lse_dtype
-from ._heads import address, adjacent, pointer
-from ._library import NATIVE_TYPES, native
+from ._heads import adjacent, pointer
+from ._library import NATIVE_TYPES, address, native
 
 # (q_weight, k_weight, eps, where the statistics (2, B, N) of q and k go, in float32)
 Norm = tuple[Tensor, Tensor, float, Tensor]
@@ -21,14 +21,13 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def attention_native(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, saves: bool, mask: str = "full", prefix: int = 0,
-    visible: Tensor | None = None, interleave: bool = False, norm: Norm | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None, scale: float,
+    saves: bool, interleave: bool = False, norm: Norm | None = None,
 ) -> Pair:  # fmt: skip
     """csrc/cpu/attention.h, for every attention operator: (out, lse).
 
-    On one thread in bfloat16 it is 1.3 (1025 keys) to 2 times (96) as fast as products and softmax
-    through PyTorch, which is 3 times as fast as PyTorch's blocked attention; with half the error of
-    eager. In float32 1.5 to 1.9 times as fast as the blocked one.
+    In bfloat16 it is 2.7 to 3.6 times as fast as PyTorch's blocked attention (benchmarks/results),
+    with half the error of eager.
     """
     dtype = NATIVE_TYPES.get(q.dtype)
     if dtype is None or q.numel() == 0 or k.numel() == 0 or native.instruction_set() == "portable":
@@ -54,7 +53,7 @@ def bmm_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) on the CPU by PyTorch's matrix products, a few heads at a time: scores stay in
-    cache. In bfloat16 5 times as fast as PyTorch's blocked gradient, whose products are slow.
+    cache. In bfloat16 1.6 to 3.0 times as fast as PyTorch's blocked gradient (benchmarks/results).
 
     The probabilities are computed again and rounded as in eager PyTorch: no log-sum-exp is needed.
     bias: (1 or B, 1, S, T), added to the scores; None for no mask.
@@ -62,9 +61,9 @@ def bmm_backward(
     B, H, S, _ = q.shape
     T = k.shape[2]
     dq, dk, dv = (empty_output(x, False)[0] for x in (q, k, v))
-    heads = min(B * H, max(torch.get_num_threads(), (1 << 20) // (S * T * q.element_size())))
-    rows = max(1, heads // H)
-    heads = rows * H if heads >= H else heads
+    at_once = max(torch.get_num_threads(), (1 << 20) // (S * T * q.element_size()))
+    rows = min(B, max(1, at_once // H))
+    heads = min(at_once, rows * H)  # of one row, or all of several
     buffers = q.new_empty((3, heads, S, T))
     for first_row in range(0, B, rows):
         here = slice(first_row, min(first_row + rows, B))
@@ -89,11 +88,11 @@ def bmm_backward(
     return dq, dk, dv
 
 
-def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float):
+def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float):
     """PyTorch's blocked attention on the CPU. bias: added to the scores, -inf for a hidden key."""
     if q.dtype == torch.float64:
         return NotImplemented
     if q.numel() == 0 or k.numel() == 0:  # PyTorch 2.13 divides by zero
         return NotImplemented
     # It reads heads that are not contiguous as if they were.
-    return _flash(adjacent(q), adjacent(k), adjacent(v), 0.0, causal, attn_mask=bias, scale=scale)
+    return _flash(adjacent(q), adjacent(k), adjacent(v), 0.0, False, attn_mask=bias, scale=scale)

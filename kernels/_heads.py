@@ -10,11 +10,6 @@ def pointer(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), batch, head, token
 
 
-def address(x: Tensor | None) -> int:
-    """Of the first element; 0 for no tensor."""
-    return 0 if x is None else x.data_ptr()
-
-
 def adjacent(x: Tensor) -> Tensor:
     """x, or a copy where the elements of a head are not next to each other."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -22,7 +22,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from . import _cuda
-from ._library import NATIVE_TYPES, define, native, native_cuda, triton_launcher
+from ._library import NATIVE_TYPES, address, define, native, native_cuda, triton_launcher
 from ._rows import as_rows
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,7 +41,7 @@ def add_rms_norm_native(
     x_rows, residual_rows, weight = as_rows(x), as_rows(residual), weight.contiguous()
     scale = None if scale is None else scale.contiguous()
     native.add_rms_norm(
-        dtype, x_rows.pointer(), residual_rows.pointer(), 0 if scale is None else scale.data_ptr(),
+        dtype, x_rows.pointer(), residual_rows.pointer(), address(scale),
         weight.data_ptr(), y.data_ptr(), residual_out.data_ptr(), y.numel() // max(cols, 1), cols,
         eps, torch.get_num_threads(),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def add_rms_norm_cuda(
         cols = x.shape[-1]
         native_cuda.add_rms_norm(
             dtype, _cuda.TYPES[weight.dtype], x_rows.pointer(), residual_rows.pointer(),
-            0 if scale is None else scale.data_ptr(), weight.data_ptr(), y.data_ptr(),
+            address(scale), weight.data_ptr(), y.data_ptr(),
             residual_out.data_ptr(), y.numel() // cols, cols, eps, _cuda.stream(),
         )  # fmt: skip
     return y, residual_out
@@ -85,7 +85,7 @@ def add_rms_norm_backward_native(
     scale = None if scale is None else scale.contiguous()
     native.add_rms_norm_backward(
         dtype, grads.pointer(), passed.pointer(), x_rows.pointer(), residual_out.data_ptr(),
-        0 if scale is None else scale.data_ptr(), weight.data_ptr(), dx.data_ptr(),
+        address(scale), weight.data_ptr(), dx.data_ptr(),
         dresidual.data_ptr(), dweight.data_ptr(), 0 if scale is None else dscale.data_ptr(),
         dresidual.numel() // max(cols, 1), cols, eps, torch.get_num_threads(),
     )  # fmt: skip

@@ -63,33 +63,21 @@ def _small_bias(mask: str, queries: int, keys: int, prefix: int, dtype: torch.dt
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
-def _bias(
-    q: Tensor, keys: int, mask: str, prefix: int, visible: Tensor | None, has_causal: bool = True
-) -> tuple[Tensor | None, bool] | None:
-    """(bias to the scores, whether PyTorch's own causal mask serves instead, if it may).
+def _bias(q: Tensor, keys: int, mask: str, prefix: int, visible: Tensor | None) -> Tensor | None:
+    """What is added to the scores, (1 or B, 1, S, T); None for nothing.
 
-    Masks up to 1024 x 1024 are built once. None where a row sees nothing.
+    Masks up to 1024 x 1024 are built once. NotImplemented where a row sees nothing.
     """
-    queries = q.shape[2]
-    causal = has_causal and mask == "causal" and queries == keys
-    if visible is None and (mask == "full" or causal):
-        return None, mask == "causal"
-    build = _small_bias if queries * keys <= 1 << 20 else _small_bias.__wrapped__
-    bias = None if mask == "full" else build(mask, queries, keys, prefix, q.dtype)[None]
-    if visible is not None:
-        padding = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
-        padding = padding[:, None, None, :]
-        bias = padding.expand(-1, 1, queries, -1) if bias is None else bias + padding
-        if (bias.amax(-1) < 0).any():
-            return None
-    return bias, False
-
-
-def _attention_native(
-    q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None, scale: float,
-    saves: bool,
-) -> Pair:  # fmt: skip
-    return attention_native(q, k, v, scale, saves, mask, prefix, visible)
+    queries, bias = q.shape[2], None
+    if mask != "full":
+        build = _small_bias if queries * keys <= 1 << 20 else _small_bias.__wrapped__
+        bias = build(mask, queries, keys, prefix, q.dtype)[None]
+    if visible is None:
+        return bias
+    padding = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+    padding = padding[:, None, None, :]
+    bias = padding.expand(-1, 1, queries, -1) if bias is None else bias + padding
+    return NotImplemented if (bias.amax(-1) < 0).any() else bias
 
 
 def attention_sdpa(
@@ -98,7 +86,7 @@ def attention_sdpa(
 ) -> Pair:  # fmt: skip
     """PyTorch's blocked attention on the CPU."""
     bias = _bias(q, k.shape[2], mask, prefix, visible)
-    found = NotImplemented if bias is None else sdpa_cpu(q, k, v, *bias, scale)
+    found = NotImplemented if bias is NotImplemented else sdpa_cpu(q, k, v, bias, scale)
     if found is NotImplemented:
         return NotImplemented
     lse = found[1].to(lse_dtype(q.dtype)).contiguous()
@@ -112,8 +100,8 @@ def attention_backward_bmm(
     """The gradient on the CPU."""
     if q.numel() == 0 or k.numel() == 0:
         return NotImplemented
-    bias = _bias(q, k.shape[2], mask, prefix, visible, has_causal=False)
-    return NotImplemented if bias is None else bmm_backward(grad, q, k, v, bias[0], scale)
+    bias = _bias(q, k.shape[2], mask, prefix, visible)
+    return NotImplemented if bias is NotImplemented else bmm_backward(grad, q, k, v, bias, scale)
 
 
 def _flash_backend(attend):
@@ -158,7 +146,7 @@ _attention = define(
     "bool saves) -> (Tensor, Tensor)",
     reference=attention_reference,
     fake=lambda q, k, v, mask, prefix, visible, scale, saves: empty_output(q, saves),
-    cpu={"native": _attention_native, "sdpa": attention_sdpa},
+    cpu={"native": attention_native, "sdpa": attention_sdpa},
     cuda={
         "triton": triton_launcher("attention"),
         **{name: _flash_backend(attend) for name, attend in FLASH.items()},

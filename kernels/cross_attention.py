@@ -68,7 +68,7 @@ def cross_attention_native(
     q: Tensor, k: Tensor, v: Tensor, interleave: bool, scale: float, saves: bool
 ) -> Pair:
     """Every head of an image is packed once for all its rows of q: csrc/cpu/attention.h."""
-    return attention_native(q, k, v, scale, saves, interleave=interleave)
+    return attention_native(q, k, v, "full", 0, None, scale, saves, interleave)
 
 
 def cross_attention_sdpa(
@@ -78,7 +78,7 @@ def cross_attention_sdpa(
     if q.numel() == 0:
         return NotImplemented
     images = k.shape[0]
-    found = sdpa_cpu(_packed(q, images, interleave), k, v, None, False, scale)
+    found = sdpa_cpu(_packed(q, images, interleave), k, v, None, scale)
     if found is NotImplemented:
         return NotImplemented
     out, lse = (_unpacked(x, q.shape[0] // images, interleave) for x in found)

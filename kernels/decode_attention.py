@@ -17,8 +17,8 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._attention import as_projected, empty_output, scale_of
-from ._heads import address, adjacent, as_int64, pointer
-from ._library import NATIVE_TYPES, define, native, triton_launcher
+from ._heads import adjacent, as_int64, pointer
+from ._library import NATIVE_TYPES, address, define, native, triton_launcher
 
 
 def decode_attention_native(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from ._library import NATIVE_TYPES, define, native, serve_too
+from ._library import NATIVE_TYPES, address, define, native, serve_too
 from ._rows import as_rows
 from .linear import (
     EPILOGUES,
@@ -165,7 +165,7 @@ def linear_packed_native(
         native.linear_workspace(dtype, rows, x.shape[-1], threads), dtype=torch.uint8
     )
     native.linear(
-        dtype, x_rows.pointer(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        dtype, x_rows.pointer(), packed.data_ptr(), address(bias),
         (0, 1, 0, 0) if residual_rows is None else residual_rows.pointer(), y.data_ptr(), rows,
         x.shape[-1], features, EPILOGUES.index(epilogue), workspace.data_ptr(), threads,
     )  # fmt: skip

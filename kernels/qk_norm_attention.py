@@ -104,7 +104,7 @@ def qk_norm_attention_native(
         norm = q_weight.contiguous(), k_weight.contiguous(), eps, statistics
         rstd = statistics if saves else rstd
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-    found = attention_native(q, k, v, scale, saves, norm=norm)
+    found = attention_native(q, k, v, "full", 0, None, scale, saves, norm=norm)
     if found is NotImplemented:
         return NotImplemented
     return found[0].transpose(1, 2), found[1], rstd
@@ -116,7 +116,7 @@ def qk_norm_attention_sdpa(
 ) -> Three:  # fmt: skip
     """On the CPU: the norms, then PyTorch's blocked attention."""
     q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
-    found = sdpa_cpu(q, k, v, None, False, scale)
+    found = sdpa_cpu(q, k, v, None, scale)
     if found is NotImplemented:
         return NotImplemented
     out, lse = found
