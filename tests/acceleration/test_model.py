@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from weights import tensor_bytes
+from tensor_bytes import tensor_bytes
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVLConfig

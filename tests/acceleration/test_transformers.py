@@ -127,7 +127,6 @@ def test_dropout_draws_what_it_did(attention):
             torch.manual_seed(0)
             logits.append(states(one))
         close(logits[1], logits[0])
-        assert fused.model.layers[0].self_attn.eager.training is mode  # where that one computes
 
 
 @torch.no_grad()
