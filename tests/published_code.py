@@ -1,12 +1,17 @@
 """Modules named, shaped and called as the published remote code's, written from its description.
 
 Only what `accelerate` must recognise in a foreign model; no class of internvl_engine is used.
+`norm` and `flash` make of it what it is with apex and flash-attn installed (published_cuda.py).
 """
 
 import torch
 import torch.nn.functional as F
+from published_cuda import FlashAttention
 from published_qllama import LlamaForCausalLM
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 
 class InternRMSNorm(nn.Module):
@@ -22,43 +27,64 @@ class InternRMSNorm(nn.Module):
 
 
 class InternAttention(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, norm=InternRMSNorm, flash=False):
         super().__init__()
-        self.num_heads = heads
-        self.scale = (width // heads) ** -0.5
+        self.embed_dim, self.num_heads, self.head_dim = width, heads, width // heads
+        self.use_flash_attn = flash
+        self.scale = self.head_dim**-0.5
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
-        self.q_norm, self.k_norm = InternRMSNorm(width), InternRMSNorm(width)
+        self.qk_normalization = True
+        self.q_norm, self.k_norm = norm(width, eps=1e-6), norm(width, eps=1e-6)
+        if flash:
+            self.inner_attn = FlashAttention(attention_dropout=0.0)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def _naive_attn(self, x):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.view(batch, tokens, self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
-        attention = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
+        attention = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(-1))
         x = (attention @ v).transpose(1, 2).reshape(batch, tokens, width)
         return self.proj_drop(self.proj(x))
+
+    def _flash_attn(self, x, key_padding_mask=None, need_weights=False):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
+        context, _ = self.inner_attn(
+            qkv.unflatten(-1, (self.num_heads, -1)),
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            causal=False,
+        )
+        return self.proj_drop(self.proj(context.flatten(2)))
+
+    def forward(self, hidden_states):
+        if self.use_flash_attn:
+            return self._flash_attn(hidden_states)
+        return self._naive_attn(hidden_states)
 
 
 class InternMLP(nn.Module):
     def __init__(self, width, inner):
         super().__init__()
-        self.act = nn.GELU()
+        self.act = ACT2FN["gelu"]
         self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
 
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, hidden_states):
+        return self.fc2(self.act(self.fc1(hidden_states)))
 
 
 class InternVisionEncoderLayer(nn.Module):
-    def __init__(self, width, heads, inner):
+    def __init__(self, width, heads, inner, norm=InternRMSNorm, flash=False):
         super().__init__()
-        self.attn, self.mlp = InternAttention(width, heads), InternMLP(width, inner)
-        self.norm1, self.norm2 = InternRMSNorm(width), InternRMSNorm(width)
+        self.embed_dim, self.intermediate_size = width, inner
+        self.attn, self.mlp = InternAttention(width, heads, norm, flash), InternMLP(width, inner)
+        self.norm1, self.norm2 = norm(width, eps=1e-6), norm(width, eps=1e-6)
         self.ls1 = nn.Parameter(torch.rand(width))
         self.ls2 = nn.Parameter(torch.rand(width))
-        self.drop_path1 = self.drop_path2 = nn.Identity()
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()
 
     def forward(self, hidden_states):
         hidden = hidden_states
@@ -67,14 +93,45 @@ class InternVisionEncoderLayer(nn.Module):
 
 
 class InternVisionEncoder(nn.Module):
-    def __init__(self, layers, *sizes):
+    def __init__(self, layers, *sizes, **kinds):
         super().__init__()
-        self.layers = nn.ModuleList(InternVisionEncoderLayer(*sizes) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            InternVisionEncoderLayer(*sizes, **kinds) for _ in range(layers)
+        )
+        self.gradient_checkpointing = True
 
-    def forward(self, x):
+    def forward(self, inputs_embeds, output_hidden_states=None, return_dict=None):
+        states, hidden = (), inputs_embeds
         for layer in self.layers:
-            x = layer(x)
-        return x
+            states += (hidden,)
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, use_reentrant=False)
+            else:
+                hidden = layer(hidden)
+        states = (*states, hidden) if output_hidden_states else None
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=states)
+
+
+class InternVisionModel(nn.Module):
+    """The tower after its embeddings, which are a convolution like any other."""
+
+    def __init__(self, *sizes, **kinds):
+        super().__init__()
+        self.encoder = InternVisionEncoder(*sizes, **kinds)
+
+    def forward(
+        self, pixel_values=None, output_hidden_states=None, return_dict=None, pixel_embeds=None
+    ):
+        outputs = self.encoder(
+            inputs_embeds=pixel_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.last_hidden_state[:, 0],
+            hidden_states=outputs.hidden_states,
+        )
 
 
 class CrossAttention(nn.Module):
@@ -114,9 +171,9 @@ class AttentionPoolingBlock(nn.Module):
 class InternVLModel(nn.Module):
     """Tower, pooler and QLLaMA, enough to see every kind of module."""
 
-    def __init__(self, qllama_config, width=48, heads=3, inner=96, layers=3):
+    def __init__(self, qllama_config, width=48, heads=3, inner=96, layers=3, **kinds):
         super().__init__()
-        self.vision_model = InternVisionEncoder(layers, width, heads, inner)
+        self.vision_model = InternVisionModel(layers, width, heads, inner, **kinds)
         self.clip_projector = AttentionPoolingBlock(width, 4, 24)
         self.query_tokens = nn.Parameter(
             torch.randn(1, qllama_config.num_query_token, qllama_config.hidden_size)
@@ -124,7 +181,7 @@ class InternVLModel(nn.Module):
         self.qllama = LlamaForCausalLM(qllama_config)
 
     def forward(self, x, **inputs):
-        image = self.vision_model(x)
+        image = self.vision_model(pixel_embeds=x).last_hidden_state
         queries = self.query_tokens.expand(len(x), -1, -1)
         text = self.qllama(
             inputs_embeds=queries,

@@ -150,6 +150,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         vision_hidden_states: Tensor | None = None,
         use_zero_attention_mask: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The next call's inputs: what the cache lacks of inputs_embeds, then one id a step.
@@ -157,6 +158,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         Positions count real tokens (`cumsum(mask) - 1`, 1 where padded) as the published code's.
         Cross-attention needs the image only until the cache holds the queries.
         """
+        if past_key_values is None:  # what transformers 5.24 calls it
+            past_key_values = cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         prompt = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         inputs: dict[str, Any]

@@ -1,0 +1,57 @@
+"""What the published code takes instead of its own where flash-attn and apex are installed.
+
+Written from the descriptions of both; named and placed as they are there. Like them, the attention
+computes on a GPU only: a CPU shows whether it is recognised, and nothing else.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FlashAttention(nn.Module):
+    """The published wrapper of flash-attn: qkv (B, N, 3, H, D) to (B, N, H, D), and None."""
+
+    def __init__(self, softmax_scale=None, attention_dropout=0.0, device=None, dtype=None):
+        super().__init__()
+        self.softmax_scale, self.dropout_p = softmax_scale, attention_dropout
+
+    def forward(
+        self,
+        qkv,
+        key_padding_mask=None,
+        causal=False,
+        cu_seqlens=None,
+        max_s=None,
+        need_weights=False,
+    ):
+        assert not need_weights
+        assert qkv.dtype in [torch.float16, torch.bfloat16]
+        assert qkv.is_cuda
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        dropout = self.dropout_p if self.training else 0.0
+        output = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=causal, scale=self.softmax_scale
+        )
+        return output.transpose(1, 2), None
+
+
+class FusedRMSNorm(nn.Module):
+    """apex's, which keeps its epsilon as `eps`."""
+
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
+        super().__init__()
+        self.normalized_shape = torch.Size((normalized_shape,))
+        self.eps, self.elementwise_affine = eps, elementwise_affine
+        self.memory_efficient = memory_efficient
+        self.weight = nn.Parameter(torch.ones(normalized_shape))
+
+    def forward(self, input):
+        variance = input.float().square().mean(-1, keepdim=True)
+        normed = input * torch.rsqrt(variance + self.eps)
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            normed = normed.to(self.weight.dtype)
+        return self.weight * normed
+
+
+FusedRMSNorm.__module__ = "apex.normalization.fused_layer_norm"
