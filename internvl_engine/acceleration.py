@@ -64,7 +64,9 @@ class Report:
         lines = [f"accelerate: {len(self.replaced)} modules fused for {self.mode}"]
         groups = Counter((entry.kind, entry.fused, entry.reason) for entry in self.entries)
         for (kind, fused, reason), count in groups.items():
-            lines.append(f"  {count:4} x {kind} -> {fused or 'kept'}" + f": {reason}" * bool(reason))
+            lines.append(
+                f"  {count:4} x {kind} -> {fused or 'kept'}" + f": {reason}" * bool(reason)
+            )
         if self.tied:
             lines.append(f"  tied, so neither packed nor merged: {', '.join(self.tied)}")
         return "\n".join(lines)

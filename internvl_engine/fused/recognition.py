@@ -96,7 +96,9 @@ class Recognition:
                 return reason
             if kind in BY_TABLE_ONLY:
                 name = f"{_path(module)}.{type(module).__name__}"
-                return None if known else f"{name} is not known to compute what {kind.__name__} does"
+                return (
+                    None if known else f"{name} is not known to compute what {kind.__name__} does"
+                )
             if known and _has_known_parts(kind, module) and not self.check:
                 return None
             key = (kind, _settings(module))

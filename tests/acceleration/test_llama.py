@@ -46,7 +46,9 @@ def test_every_weight_exists_once_and_comes_back(built, mode, dtype):
     expected, before = states(built), tensor_bytes()
     report = accelerate(built, mode)
     fused = states(built)
-    assert tensor_bytes() - before - fused.nbytes <= 0.01 * sum(p.nbytes for p in built.parameters())
+    assert tensor_bytes() - before - fused.nbytes <= 0.01 * sum(
+        p.nbytes for p in built.parameters()
+    )
     copied = copy.deepcopy(built)
     for one in (built, copied):
         assert one.state_dict().keys() == state.keys()

@@ -93,8 +93,10 @@ def test_norms_are_carried_where_nobody_looks(mode, norms):
 WATCHED = {
     "hidden states": lambda m: m.vision_model(pixels(2), output_hidden_states=True),
     "gradients": lambda m: torch.enable_grad()(m.vision_model)(pixels(2)),
-    "a hook": lambda m: m.vision_model.encoder.layers[0].register_forward_hook(lambda *_: None)
-    and m.vision_model(pixels(2)),
+    "a hook": lambda m: (
+        m.vision_model.encoder.layers[0].register_forward_hook(lambda *_: None)
+        and m.vision_model(pixels(2))
+    ),
 }
 
 
