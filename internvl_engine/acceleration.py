@@ -122,6 +122,7 @@ def accelerate(
                 entry.reason = f"already fused, for {mode} from now on"
         elif kind is not None and entry.fused:
             kind.fuse(module, inference, tied)
+            entry.reason = "; ".join(module.called())
             report._fused.append(module)
             if compile and kind not in LOOPS:
                 module.compile(fullgraph=True, dynamic=True)

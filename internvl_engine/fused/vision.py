@@ -99,8 +99,13 @@ class FusedVisionLayer(FusedModule):
         exact = getattr(activation, "approximate", "none") == "none"
         if type(activation).__name__ not in EXACT_GELU or not exact:
             return f"its activation is {type(activation).__name__}, not the exact GELU"
-        width = getattr(module, cls.SCALES[0]).shape[0]
-        return kernels.unsupported_head_dim(width // getattr(module, cls.ATTENTION).num_heads)
+        attention = getattr(module, cls.ATTENTION)
+        scale = getattr(getattr(attention, "inner_attn", None), "softmax_scale", None)
+        if scale not in (None, attention.scale):  # of flash-attn, where that is installed
+            return f"its inner attention scales by {scale}, not by {attention.scale}"
+        return kernels.unsupported_head_dim(
+            getattr(module, cls.SCALES[0]).shape[0] // attention.num_heads
+        )
 
     @classmethod
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
