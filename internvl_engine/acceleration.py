@@ -150,9 +150,9 @@ def _find(module: nn.Module, name: str, recognition: Recognition) -> Iterator[Fo
             reason = "it does not hold what this class is known to hold"
             yield module, None, Entry(name, type(module).__name__, None, reason)
     if inside:
-        for attribute, child in module.named_children():
-            path = f"{name}.{attribute}" if name else attribute
-            yield from _find(child, path, recognition)
+        for attribute, child in module._modules.items():
+            if child is not None:
+                yield from _find(child, f"{name}.{attribute}".lstrip("."), recognition)
 
 
 def _untouchable(module: nn.Module) -> str | None:

@@ -123,9 +123,13 @@ class FusedModule(nn.Module):
     def stays_eager(self) -> bool:
         """Whether the eager module must compute this call: it drops, or was changed or hooked."""
         fusion = self._fusion
-        if self.training and fusion.drops:
+        if self.training and self.drops():
             return True
         return fusion.contract != fusion.contract_of(self) or any(map(is_hooked, fusion.inner))
+
+    def drops(self) -> bool:
+        """Whether dropout changes an output while training."""
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._fusion.inner)
 
     def _get_name(self) -> str:
         return self.fused_class.__name__
@@ -154,11 +158,6 @@ class Fusion:
         self.inner = tuple(inner for inner in module.modules() if inner is not module)
         self.contract = self.contract_of(module)
         self.after_load = module.register_load_state_dict_post_hook(_prepare)
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout would change an output while training."""
-        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.inner)
 
     @staticmethod
     def contract_of(module: FusedModule) -> tuple:

@@ -91,12 +91,12 @@ class Recognition:
     def unsupported_reason(self, kind: type[FusedModule], module: Any) -> str | None:
         """Why a module of this structure must stay eager, or None. Never raises."""
         try:
-            known = is_known(kind, module)
-            if kind in BY_TABLE_ONLY and not known:
-                return f"{_path(module)}.{type(module).__name__} is not a class that is known here"
-            reason = kind.unsupported_reason(module)
-            if reason is not None or kind in BY_TABLE_ONLY:
+            known, reason = is_known(kind, module), kind.unsupported_reason(module)
+            if reason is not None:
                 return reason
+            if kind in BY_TABLE_ONLY:
+                name = f"{_path(module)}.{type(module).__name__}"
+                return None if known else f"{name} is not known to compute what {kind.__name__} does"
             if known and _has_known_parts(kind, module) and not self.check:
                 return None
             key = (kind, _settings(module))

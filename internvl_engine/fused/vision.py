@@ -111,15 +111,12 @@ class FusedVisionLayer(FusedModule):
         """The norm of what comes in."""
         return getattr(self, self.NORMS[0])
 
-    @property
-    def stays_eager(self) -> bool:
+    def drops(self) -> bool:
         """Also where stochastic depth drops samples, or the attention function probabilities."""
-        if self.training:
-            paths = (getattr(self, name, None) for name in ("drop_path1", "drop_path2"))
-            drops = getattr(getattr(self, self.ATTENTION), "attention_dropout", 0.0)
-            if drops or not all(isinstance(path, nn.Identity | None) for path in paths):
-                return True
-        return super().stays_eager
+        paths = (getattr(self, name, None) for name in ("drop_path1", "drop_path2"))
+        if not all(isinstance(path, nn.Identity | None) for path in paths):
+            return True
+        return bool(getattr(getattr(self, self.ATTENTION), "attention_dropout", 0)) or super().drops()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.stays_eager:

@@ -135,11 +135,11 @@ def has_own_forward(module: Any) -> bool:
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether a hook is one that transformers 5 leaves on a module once it recorded its output,
-    and nobody asks for records now."""
+    """Whether a hook is one that transformers 5 leaves on a module once it recorded attentions,
+    and nobody asks for them now."""
     recording = sys.modules.get("transformers.utils.output_capturing")
     if recording is None or torch.compiler.is_compiling():
         return False
     if getattr(hook, "__module__", None) != recording.__name__:
         return False
-    return recording._active_collector.get() is None
+    return "attentions" not in (recording._active_collector.get() or ())

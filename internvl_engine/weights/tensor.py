@@ -185,19 +185,35 @@ def make_plain(parameter: nn.Parameter) -> None:
 
 
 def swap(parameter: Tensor, values: Tensor) -> bool:
-    """Makes a parameter hold other values, in any form, as the same object with its gradient.
+    """Makes a parameter hold other values, in any form, as the same object.
+
+    Its gradient, hooks and attributes stay.
 
     Returns:
         Whether it could: PyTorch refuses where weak references or a live graph hold it.
     """
     gradient, parameter.grad = parameter.grad, None
+    backward_hooks = parameter._backward_hooks
+    gradient_hooks = parameter._post_accumulate_grad_hooks
+    other = nn.Parameter(values, parameter.requires_grad)
+    vars(other).update((k, v) for k, v in vars(parameter).items() if k not in _form_of(parameter))
     try:
-        torch.utils.swap_tensors(parameter, nn.Parameter(values, parameter.requires_grad))
+        torch.utils.swap_tensors(parameter, other)
     except RuntimeError:
         return False
     finally:
         parameter.grad = gradient
+    if backward_hooks is not None:
+        parameter._backward_hooks = backward_hooks
+    if gradient_hooks is not None:
+        parameter._post_accumulate_grad_hooks = gradient_hooks
     return True
+
+
+def _form_of(parameter: Tensor) -> tuple[str, ...]:
+    """The attributes that hold the values of a parameter, which are not its user's."""
+    inner = parameter.__tensor_flatten__()[0] if isinstance(parameter, WeightTensor) else ()
+    return (*inner, "_is_param")
 
 
 def _plain_copy(weight: WeightTensor) -> Tensor:

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
+from tensor_bytes import tensor_bytes
 from torch import nn
-from weights import tensor_bytes
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVLConfig
