@@ -6,10 +6,10 @@ A test builds one, puts a copy into a state, does to both what people do to mode
 import copy
 from functools import cache
 
-import published_code
 import torch
 from foreign_decoders import llama
 from foreign_towers import composite
+from published_model import modeling_internvl
 from torch import Tensor, nn
 
 from internvl_engine import accelerate
@@ -26,7 +26,7 @@ def _built(kind: str) -> nn.Module:
     if kind == "ours":
         return model(vision_config=VISION | {"drop_path_rate": 0.0})
     if kind == "published":
-        return spread(published_code.InternVLModel(decoder().config, layers=2)).eval()
+        return spread(modeling_internvl.InternVLModel(decoder().config, layers=2)).eval()
     if kind == "llm":
         return llama("Qwen2", heads=2)
     return spread(composite())

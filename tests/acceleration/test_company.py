@@ -2,10 +2,10 @@
 
 import copy
 
-import published_code
 import pytest
 import torch
 from foreign_towers import vision_tower
+from published_model import modeling_internvl
 from torch.utils.checkpoint import checkpoint
 
 from internvl_engine import accelerate, kernels
@@ -172,7 +172,7 @@ def test_checkpointing_of_ones_own_trains_alike(how):
 
 
 def test_an_encoder_that_recomputes_its_layers_itself_trains_alike():
-    eager, x = published_code.InternVLModel(decoder().config).train(), torch.randn(2, 17, 48)
+    eager, x = modeling_internvl.InternVLModel(decoder().config).train(), torch.randn(2, 17, 48)
     fused = copy.deepcopy(eager)
     accelerate(fused, "training")
     for one in (eager, fused):

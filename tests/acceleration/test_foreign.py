@@ -3,10 +3,10 @@
 import copy
 from collections import Counter
 
-import published_code
 import pytest
 import torch
 from foreign_towers import vision_tower
+from published_model import modeling_internvl
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.fused import FusedModule
@@ -20,7 +20,7 @@ def close(actual, expected):
 
 @torch.no_grad()
 def test_the_published_code():
-    model, x = published_code.InternVLModel(decoder().config).eval(), torch.randn(2, 17, 48)
+    model, x = modeling_internvl.InternVLModel(decoder().config).eval(), torch.randn(2, 17, 48)
     state = copy.deepcopy(model.state_dict())
     expected = model(x)
     report = accelerate(model, strict=True)

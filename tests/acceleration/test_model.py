@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from torch import nn
 from tensor_bytes import tensor_bytes
+from torch import nn
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVLConfig

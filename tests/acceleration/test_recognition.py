@@ -3,11 +3,11 @@
 import copy
 from functools import wraps
 
-import published_code
 import pytest
 import torch
 import torch.nn.functional as F
 from foreign_decoders import published
+from published_model import modeling_intern_vit, modeling_internvl
 from torch import nn
 
 from internvl_engine import accelerate
@@ -42,7 +42,7 @@ class Clamped(MLP):  # as DeepseekV4MLP: only large activations show it
 class Normed(MLP):  # as BitNetMLP
     def __init__(self):
         super().__init__()
-        self.ffn_sub_norm = published_code.InternRMSNorm(96)
+        self.ffn_sub_norm = modeling_intern_vit.InternRMSNorm(96)
 
     def forward(self, x):
         return self.down_proj(self.ffn_sub_norm(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
@@ -165,7 +165,9 @@ def halved(cls):
     return type(cls.__name__, (cls,), {"forward": lambda self, x: cls.forward(self, x.flip(1)) / 2})
 
 
-@pytest.mark.parametrize("build", [model, lambda: published_code.InternVLModel(decoder().config)])
+@pytest.mark.parametrize(
+    "build", [model, lambda: modeling_internvl.InternVLModel(decoder().config)]
+)
 @torch.no_grad()
 def test_layers_with_another_attention_inside_are_kept(build):
     built, x = build().eval(), torch.randn(2, 17, 48)

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
+from tensor_bytes import tensor_bytes
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
-from tensor_bytes import tensor_bytes
 
 from internvl_engine import accelerate, kernels
 from internvl_engine.weights import WeightTensor

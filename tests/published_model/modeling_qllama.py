@@ -2,8 +2,7 @@
 
 Additive masks, pairs of tensors for a cache, a rotary table in every attention. Sizes that are
 literals there (96 queries, 3200 of the image) come from the configuration, so that it can be small,
-and so does `norm_class`: what stands for LlamaRMSNorm (published_cuda.py). No class of
-internvl_engine is used.
+and so does `norm_class`: what stands for LlamaRMSNorm (apex.py).
 """
 
 import math
