@@ -17,7 +17,11 @@ from ..weights import Linears, WeightTensor, is_hooked
 
 
 class FusedModule(nn.Module):
-    """Base of the fused classes. A module becomes one by `fuse` and itself again by `restore`."""
+    """Base of the fused classes. A module becomes one by `fuse` and itself again by `restore`.
+
+    A fused class says what it `matches`, and gives `compute` with the arguments of the eager
+    `forward`, which runs where the class `serves` neither the call nor the state of the module.
+    """
 
     # Names of the groups of linears below the module that become one product each.
     LINEARS: dict[str, tuple[str, ...]] = {}
@@ -26,6 +30,9 @@ class FusedModule(nn.Module):
     eager_class: Any
     fused_class: Any
     _fusion: "Fusion"
+
+    # The method that `accelerate(compile=True)` compiles: of values only, without a look at hooks.
+    COMPILED = "compute"
 
     @classmethod
     def fuse(cls, module: Any, inference: bool = True, tied: frozenset[int] = frozenset()) -> None:
@@ -56,6 +63,29 @@ class FusedModule(nn.Module):
         """Arguments of `forward` to compare both computations with, by draw(*shape)."""
         raise NotImplementedError
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The eager module's result."""
+        if self.stays_eager or not self.serves(*args, **kwargs):
+            return super().forward(*args, **kwargs)
+        return self.run("compute", *args, **kwargs)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """What the eager `forward` computes, on the fused operators."""
+        raise NotImplementedError
+
+    def serves(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `compute` does all that a call asks for."""
+        return True
+
+    def run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method, compiled where that was asked for."""
+        compiled = self._fusion.compiled if name == self.COMPILED else None
+        return (compiled or getattr(self, name))(*args, **kwargs)
+
+    def compile_fused(self, **options: Any) -> None:
+        """Compiles what the module computes, with the options of `torch.compile`."""
+        self._fusion.compiled = torch.compile(getattr(self, self.COMPILED), **options)
+
     def product(self, group: str) -> Linears:
         """The linears of a group as one product."""
         return self._fusion.linears[group]
@@ -76,7 +106,6 @@ class FusedModule(nn.Module):
         """Makes it the eager module again, with plain weights in storage of their own."""
         self._make_plain()
         self._fusion.after_load.remove()
-        self._compiled_call_impl = None
         del self._fusion
         self.__class__ = self.eager_class
 
@@ -126,10 +155,13 @@ class FusedModule(nn.Module):
     @property
     def stays_eager(self) -> bool:
         """Whether the eager module must compute this call: it drops, or was changed or hooked."""
-        fusion = self._fusion
-        if self.training and self.drops():
-            return True
-        return fusion.contract != fusion.contract_of(self) or any(map(is_hooked, fusion.inner))
+        drops = self.training and self.drops()
+        return drops or self.is_changed or any(map(is_hooked, self._fusion.inner))
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a part that is computed without being called is not of the class it was."""
+        return self._fusion.contract != self._fusion.contract_of(self)
 
     def drops(self) -> bool:
         """Whether dropout changes an output while training."""
@@ -161,14 +193,18 @@ class Fusion:
         }
         self.inner = tuple(inner for inner in module.modules() if inner is not module)
         self.contract = self.contract_of(module)
+        self.compiled: Callable | None = None
         self.after_load = module.register_load_state_dict_post_hook(_prepare)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": None}
 
     @staticmethod
     def contract_of(module: FusedModule) -> tuple:
         """The classes of the submodules that are computed without being called."""
         parts = [submodule(module, name) for name in type(module).COMPUTED]
         return tuple(
-            (getattr(part, "eager_class", type(part)), getattr(part, "approximate", None))
+            (vars(type(part)).get("eager_class", type(part)), getattr(part, "approximate", None))
             for part in parts
         )
 

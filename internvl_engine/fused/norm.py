@@ -76,8 +76,12 @@ class FusedRMSNorm(FusedModule):
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return (draw(2, 17, module.weight.shape[-1]),)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        eps = epsilon(self)
-        if self.weight.dtype != hidden_states.dtype or eps is None:
-            return super().forward(hidden_states)
-        return kernels.rms_norm(hidden_states, self.weight, eps)
+    @property
+    def stays_eager(self) -> bool:
+        return False
+
+    def serves(self, hidden_states: Tensor) -> bool:
+        return self.weight.dtype == hidden_states.dtype and epsilon(self) is not None
+
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        return kernels.rms_norm(hidden_states, self.weight, epsilon(self))

@@ -32,40 +32,49 @@ class FusedVisionEncoder(FusedModule):
 
     @classmethod
     def matches(cls, module: Any) -> bool:
-        return holds(module, "layers") and isinstance(module.layers, nn.ModuleList)
+        return holds(module, "layers", "config") and isinstance(module.layers, nn.ModuleList)
 
-    def forward(
+    @property
+    def stays_eager(self) -> bool:
+        return torch.is_grad_enabled() or not all(map(carries, self.layers))
+
+    def serves(
+        self,
+        inputs_embeds: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> bool:
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        return not output_hidden_states
+
+    def compute(
         self,
         inputs_embeds: Tensor,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """(B, N, C) to the last state, as the eager encoder gives it."""
-        config = getattr(self, "config", None)
-        asks = getattr(config, "output_hidden_states", False)
-        asks = asks if output_hidden_states is None else output_hidden_states
-        if asks or torch.is_grad_enabled() or not all(map(carries, self.layers)):
-            return super().forward(inputs_embeds, output_hidden_states, return_dict)
         hidden = inputs_embeds
         normed = normalize(self.layers[0].first_norm, hidden) if self.layers else None
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
             norm = None if following is None else following.first_norm
-            normed, hidden = layer.step(normed, hidden, norm)
+            normed, hidden = layer.run("step", normed, hidden, norm)
         if return_dict is None:
-            return_dict = getattr(config, "return_dict", True)
+            return_dict = getattr(self.config, "return_dict", True)
         return BaseModelOutput(last_hidden_state=hidden) if return_dict else (hidden,)
 
 
 def carries(layer: Any) -> bool:
     """Whether a loop may run a layer by its `step`: it is fused, and nobody watches it."""
-    if not isinstance(layer, FusedModule) or not hasattr(layer, "step"):
-        return False
-    return not (is_hooked(layer) or layer.stays_eager or layer._compiled_call_impl is not None)
+    steps = isinstance(layer, FusedModule) and layer.COMPILED == "step"
+    return steps and not is_hooked(layer) and not layer.stays_eager
 
 
 class FusedVisionLayer(FusedModule):
     """InternVisionEncoderLayer, ours or the published one: (B, N, C) to (B, N, C)."""
 
+    COMPILED = "step"
     NORMS: tuple[str, str] = ("norm1", "norm2")
     SCALES: tuple[str, str] = ("ls1", "ls2")
     ATTENTION = "attn"
@@ -125,10 +134,9 @@ class FusedVisionLayer(FusedModule):
             bool(getattr(getattr(self, self.ATTENTION), "attention_dropout", 0)) or super().drops()
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.stays_eager:
-            return super().forward(hidden_states)
-        return self.step(normalize(self.first_norm, hidden_states), hidden_states, None)[1]
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        normed = normalize(self.first_norm, hidden_states)
+        return self.run("step", normed, hidden_states, None)[1]
 
     def step(
         self, normed: Tensor, hidden: Tensor, next_norm: nn.Module | None

@@ -161,13 +161,13 @@ def test_more_layers_than_may_be_recompiled(kind, monkeypatch):
         return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
     expected, compiled = outputs(), []
-    original = nn.Module.compile
+    original = torch.compile
 
-    def compile_eagerly(self, *args, **kwargs):  # Inductor takes a minute and proves nothing here
-        compiled.append(self)
-        return original(self, *args, **{**kwargs, "backend": "eager"})
+    def compile_eagerly(function, **kwargs):  # Inductor takes a minute and proves nothing here
+        compiled.append(function)
+        return original(function, **{**kwargs, "backend": "eager"})
 
-    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     torch._dynamo.reset()
     report = accelerate(built, compile=True)
     assert len(compiled) >= 10
@@ -188,11 +188,11 @@ def test_compiled_layers_of_the_composite(states, monkeypatch):
     if states:
         built(*args, **kwargs, output_hidden_states=True)
     expected = built(*args, **kwargs).logits
-    original = nn.Module.compile
+    original = torch.compile
     monkeypatch.setattr(
-        nn.Module,
+        torch,
         "compile",
-        lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "backend": "eager"}),
+        lambda function, **kwargs: original(function, **{**kwargs, "backend": "eager"}),
     )
     torch._dynamo.reset()
     accelerate(built, compile=True)
