@@ -47,8 +47,8 @@ def examples() -> dict[str, tuple]:
         ),
         "pooling_attention": (torch.randn(2, 4, 16), torch.randn(2, 9, 16), 1e-5),
     }  # fmt: skip
-    if kernels.can_pack(weight):
-        packed = kernels.PackedWeight(weight).data
+    if kernels.layout_of(weight):
+        packed = kernels.pack(weight)
         found["linear_packed"] = (x, packed, 6, bias, "gelu", torch.randn(3, 6))
         backward = (torch.randn(3, 6), x, packed, 6, bias, "none", [True, True])
         found["linear_packed_backward"] = backward
