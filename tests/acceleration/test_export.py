@@ -141,7 +141,7 @@ DEEP = {"num_hidden_layers": 10}  # PyTorch compiles one code object eight times
 def many_layers():
     return {
         "ours": (
-            model(vision_config=VISION | {"num_hidden_layers": DEPTH}).vision_model,
+            model(vision_config=VISION | DEEP).vision_model,
             pixels(2),
         ),
         "chat": (spread(vision_tower(**DEEP)), torch.randn(2, 3, 28, 28)),
