@@ -64,7 +64,9 @@ class Report:
         lines = [f"accelerate: {len(self.replaced)} modules fused for {self.mode}"]
         groups = Counter((entry.kind, entry.fused, entry.reason) for entry in self.entries)
         for (kind, fused, reason), count in groups.items():
-            lines.append(f"  {count:4} x {kind} -> {fused or 'kept'}" + f": {reason}" * bool(reason))
+            lines.append(
+                f"  {count:4} x {kind} -> {fused or 'kept'}" + f": {reason}" * bool(reason)
+            )
         if self.tied:
             lines.append(f"  tied, so neither packed nor merged: {', '.join(self.tied)}")
         return "\n".join(lines)
@@ -120,6 +122,7 @@ def accelerate(
                 entry.reason = f"already fused, for {mode} from now on"
         elif kind is not None and entry.fused:
             kind.fuse(module, inference, tied)
+            entry.reason = "; ".join(module.called())
             report._fused.append(module)
             if compile and kind not in LOOPS:
                 module.compile(fullgraph=True, dynamic=True)

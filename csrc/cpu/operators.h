@@ -38,8 +38,8 @@ struct Operators {
   int64_t (*attention_workspace)(const AttentionCall<T>& call, int threads);
   void (*attention)(const AttentionCall<T>& call, char* workspace, int threads);
   void (*decode_attention)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
-                           const int64_t* lengths, const uint8_t* visible, Extent n, float scale,
-                           float* weights, int threads);
+                           const int64_t* lengths, const uint8_t* key_padding_mask, Extent n,
+                           int64_t key_heads, float scale, float* weights, int threads);
 };
 
 // The name of the best instruction set that was compiled and that this processor has, or of the one

@@ -119,6 +119,10 @@ class FusedModule(nn.Module):
                 state[name] = value.clone()
         return state
 
+    def called(self) -> list[str]:
+        """Linears that are called as the modules they are, and why."""
+        return [each for linears in self._fusion.linears.values() for each in linears.called()]
+
     @property
     def stays_eager(self) -> bool:
         """Whether the eager module must compute this call: it drops, or was changed or hooked."""
@@ -162,8 +166,11 @@ class Fusion:
     @staticmethod
     def contract_of(module: FusedModule) -> tuple:
         """The classes of the submodules that are computed without being called."""
-        parts = (submodule(module, name) for name in type(module).COMPUTED)
-        return tuple((type(part), getattr(part, "approximate", None)) for part in parts)
+        parts = [submodule(module, name) for name in type(module).COMPUTED]
+        return tuple(
+            (getattr(part, "eager_class", type(part)), getattr(part, "approximate", None))
+            for part in parts
+        )
 
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of merged weights."""

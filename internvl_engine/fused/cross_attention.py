@@ -1,6 +1,6 @@
 """QLLaMA's cross-attention on the fused operators: queries (B, Q, C) read an image (B, N, C_v).
 
-    q = norm1(h) Wq        k, v = norm2(x) Wkv, one product        cross_attention(q, k, v) Wo
+q = norm1(h) Wq        k, v = norm2(x) Wkv, one product        cross_attention(q, k, v) Wo
 """
 
 from collections.abc import Callable

@@ -152,8 +152,6 @@ class FusedPublishedAttention(FusedModule):
 
     LINEARS = LINEARS
     COMPUTED = ("rotary_emb",)
-    ARGUMENTS = ("self", "hidden_states", "attention_mask", "position_ids", "past_key_value",
-                 "output_attentions", "use_cache")  # fmt: skip
 
     @classmethod
     def matches(cls, module: Any) -> bool:
@@ -162,8 +160,6 @@ class FusedPublishedAttention(FusedModule):
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        if tuple(signature(type(module).forward).parameters) != cls.ARGUMENTS:
-            return "its forward takes other arguments than the published LlamaAttention"
         if not type(module.rotary_emb).__name__.endswith("LlamaRotaryEmbedding"):
             return f"its rotary embedding is {type(module.rotary_emb).__name__}"
         if getattr(module, "num_key_value_groups", 1) != 1:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from ..weights import is_plain_linear
 from .base import FusedModule, holds
 
 NORMS = ("norm1_q", "norm1_k", "norm1_v")
@@ -54,7 +55,9 @@ class FusedAttentionPooling(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         attention = self.cross_attn
-        if self.training or torch.is_grad_enabled() or self.stays_eager:
+        projections = (attention.q, attention.k, attention.v)
+        is_plain = all(map(is_plain_linear, projections)) and self.norm1_k.eps == self.norm1_v.eps
+        if self.training or torch.is_grad_enabled() or self.stays_eager or not is_plain:
             return super().forward(x)
         heads = attention.num_heads
         asked = self.norm1_q(x.mean(1))

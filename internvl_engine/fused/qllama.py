@@ -1,12 +1,12 @@
 """Our QLLaMA on the fused operators: a layer, and the loop over the layers.
 
-    q, k, v = n Wqkv                         one product; n comes with h from the layer before
-    q, k = rotary(q, k)                      with the cache's write, where it is a KVCache
-    n, h = add_rms_norm(attention Wo, h)     residual and the next norm in one pass
-    cross-attention                          its first norm likewise, where all positions cross
-    n, h = add_rms_norm(swiglu(n Wgu) Wd, h)
+q, k, v = n Wqkv                         one product; n comes with h from the layer before
+q, k = rotary(q, k)                      with the cache's write, where it is a KVCache
+n, h = add_rms_norm(attention Wo, h)     residual and the next norm in one pass
+cross-attention                          its first norm likewise, where all positions cross
+n, h = add_rms_norm(swiglu(n Wgu) Wd, h)
 
-    B batch, S positions, C width
+B batch, S positions, C width
 """
 
 from collections.abc import Callable

@@ -1,12 +1,12 @@
 """InternViT on the fused operators: a layer, and the loop over the layers.
 
-    qkv = norm1(h) Wqkv                      one product
-    a = qk_norm_attention(qkv)               norms of q and k folded into the scores
-    n, h = add_rms_norm(a Wproj, h, ls1)     layer scale, residual and norm2 in one pass
-    m = gelu(n W1) W2                        GELU in the product's epilogue
-    n, h = add_rms_norm(m, h, ls2)           with norm1 of the next layer: the loop carries (n, h)
+qkv = norm1(h) Wqkv                      one product
+a = qk_norm_attention(qkv)               norms of q and k folded into the scores
+n, h = add_rms_norm(a Wproj, h, ls1)     layer scale, residual and norm2 in one pass
+m = gelu(n W1) W2                        GELU in the product's epilogue
+n, h = add_rms_norm(m, h, ls2)           with norm1 of the next layer: the loop carries (n, h)
 
-    B batch, N tokens, C width
+B batch, N tokens, C width
 """
 
 from collections.abc import Callable
@@ -99,8 +99,13 @@ class FusedVisionLayer(FusedModule):
         exact = getattr(activation, "approximate", "none") == "none"
         if type(activation).__name__ not in EXACT_GELU or not exact:
             return f"its activation is {type(activation).__name__}, not the exact GELU"
-        width = getattr(module, cls.SCALES[0]).shape[0]
-        return kernels.unsupported_head_dim(width // getattr(module, cls.ATTENTION).num_heads)
+        attention = getattr(module, cls.ATTENTION)
+        scale = getattr(getattr(attention, "inner_attn", None), "softmax_scale", None)
+        if scale not in (None, attention.scale):  # of flash-attn, where that is installed
+            return f"its inner attention scales by {scale}, not by {attention.scale}"
+        return kernels.unsupported_head_dim(
+            getattr(module, cls.SCALES[0]).shape[0] // attention.num_heads
+        )
 
     @classmethod
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
@@ -116,7 +121,9 @@ class FusedVisionLayer(FusedModule):
         paths = (getattr(self, name, None) for name in ("drop_path1", "drop_path2"))
         if not all(isinstance(path, nn.Identity | None) for path in paths):
             return True
-        return bool(getattr(getattr(self, self.ATTENTION), "attention_dropout", 0)) or super().drops()
+        return (
+            bool(getattr(getattr(self, self.ATTENTION), "attention_dropout", 0)) or super().drops()
+        )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.stays_eager:

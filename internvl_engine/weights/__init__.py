@@ -10,7 +10,7 @@ epilogue, residual)`, `dense()` and `nbytes` are all that a form must have. Anot
 fp8) is another subclass; nothing above this room asks which it is.
 """
 
-from .linears import Linears, has_own_forward, is_hooked
+from .linears import Linears, has_own_forward, is_hooked, is_plain_linear
 from .merged import Merged, merge
 from .packed import PackedTensor, pack
 from .tensor import WeightTensor, linear, make_plain
@@ -22,6 +22,7 @@ __all__ = [
     "WeightTensor",
     "has_own_forward",
     "is_hooked",
+    "is_plain_linear",
     "linear",
     "make_plain",
     "merge",

@@ -33,7 +33,7 @@ class Linears:
     def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """residual + epilogue([linear(x), ...]): (..., C) to (..., F)."""
         linears = self.linears()
-        if not all(map(_is_plain_linear, linears)):
+        if not all(map(is_plain_linear, linears)):
             return self._finish([each(x) for each in linears], epilogue, residual)
         weights, biases = [each.weight for each in linears], [each.bias for each in linears]
         weight = _whole(self._weight, weights)
@@ -49,7 +49,7 @@ class Linears:
     def prepare(self) -> None:
         """Packs the weights where the machine has a layout for them, else merges neighbours."""
         linears = self.linears()
-        if not all(map(_is_plain_linear, linears)):
+        if not all(map(is_plain_linear, linears)):
             return
         weights, biases = [each.weight for each in linears], [each.bias for each in linears]
         if any(id(each) in self.tied for each in weights):
@@ -71,6 +71,15 @@ class Linears:
             if merged is not None:
                 merged.restore()
         self._weight = self._bias = None
+
+    def called(self) -> list[str]:
+        """Linears that must be called as modules for what they or their weights are, and why."""
+        found = []
+        for name, module in zip(self.names, self.linears(), strict=True):
+            odd = module if type(module) is not nn.Linear else module.weight
+            if odd is module or not _is_plain(odd):
+                found.append(f"{name} is called, a {type(odd).__name__}")
+        return found
 
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of the merged weights or biases."""
@@ -108,11 +117,13 @@ def _whole_bias(merged: Merged | None, biases: list[Any], weights: Weights) -> T
     return torch.cat([present[0].new_zeros(w.shape[0]) if b is None else b for b, w in rows])
 
 
-def _is_plain_linear(module: Any) -> bool:
+def is_plain_linear(module: Any) -> bool:
     """Whether a module is a Linear whose product may be computed without calling it."""
-    if type(module) is not nn.Linear or is_hooked(module):
-        return False
-    weight = module.weight
+    return type(module) is nn.Linear and _is_plain(module.weight) and not is_hooked(module)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor or in one of our forms, and nobody else's subclass."""
     return type(weight) in (nn.Parameter, Tensor) or isinstance(weight, WeightTensor)
 
 
