@@ -99,10 +99,8 @@ def test_a_saved_export_is_right_under_other_instructions(tmp_path):
         expected = built(x)
         torch.export.save(torch.export.export(built, (x,)), tmp_path / "tower.pt2")
     torch.save((x, expected), tmp_path / "pair.pt")
-    for isa in ("portable", "avx2"):
-        environment = {**os.environ, "INTERNVL_ISA": isa}
-        arguments = [sys.executable, "-c", LOAD, tmp_path / "tower.pt2", tmp_path / "pair.pt"]
-        subprocess.run(arguments, check=True, env=environment)
+    arguments = [sys.executable, "-c", LOAD, tmp_path / "tower.pt2", tmp_path / "pair.pt"]
+    subprocess.run(arguments, check=True, env={**os.environ, "INTERNVL_ISA": "portable"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +139,7 @@ DEEP = {"num_hidden_layers": 10}  # PyTorch compiles one code object eight times
 def many_layers():
     return {
         "ours": (
-            model(vision_config=VISION | {"num_hidden_layers": DEPTH}).vision_model,
+            model(vision_config=VISION | DEEP).vision_model,
             pixels(2),
         ),
         "chat": (spread(vision_tower(**DEEP)), torch.randn(2, 3, 28, 28)),
@@ -217,8 +215,9 @@ def test_a_whole_accelerated_model_is_compiled():
 
 def test_a_compiled_tower_trains():
     gradients = []
+    x = tower("chat")[1]
     for accelerated in (False, True):
-        built, x = tower("chat")
+        built, _ = tower("chat")
         if accelerated:
             accelerate(built.train(), "training")
         torch._dynamo.reset()
