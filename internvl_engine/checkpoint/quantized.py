@@ -66,9 +66,9 @@ def stated_quantization(values: dict[str, Any]) -> str | None:
 
 def describe(given: Any) -> str:
     """A quantization_config as a phrase: AWQ, 4 bits."""
-    values = given if isinstance(given, dict) else getattr(given, "__dict__", {})
+    values = given if isinstance(given, dict) else given.to_dict()  # transformers' objects
     method = values.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in values else None)
-    method = str(getattr(method, "value", method) or type(given).__name__)
+    method = str(getattr(method, "value", method) or "an unknown method")
     bits = values.get("bits") or values.get("w_bit")
     bits = bits or next((n for n in (4, 8) if values.get(f"load_in_{n}bit")), None)
     return _TITLES.get(method, method) + (f", {bits} bits" if bits else "")
