@@ -6,11 +6,14 @@ and the frequency of cross-attention where no file states it.
 
 import inspect
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from ..configuration import InternVisionConfig, InternVLConfig
 from .contents import Contents
@@ -40,15 +43,33 @@ class Reading:
     parts: str | None
 
 
+def fields_of(config: Any, config_class: Any) -> dict[str, Any] | None:
+    """The fields of a user's configuration: an object, a dict, or where a config.json is."""
+    if isinstance(config, str | os.PathLike):
+        return config_class.from_pretrained(config).to_dict()
+    if isinstance(config, PretrainedConfig):
+        return config.to_dict()
+    if config is None or isinstance(config, dict):
+        return config
+    raise TypeError(
+        f"from_pretrained: config must be a {config_class.__name__}, a dict or a path, got "
+        f"{type(config).__name__}"
+    )
+
+
 def read_config(
-    config_class: Any, source: Source, config: Any, options: dict[str, Any], contents: Contents
+    config_class: Any,
+    source: Source,
+    config: dict[str, Any] | None,
+    options: dict[str, Any],
+    contents: Contents,
 ) -> Reading:
     """The configuration of a model class.
 
     Args:
         config_class: of the composite, or of a tower, which finds its own in the file of a
             composite.
-        config: the user's, in place of the file.
+        config: the fields of the user's, in place of the file.
         options: further keywords of `from_pretrained`: fields that replace those of the file, and
             what transformers would take.
         contents: a layout that comes without a config.json has a preset.
@@ -60,7 +81,7 @@ def read_config(
         ValueError: a keyword asks for something that is not supported.
     """
     place = "config" if config is not None else source.folder / "config.json"
-    values = source.config if config is None else config.to_dict()
+    values = source.config if config is None else config
     layout = contents.layout
     if values is None and layout is not None and layout.preset:
         values = InternVLConfig.from_preset(layout.preset).to_dict()

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import ties
 from .building import unsaved_buffers
 from .files import open_weights
 from .offload import attach
@@ -44,7 +43,6 @@ def fill(
         _resize(model, plan.resize)
     for head, embedding in plan.tied.items():
         _tie(model, placement, head, embedding, kept)
-    ties.record(model, plan.tied, plan.contents.path)
     _move_buffers(model, placement)
     left = [name for name, p in model.state_dict().items() if p.is_meta and name not in kept]
     assert not left, f"nothing was loaded into {left}"

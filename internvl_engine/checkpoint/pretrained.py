@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from . import ties
 from .building import build
-from .configs import Reading, adopt, read_config
+from .configs import Reading, adopt, fields_of, read_config
 from .contents import Contents
 from .dtypes import resolve_dtype
 from .fill import fill
@@ -51,7 +52,7 @@ def load_pretrained(
     Args:
         model_class: what to build; a tower finds its weights and configuration in a composite.
         source: directory, weight file or hub id.
-        config: in place of the checkpoint's config.json.
+        config: in place of the checkpoint's config.json: an object, a dict, or a path.
         dtype: a torch dtype or its name; "auto" is bfloat16 where the processor computes in it,
             else float32. Weights stored in that dtype stay mapped in their file and occupy no
             memory of their own. torch_dtype is the older name.
@@ -116,13 +117,14 @@ def prepare(
     if parts not in (None, "all") and family is None:
         raise ValueError(f"{model_class.__name__} is one part: parts must be None, got {parts!r}")
     needed_by(model_class, parts)  # before anything is downloaded: are there such parts?
+    given = fields_of(config, model_class.config_class)
     found = Source.find(source, **hub_options(options))
     refuse_adapter(found)
     if family is not None and parts is None:
-        parts = getattr(config, "parts", None) or (found.config or {}).get("parts")
+        parts = (given or {}).get("parts") or (found.config or {}).get("parts")
     needed = needed_by(model_class, parts)
     contents = Contents.read(found, found.weights(needed), needed)
-    reading = read_config(model_class.config_class, found, config, options, contents)
+    reading = read_config(model_class.config_class, found, given, options, contents)
     stated = family is not None and config is None and "quantization_config" not in options
     refuse_quantized(contents, found.config if stated else None)
     if lora_alpha is not None:
@@ -130,9 +132,10 @@ def prepare(
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")
         reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
     contents.parts = reading.parts
-    own = getattr(config, "force_image_size", None)
-    asked = reading.overrides.get("force_image_size", reading.overrides.get("image_size", own))
-    resize = adopt(reading, contents, merge_lora, asked)
+    asked = {"force_image_size": (given or {}).get("force_image_size")} | reading.overrides
+    resize = adopt(
+        reading, contents, merge_lora, asked.get("image_size") or asked["force_image_size"]
+    )
     model = build(model_class, reading.config)
     plan = _plan(model, reading, contents, parts, merge_lora, strict)
     plan.resize = resize
@@ -158,6 +161,7 @@ def _plan(
         contents = contents.under(prefix)
         alphas = {"": next((a for tower, a in alphas.items() if prefix.startswith(tower)), None)}
     names, tied = match(model, contents, strict, merge)
+    ties.record(model, tied, contents.path)
     vision = getattr(model.config, "vision_config", model.config)
     patch_size = getattr(vision, "patch_size", None)
     return Plan(names, contents, Reader(contents, merge, alphas), patch_size, tied=tied)

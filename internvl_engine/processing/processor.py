@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature
 
-from ..checkpoint.files import refuse_pointer
 from ..configuration import InternVLConfig
 from .files import OURS, TOKENIZER, image_settings, processor_folder
 from .images import Geometry, InternVLImageProcessor
@@ -160,7 +159,6 @@ class InternVLProcessor:
         tokenizer = folder / TOKENIZER
         if not tokenizer.is_file():
             raise FileNotFoundError(f"InternVLProcessor: {source} has no {TOKENIZER}")
-        refuse_pointer(tokenizer)
         settings = image_settings(folder)
         chosen = {"geometry": geometry, "size": size}
         settings.update({key: value for key, value in chosen.items() if value is not None})

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from published_layout import write_bin
+from safetensors.torch import save_file
 
 from internvl_engine.checkpoint import CheckpointError
 from internvl_engine.modeling import InternVL_G
@@ -97,6 +98,24 @@ def test_a_git_lfs_pointer_in_place_of_a_pickle(tmp_path, golden_g):
     (tmp_path / "pytorch_model.bin").write_text(POINTER)
     with pytest.raises(CheckpointError, match="pytorch_model.bin: a Git-LFS pointer"):
         InternVL_G.from_pretrained(tmp_path)
+
+
+def test_a_file_with_the_ending_of_the_other_format(tmp_path, golden_g):
+    write_bin(tmp_path, golden_g)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="one of PyTorch's own files; rename it to end in .b"):
+        InternVL_G.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_file(golden_g.state, tmp_path / "weights.bin")
+    model = InternVL_G.from_pretrained(tmp_path, **FP32)
+    assert torch.equal(model.query_tokens, golden_g.state["query_tokens"])
+
+
+def test_a_configuration_with_a_byte_order_mark(folder, golden_g):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
+    model = InternVL_G.from_pretrained(folder, **FP32)
+    assert torch.equal(model.query_tokens, golden_g.state["query_tokens"])
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
