@@ -5,7 +5,8 @@ the files, and only then are weights read, one at a time, mapped where nothing h
 Nothing is initialised at random and nothing is left out: what is missing is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .contents import Contents
 from .dtypes import resolve_dtype
 from .fill import fill
 from .hub import hub_options
-from .identify import built_by, needed_by, refuse_adapter
+from .identify import built_by, needed_by, own_fields, refuse_adapter
 from .locate import Source
 from .names import canonical, prefix_of
 from .parts import drop_absent
@@ -79,7 +80,7 @@ def load_pretrained(
         CheckpointNotFoundError: something is missing (a FileNotFoundError also).
         TypeError, ValueError: an argument is unknown, not supported, or contradicts another.
     """
-    with torch.device("cpu"):  # whatever the caller's default is
+    with _own_settings():
         model, plan, found = prepare(
             model_class, source, config=config, parts=parts, merge_lora=merge_lora,
             lora_alpha=lora_alpha, strict=strict, **options,
@@ -93,6 +94,13 @@ def load_pretrained(
         return model
     info: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return model, info | {"unexpected_keys": set(plan.contents.leftovers)}
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Loads the same model inside the caller's inference_mode, autocast or default device."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
 
 
 def prepare(
@@ -125,8 +133,10 @@ def prepare(
     needed = needed_by(model_class, parts)
     contents = Contents.read(found, found.weights(needed), needed)
     reading = read_config(model_class.config_class, found, given, options, contents)
-    stated = family is not None and config is None and "quantization_config" not in options
-    refuse_quantized(contents, found.config if stated else None)
+    if config is None and "quantization_config" not in options and found.config is not None:
+        refuse_quantized(contents, own_fields(found.config, model_class.config_class))
+    else:
+        refuse_quantized(contents, {})
     if lora_alpha is not None:
         if not contents.lora:
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")

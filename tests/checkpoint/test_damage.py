@@ -53,6 +53,23 @@ def test_a_folder_without_weights(tmp_path):
         InternVL_G.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("zero_to_fp32.py", "but DeepSpeed's shards of an optimizer: run zero_to_fp32.py"),
+        ("state/__0_0.distcp", "but shards of torch.distributed.checkpoint: .*dcp_to_torch"),
+        ("model.gguf", "but GGUF files, which cannot be read"),
+    ],
+)
+def test_what_is_there_in_place_of_weights(folder, name, message):
+    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
+        path.unlink()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    with pytest.raises(CheckpointNotFoundError, match=f"no weights here, {message}"):
+        InternVL_G.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("source", ["no/such/folder", "OpenGVLab/InternVL-14B-224px", "a b?"])
 def test_what_is_neither_here_nor_on_the_hub(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """Models that are not ours, loaded by our reader: computed buffers, and heads that are tied."""
 
+import json
 import threading
 
 import pytest
@@ -40,6 +41,22 @@ def test_a_language_model_of_transformers(tmp_path, tie, options):
     assert (HEAD in load_file(tmp_path / "b" / "model.safetensors")) != tie
     again = LlamaForCausalLM.from_pretrained(tmp_path / "b", **FP32)
     assert torch.equal(again(IDS).logits, saved(IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_language_model_of_a_chat(tmp_path, tie):
+    saved = llama(tie)
+    saved.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = {f"language_model.{name}": t.clone() for name, t in load_file(path).items()}
+    save_file(state | {"vision_model.x": torch.ones(2), "mlp1.0.bias": torch.ones(2)}, path)
+    config = {
+        "model_type": "internvl_chat", "vision_config": {}, "llm_config": saved.config.to_dict(),
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    loaded = load_pretrained(LlamaForCausalLM, tmp_path, **FP32)
+    assert torch.equal(loaded(IDS).logits, saved(IDS).logits)
 
 
 def rewritten(folder, tie: bool, **changes):

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
-from published_layout import write_bin
+from published_layout import write_bin, write_published
 from safetensors.torch import save_file
 
 from internvl_engine.checkpoint import CheckpointError
 from internvl_engine.modeling import InternVL_G
+
+from golden_vectors import load_golden
 
 FP32 = {"dtype": torch.float32}
 
@@ -130,10 +132,22 @@ def test_the_default_dtype_of_the_caller_changes_nothing(folder, golden_g, defau
         assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[name]), name
 
 
-def test_the_default_device_of_the_caller_changes_nothing(tmp_path, published, golden_g):
-    with torch.device("meta"):
-        model = InternVL_G.from_pretrained(published, force_image_size=42, **FP32)
-    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
-    changed = {"vision_model.embeddings.position_embedding"}
+@pytest.mark.parametrize(
+    "setting",
+    [
+        torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["inference_mode", "no_grad", "autocast", "meta"],
+)  # fmt: skip
+def test_what_the_caller_has_switched_on_changes_nothing(tmp_path, golden_g, setting):
+    golden = load_golden("lora_encode_G")
+    write_published(tmp_path, golden)
+    load = {"merge_lora": True, "force_image_size": 42, **FP32}
+    expected = InternVL_G.from_pretrained(tmp_path, **load).state_dict()
+    with setting():
+        model = InternVL_G.from_pretrained(tmp_path, **load)
     for name, tensor in model.state_dict().items():
-        assert name in changed or torch.equal(tensor, golden_g.state[name]), name
+        assert tensor.device.type == "cpu" and torch.equal(tensor, expected[name]), name
+    model.encode_image(torch.randn(1, 3, 42, 42)).sum().backward()  # no inference tensors
+    assert model.clip_projector.norm1_q.weight.grad is not None

@@ -207,3 +207,8 @@ def test_a_configuration_that_asks_for_quantization(tmp_path, folder, golden_g):
     assert torch.equal(model.query_tokens, golden_g.state["query_tokens"])
     model.save_pretrained(tmp_path / "out")  # what is saved does not ask again
     InternVL_G.from_pretrained(tmp_path / "out")
+    tower = InternVisionModel.from_pretrained(folder, **FP32)  # it is not what was asked about
+    tower.save_pretrained(tmp_path / "tower")
+    edit(tmp_path / "tower", quantization_config={"load_in_8bit": True})
+    with pytest.raises(CheckpointError, match="has a quantization_config, bitsandbytes, 8 bits"):
+        InternVisionModel.from_pretrained(tmp_path / "tower")
