@@ -126,7 +126,7 @@ class SafetensorsFile:
         shape, dtype = self.describe(name)
         count = math.prod(shape)
         if count == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         tensor = torch.frombuffer(
             self._map, dtype=dtype, count=count, offset=self._starts[name]
         ).view(shape)

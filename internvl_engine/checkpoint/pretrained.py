@@ -14,8 +14,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from . import ties
+from .adoption import adopt
 from .building import build
-from .configs import Reading, adopt, fields_of, read_config
+from .configs import Reading, fields_of, read_config
 from .contents import Contents
 from .dtypes import resolve_dtype
 from .fill import fill
@@ -98,8 +99,8 @@ def load_pretrained(
 
 @contextmanager
 def _own_settings() -> Iterator[None]:
-    """Loads the same model inside the caller's inference_mode, autocast or default device."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+    """Loads the same model inside the caller's inference_mode or autocast."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         yield
 
 

@@ -209,7 +209,7 @@ def assert_right_or_refused(source, state):
         assert torch.equal(tensor, state[name]), name
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(data=st.data())
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
 def test_files_cut_anywhere(tmp_path_factory, golden_g, layout, data):
@@ -224,7 +224,7 @@ def test_files_cut_anywhere(tmp_path_factory, golden_g, layout, data):
         InternVL_G.from_pretrained(folder)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_headers_with_a_byte_changed(tmp_path_factory, golden_g, data):
     """Of the data alone nobody can tell: `verify` compares hashes."""
@@ -238,7 +238,7 @@ def test_headers_with_a_byte_changed(tmp_path_factory, golden_g, data):
     assert_right_or_refused(folder, golden_g.state)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_tensors_dropped_bent_or_recast(tmp_path_factory, golden_g, data):
     name = data.draw(st.sampled_from(sorted(golden_g.state)))

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internvl_engine.checkpoint import CheckpointError, load_pretrained
-from internvl_engine.checkpoint.building import build
+from internvl_engine.checkpoint import CheckpointError, Placement, load_pretrained
+from internvl_engine.checkpoint.building import build, place_buffers
 
 IDS = torch.tensor([[1, 5, 9, 2]])
 FP32 = {"dtype": torch.float32}
@@ -26,7 +26,16 @@ def llama(tie: bool = False) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"device_map": {"": "disk"}}], ids=["here", "offloaded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"device_map": {"": "disk"}},
+        {"device_map": {"": "cpu", "model.embed_tokens": "disk"}},
+        {"device_map": {"": "cpu", "lm_head": "disk"}},
+    ],
+    ids=["here", "offloaded", "the embedding offloaded", "the head offloaded"],
+)
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_language_model_of_transformers(tmp_path, tie, options):
     saved = llama(tie)
@@ -113,6 +122,12 @@ def test_only_what_no_file_holds_is_computed():
     assert torch.equal(model.inner.angles, torch.arange(5) / 5)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert model.nothing is None
+
+
+def test_buffers_lie_beside_the_weights():
+    model = build(Computed, 5)
+    place_buffers(model, Placement(torch.device("cpu"), {"inner": "meta"}))
+    assert model.inner.angles.is_meta
 
 
 def test_models_that_other_threads_build_meanwhile_keep_their_weights():
