@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .captions import clean_caption, encode_for_training
-from .decoding import ImageError, load_image
+from .decoding import load_image
 from .images import InternVLImageProcessor
 from .padding import (
     TokenBatch,
@@ -12,6 +12,7 @@ from .padding import (
     mask_from_ids,
     repad_left,
 )
+from .sources import ImageError, read_image_file
 from .text import InternVLTokenizer
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "last_token_index",
     "load_image",
     "mask_from_ids",
+    "read_image_file",
     "repad_left",
 ]
 

@@ -11,7 +11,7 @@ their use:
   preprocessor_config.json; one pixel beside "classification" where the excess is odd.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, get_args
 
@@ -20,12 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decoding import (
-    MAX_ASPECT_RATIO,
-    MAX_PIXELS,
-    ImageError,
-    load_image,
-)
+from .decoding import MAX_ASPECT_RATIO, load_image
+from .sources import BYTES, MAX_PIXELS, ImageError
 
 Geometry = Literal["retrieval", "classification", "clip"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -201,14 +197,14 @@ def fit(image: Image.Image, size: int, geometry: Geometry) -> Image.Image:
 
 def is_one_image(images: Any) -> bool:
     """Whether this is a single image in one of its forms, and not several."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OSU":  # of pictures, or paths
+        return images.ndim == 0
     if isinstance(images, Tensor | np.ndarray):
         return images.ndim < 4
-    if isinstance(images, dict):
-        raise TypeError("InternVLImageProcessor: needs images, got a dict; pass its values")
     return (
         hasattr(images, "read")
         or not isinstance(images, Iterable)
-        or isinstance(images, Image.Image | str | bytes | bytearray | memoryview)
+        or isinstance(images, Image.Image | Mapping | str | BYTES)
     )
 
 
