@@ -306,11 +306,9 @@ class InternVLModel(InternVLPreTrainedModel):
 
         lora_alpha None is 2 * r. Needs peft.
         """
-        self.config.use_backbone_lora = r
-        self.config.backbone_lora_alpha = lora_alpha or 2 * r
-        self.vision_model = wrap_lora(
-            self.vision_model, r, self.config.backbone_lora_alpha, lora_dropout, VISION_LORA
-        )
+        alpha = lora_alpha or 2 * r
+        self.vision_model = wrap_lora(self.vision_model, r, alpha, lora_dropout, VISION_LORA)
+        self.config.use_backbone_lora, self.config.backbone_lora_alpha = r, alpha
 
     def wrap_qllama_lora(
         self, r: int = 128, lora_alpha: int | None = 256, lora_dropout: float = 0.05
@@ -320,11 +318,9 @@ class InternVLModel(InternVLPreTrainedModel):
         Cross-attention, LM head and embeddings are not adapted. lora_alpha None is 2 * r. Needs
         peft.
         """
-        self.config.use_qllama_lora = r
-        self.config.qllama_lora_alpha = lora_alpha or 2 * r
-        self.qllama = wrap_lora(
-            self.qllama, r, self.config.qllama_lora_alpha, lora_dropout, QLLAMA_LORA
-        )
+        alpha = lora_alpha or 2 * r
+        self.qllama = wrap_lora(self.qllama, r, alpha, lora_dropout, QLLAMA_LORA)
+        self.config.use_qllama_lora, self.config.qllama_lora_alpha = r, alpha
 
 
 class InternVL_C(InternVLModel):
