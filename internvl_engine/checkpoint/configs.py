@@ -12,15 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from ..configuration import InternVisionConfig, InternVLConfig
 from .contents import Contents
 from .errors import CheckpointError, CheckpointNotFoundError, listed
-from .locate import Location
-from .names import CROSS_ATTENTION, POSITIONS
-
-TOWERS = {"vision_model": "backbone", "qllama": "qllama"}  # to the fields' names in the config
+from .families import CROSS_ATTENTION, POSITIONS, Family
+from .identify import built_by, check_config, family_of, tower_of
+from .keywords import overrides_of
+from .locate import Source
 
 
 @dataclass
@@ -30,82 +28,102 @@ class Reading:
     Args:
         config: of the model class.
         states_frequency: whether cross_attention_frequency was written anywhere.
+        overrides: fields that the user set.
         alphas: beginning of the names of a tower to its LoRA's alpha, None where unknown.
         parts: the parts that a partial checkpoint holds; None is all.
     """
 
     config: Any
     states_frequency: bool
+    overrides: dict[str, Any]
     alphas: dict[str, float | None]
     parts: str | None
 
 
 def read_config(
-    config_class: Any, location: Location, config: Any, overrides: dict[str, Any], standalone: bool
+    config_class: Any, source: Source, config: Any, options: dict[str, Any], contents: Contents
 ) -> Reading:
     """The configuration of a model class.
 
     Args:
-        config_class: InternVLConfig, InternVisionConfig or LlamaConfig; towers find theirs in the
-            file of a composite.
+        config_class: of the composite, or of a tower, which finds its own in the file of a
+            composite.
         config: the user's, in place of the file.
-        overrides: fields that replace those of the file.
-        standalone: the standalone C file comes without a config.json and is a 14B at 224 px.
+        options: further keywords of `from_pretrained`: fields that replace those of the file, and
+            what transformers would take.
+        contents: a layout that comes without a config.json has a preset.
 
     Raises:
         CheckpointNotFoundError: there is no config.json.
         CheckpointError: it is damaged or describes another architecture.
-        TypeError: an override is no field of the configuration.
+        TypeError: a keyword is neither known nor a field of the configuration.
+        ValueError: a keyword asks for something that is not supported.
     """
-    values = location.json("config.json") if config is None else config.to_dict()
-    if values is None and standalone:
-        values = InternVLConfig.from_preset("14b-224px").to_dict()
+    place = "config" if config is not None else source.folder / "config.json"
+    values = source.config if config is None else config.to_dict()
+    layout = contents.layout
+    if values is None and layout is not None and layout.preset:
+        values = InternVLConfig.from_preset(layout.preset).to_dict()
     if values is None:
-        raise CheckpointNotFoundError(
-            f"{location.folder / 'config.json'}: missing; add it, or pass config="
-        )
-    composite = "vision_config" in values and "qllama_config" in values
-    stated = _states_frequency(values) or "cross_attention_frequency" in overrides
+        raise CheckpointNotFoundError(f"{place}: missing; add it, or pass config=")
+    check_config(values, config_class, place)
     known = set(inspect.signature(config_class).parameters) | set(values)
-    unknown = sorted(set(overrides) - known)
-    if unknown:
+    overrides = overrides_of(options, known)
+    if unknown := sorted(set(overrides) - known):
         raise TypeError(
             f"from_pretrained: {listed(unknown)} is neither an argument nor a field of "
             f"{config_class.__name__}"
         )
+    stated = _states_frequency(values) or "cross_attention_frequency" in overrides
     try:
-        result = _build(config_class, values, overrides, composite)
+        result = _build(config_class, values, overrides)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         if overrides:
             raise
-        place = "config" if config is not None else location.folder / "config.json"
         raise CheckpointError(f"{place}: not a {config_class.__name__} ({error})") from error
-    result._name_or_path = str(location.path)
-    alphas = {f"{tower}.": values.get(f"{field}_lora_alpha") for tower, field in TOWERS.items()}
-    return Reading(result, stated, alphas, values.get("parts") or ("c" if standalone else None))
+    result._name_or_path = str(source.path)
+    family = family_of(values)
+    alphas = {
+        start: values.get(f"{tower}_lora_alpha")
+        for start, tower in (family.lora if family else {}).items()
+    }
+    parts = values.get("parts") or (layout.parts if layout is not None else None)
+    return Reading(result, stated, overrides, alphas, parts)
 
 
-def _build(config_class: Any, values: dict, overrides: dict, composite: bool) -> Any:
-    if issubclass(config_class, InternVLConfig):
-        if not composite:
-            raise ValueError(
-                f"it has model_type {values.get('model_type')!r} and no vision_config and "
-                "qllama_config: another architecture"
-            )
+def _build(config_class: Any, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    family = family_of(values)
+    if family is None or built_by(config_class) is not None:
         return config_class.from_dict(_plain(values) | overrides)
-    if not composite:
-        return config_class.from_dict(_plain(values) | overrides)
-    whole = InternVLConfig.from_dict(_plain(values))
-    if issubclass(config_class, InternVisionConfig):
-        tower: PretrainedConfig = whole.vision_config
-        tower.image_size = whole.image_size
-    else:
-        tower = whole.qllama_config
-    return config_class.from_dict(tower.to_dict() | overrides)
+    tower = family.towers[tower_of(config_class)]
+    own = values[tower.config] if tower.config else values
+    if family.builds == InternVLConfig.model_type:  # it writes fields of its own into its towers'
+        whole = InternVLConfig.from_dict(_plain(values))
+        own = getattr(whole, str(tower.config)).to_dict()
+        if family.forces_size and "image_size" in own:
+            own["image_size"] = whole.image_size
+    if not isinstance(own, dict):
+        raise TypeError(f"{tower.config} must be an object, got {own!r}")
+    own = {tower.fields.get(name, name): value for name, value in own.items()}
+    if tower.fields:
+        own |= {
+            name: _square(name, own[name]) for name in ("image_size", "patch_size") if name in own
+        }
+    return config_class.from_dict(_plain(own) | overrides)
+
+
+def _square(name: str, sides: Any) -> Any:
+    """One side of a square that another package writes as a pair."""
+    if not isinstance(sides, list | tuple):
+        return sides
+    if len(set(sides)) != 1:
+        raise ValueError(f"{name} must be a square, got {sides}")
+    return sides[0]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != "model_type"}
+    dropped = ("model_type", "quantization_config")
+    return {name: value for name, value in values.items() if name not in dropped}
 
 
 def _states_frequency(values: dict[str, Any]) -> bool:
@@ -128,8 +146,9 @@ def adopt(
     Raises:
         CheckpointError: the weights contradict the configuration, or each other.
     """
+    family = built_by(type(reading.config))
     adopt_frequency(reading.config, reading.states_frequency, contents)
-    adopt_lora(reading.config, contents, merge_lora, reading.alphas)
+    adopt_lora(reading.config, family, contents, merge_lora, reading.alphas)
     return adopt_positions(reading.config, contents, asked_size)
 
 
@@ -143,7 +162,9 @@ def adopt_frequency(config: Any, stated: bool, contents: Contents) -> None:
         return
     decoder = getattr(config, "qllama_config", config)
     layers = decoder.num_hidden_layers
-    places = {int(match[1]) for name in contents.names if (match := CROSS_ATTENTION.search(name))}
+    places = {
+        int(match[1]) for name in contents.names if (match := re.search(CROSS_ATTENTION, name))
+    }
     if not places:
         return
     current = getattr(decoder, "cross_attention_frequency", 2)
@@ -203,28 +224,32 @@ def adopt_positions(config: Any, contents: Contents, asked: int | None) -> int |
     return asked
 
 
-def adopt_lora(config: Any, contents: Contents, merge: bool, alphas: dict) -> None:
+def adopt_lora(
+    config: Any, family: Family | None, contents: Contents, merge: bool, alphas: dict
+) -> None:
     """Writes the ranks of the checkpoint's LoRA matrices into the configuration, 0 where merged.
 
     Args:
+        family: whose composite is loaded; None for a tower.
         alphas: beginning of the names of a tower to alpha, None for 2 * r.
 
     Raises:
         CheckpointError: a tower alone cannot hold LoRA unmerged, nor a tower two ranks.
     """
     ranks = {linear: sides["A"].shape[0] for linear, sides in contents.lora.items()}
-    if not isinstance(config, InternVLConfig):
+    if family is None:
         if ranks and not merge:
             raise CheckpointError(
                 f"{contents.path}: its LoRA does not fit into a tower alone; pass merge_lora=True"
             )
         return
-    for tower, field in TOWERS.items():
-        found = {rank for linear, rank in ranks.items() if linear.startswith(f"{tower}.")}
+    for start, tower in family.lora.items():
+        found = {rank for linear, rank in ranks.items() if linear.startswith(start)}
         if len(found) > 1 and not merge:
             raise CheckpointError(
-                f"{contents.path}: LoRA ranks {_numbers(found)} in {tower}; pass merge_lora=True"
+                f"{contents.path}: LoRA ranks {_numbers(found)} in {start.rstrip('.')}; pass "
+                "merge_lora=True"
             )
         rank = 0 if merge else max(found, default=0)
-        setattr(config, f"use_{field}_lora", rank)
-        setattr(config, f"{field}_lora_alpha", (alphas[f"{tower}."] or 2 * rank) if rank else None)
+        setattr(config, f"use_{tower}_lora", rank)
+        setattr(config, f"{tower}_lora_alpha", (alphas.get(start) or 2 * rank) if rank else None)

@@ -5,6 +5,19 @@ from typing import Any
 
 from .errors import CheckpointNotFoundError
 
+# Keywords of every `from_pretrained` that say where on the hub, and how, to look for files.
+HUB_OPTIONS = (
+    "revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder",
+)  # fmt: skip
+
+
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of some keywords that are about the hub; `use_auth_token` is an older `token`."""
+    found = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+    if options.get("use_auth_token") is not None:
+        found.setdefault("token", options["use_auth_token"])
+    return found
+
 
 def download(repository: str, patterns: list[str], **options: Any) -> Path:
     """The local folder of a repository, with the files that fit the patterns downloaded.

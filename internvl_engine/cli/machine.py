@@ -99,7 +99,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check a checkpoint: names, shapes, finite values, hashes, and the published example."""
-    from ..loading import verify as check
+    from ..verification import verify as check
 
     report = check(directory, images or None, hashes=hashes)
     if as_json:
@@ -123,7 +123,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint again: another dtype, fewer parts, LoRA merged, safetensors."""
-    from ..loading import convert as rewrite
+    from ..conversion import convert as rewrite
 
     files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora)
     if as_json:

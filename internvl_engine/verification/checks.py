@@ -7,7 +7,6 @@ in the directory, or the caller, gives some.
 import hashlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +16,18 @@ from torch import Tensor
 from ..checkpoint import CheckpointError
 from ..checkpoint.errors import listed
 from ..checkpoint.files import read_json, size_of
-from ..checkpoint.fill import Plan, track
-from ..checkpoint.locate import Location
-from ..checkpoint.plan import stored
+from ..checkpoint.fill import track
+from ..checkpoint.locate import Source
+from ..checkpoint.plan import Plan
 from ..checkpoint.pretrained import prepare
 from ..modeling.internvl import InternVLModel
 from ..processing import InternVLProcessor
 from .example import TEXTS, check_example
+from .report import Report
 
 PUBLISHED = (1048, 13_834_975_747)  # tensors and parameters of InternVL-14B at 224 px
 CHUNK = 1 << 22  # values looked at together: 8 MB in bfloat16
 SUMS = "SHA256SUMS"
-
-
-@dataclass
-class Finding:
-    """One check: its name, whether it passed, and what was seen. passed None is a remark."""
-
-    check: str
-    passed: bool | None
-    detail: str
-
-    def __str__(self) -> str:
-        mark = {True: "ok  ", False: "FAIL", None: "    "}[self.passed]
-        return f"{mark} {self.check}: {self.detail}"
-
-
-@dataclass
-class Report:
-    """What `verify` found."""
-
-    path: str
-    findings: list[Finding] = field(default_factory=list)
-    tensors: int = 0
-    parameters: int = 0
-    sha256: dict[str, str] = field(default_factory=dict)
-    example: dict[str, Any] | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether no check failed."""
-        return all(finding.passed is not False for finding in self.findings)
-
-    def add(self, check: str, passed: bool | None, detail: str) -> None:
-        """Records one check."""
-        self.findings.append(Finding(check, passed, detail))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "path": self.path,
-            "ok": self.ok,
-            "tensors": self.tensors,
-            "parameters": self.parameters,
-            "sha256": self.sha256,
-            "example": self.example,
-            "findings": [vars(finding) for finding in self.findings],
-        }
-
-    def __str__(self) -> str:
-        verdict = "is complete and sound" if self.ok else "is NOT sound"
-        return "\n".join([*map(str, self.findings), f"{self.path} {verdict}"])
 
 
 def verify(
@@ -104,7 +54,7 @@ def verify(
     """
     report = Report(str(directory))
     try:
-        model, plan, location = prepare(InternVLModel, directory, **options)
+        model, plan, found = prepare(InternVLModel, directory, **options)
     except CheckpointError as error:
         for line in str(error).split("\n"):
             report.add("names and shapes", False, line)
@@ -116,18 +66,18 @@ def verify(
     report.add("names and shapes", True, counts)
     if plan.contents.leftovers:
         report.add("leftovers", None, f"ignored {listed(plan.contents.leftovers)}")
-    _check_sizes(report, plan, location)
+    _check_sizes(report, plan, found)
     if values:
         _check_values(report, plan, progress)
     if hashes:
-        known = hashes if isinstance(hashes, Mapping) else _known_sums(location.folder)
+        known = hashes if isinstance(hashes, Mapping) else _known_sums(found.folder)
         _check_hashes(report, plan, known, progress)
     if images is not None and report.ok:
-        _check_example(report, location, images, texts, options)
+        _check_example(report, found, images, texts, options)
     return report
 
 
-def _check_sizes(report: Report, plan: Plan, location: Location) -> None:
+def _check_sizes(report: Report, plan: Plan, source: Source) -> None:
     """The index's total_size against the tensors; archives against their own checksums."""
     for path in plan.contents.files:
         report.add("file", True, f"{path.name}, {path.stat().st_size:,} bytes")
@@ -135,12 +85,13 @@ def _check_sizes(report: Report, plan: Plan, location: Location) -> None:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             report.add("archive", damaged is None, f"{path.name}: {damaged or 'checksums agree'}")
-    if location.index is None:
+    weights = source.weights()
+    if weights.index is None:
         return
-    stated = read_json(location.index).get("metadata", {}).get("total_size")
+    stated = read_json(weights.index).get("metadata", {}).get("total_size")
     sizes = (size_of(file, name) for file in plan.contents.opened for name in file.names())
     found = sum(sizes)
-    complete = {location.folder / file for file in (location.shards or {}).values()}
+    complete = {source.folder / file for file in (weights.shards or {}).values()}
     if stated is None or complete != set(plan.contents.files):
         return
     report.add("total size", stated == found, f"index says {stated:,}, tensors have {found:,}")
@@ -150,7 +101,7 @@ def _check_values(report: Report, plan: Plan, progress: bool | None) -> None:
     """Every value finite; no matrix all zero, as an unfinished download leaves them."""
     infinite, empty = [], []
     for name in track(plan.names, progress):
-        entry = stored(plan.contents, plan.names[name])
+        entry = plan.entry(name)
         bad, zero = _inspect(entry.read())
         if bad:
             infinite.append(f"{entry} ({bad:,} values)")
@@ -206,11 +157,11 @@ def _known_sums(folder: Path) -> dict[str, str]:
 
 
 def _check_example(
-    report: Report, location: Location, images: Sequence[str | Path], texts: Sequence[str],
+    report: Report, source: Source, images: Sequence[str | Path], texts: Sequence[str],
     options: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    model = InternVLModel.from_pretrained(location.path, **options)
-    processor = InternVLProcessor.from_pretrained(location.folder)
+    model = InternVLModel.from_pretrained(source.path, **options)
+    processor = InternVLProcessor.from_pretrained(source.folder)
     report.example = check_example(model, processor, images, texts)
     for mode, result in report.example.items():
         rows = "; ".join(" ".join(f"{p:.4g}" for p in row) for row in result["probabilities"])

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from internvl_engine.checkpoint import CheckpointError
 from internvl_engine.configuration import InternVLConfig
-from internvl_engine.loading import check_example, convert, verify
-from internvl_engine.loading.example import PROBABILITIES, TEXTS, agree
+from internvl_engine.conversion import convert
 from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G
 from internvl_engine.modeling.vision import interpolate_positions
+from internvl_engine.verification import check_example, verify
+from internvl_engine.verification.example import PROBABILITIES, TEXTS, agree
 
 from golden_vectors import GOLDEN, assert_golden, load_golden
 
@@ -254,7 +255,7 @@ def test_agreement_allows_what_bfloat16_loses(mode):
 def test_verify_runs_the_example(folder, golden, monkeypatch):
     pixels = golden.inputs["image"].repeat(2, 1, 1, 1)[:3]
     monkeypatch.setattr(
-        "internvl_engine.loading.verification.InternVLProcessor.from_pretrained",
+        "internvl_engine.verification.checks.InternVLProcessor.from_pretrained",
         lambda _: Inputs(pixels),
     )
     report = verify(folder, ["1.jpg", "2.jpg", "3.jpg"])

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, resolve_dtype
-from ..checkpoint.fill import Plan, track
-from ..checkpoint.locate import SUFFIXES
-from ..checkpoint.names import POSITIONS
-from ..checkpoint.placement import parse_size
-from ..checkpoint.plan import stored
-from ..checkpoint.pretrained import prepare
-from ..checkpoint.writing import Planned, write_shards
-from ..modeling.internvl import InternVLModel
-from ..modeling.vision import interpolate_positions
+from .checkpoint import CheckpointError, resolve_dtype
+from .checkpoint.families import POSITIONS
+from .checkpoint.fill import track
+from .checkpoint.locate import SUFFIXES
+from .checkpoint.placement import parse_size
+from .checkpoint.plan import Plan
+from .checkpoint.pretrained import prepare
+from .checkpoint.writing import Planned, write_shards
+from .modeling.internvl import InternVLModel
+from .modeling.vision import interpolate_positions
 
 # What else a published directory holds and the converted one needs.
 COMPANIONS = (
@@ -63,7 +63,7 @@ def convert(
     target = Path(target)
     if target.is_dir() and any(path.suffix in SUFFIXES for path in target.iterdir()):
         raise FileExistsError(f"{target}: holds weights already; give another directory")
-    model, plan, location = prepare(
+    model, plan, found = prepare(
         model_class, source, parts=parts, merge_lora=merge_lora, lora_alpha=lora_alpha, **options
     )
     wanted = None if dtype is None else resolve_dtype(dtype, torch.device("cpu"))
@@ -86,13 +86,13 @@ def convert(
         _say_size(model.config, plan.resize)
     model.config.save_pretrained(target)
     for name in COMPANIONS:
-        if (location.folder / name).is_file():
-            shutil.copyfile(location.folder / name, target / name)
+        if (found.folder / name).is_file():
+            shutil.copyfile(found.folder / name, target / name)
     return [*written, target / "config.json"]
 
 
 def _planned(plan: Plan, name: str, dtype: torch.dtype | None) -> Planned:
-    entry = stored(plan.contents, plan.names[name])
+    entry = plan.entry(name)
     shape = entry.shape
     if plan.resize and name.endswith(POSITIONS):
         shape = tuple(_read(plan, name, torch.float32).shape)
