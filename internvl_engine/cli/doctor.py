@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..memory import memory
 
 if TYPE_CHECKING:
-    from ..tasks.embedder import Embedder
+    from ..embedding import Embedder
 
 NEEDED = (
     "torch", "transformers", "safetensors", "sentencepiece", "pillow", "numpy", "huggingface-hub",
