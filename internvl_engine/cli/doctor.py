@@ -15,7 +15,7 @@ from ..printable import printable
 from .trial import PATIENCE, Trials
 
 if TYPE_CHECKING:
-    from ..tasks.embedder import Embedder
+    from ..embedding import Embedder
 
 NEEDED = (
     "torch", "transformers", "safetensors", "sentencepiece", "pillow", "numpy", "huggingface-hub",

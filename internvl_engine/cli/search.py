@@ -71,7 +71,7 @@ def search(
     """
     if (query is None) == (image is None):
         raise typer.BadParameter("give a text, or --image", param_hint="QUERY")
-    from ..tasks.index import FolderIndex
+    from ..index import FolderIndex
 
     found = FolderIndex.open(folder)
     mode = found.shards.identity["mode"]

@@ -30,7 +30,7 @@ from .qllama import LlamaForCausalLM, LlamaModel
 from .text_inputs import last_tokens
 from .vision import InternVisionModel
 
-__all__ = ["InternVLModel", "InternVLPreTrainedModel", "InternVL_C", "InternVL_G"]
+__all__ = ["InternVLModel", "InternVLPreTrainedModel", "InternVL_C", "InternVL_G", "unit"]
 
 
 @dataclass
@@ -130,8 +130,8 @@ class InternVLModel(InternVLPreTrainedModel):
             return features if return_dict else (features.vision_outputs, features.query_outputs)
         if pixel_values is None:
             raise ValueError("InternVLModel: texts came without pixel_values to compare with")
-        image_embeds = _unit(self.encode_image(pixel_values, mode or self.default_mode))
-        text_embeds = _unit(self.encode_text(text, attention_mask))
+        image_embeds = unit(self.encode_image(pixel_values, mode or self.default_mode))
+        text_embeds = unit(self.encode_text(text, attention_mask))
         logits = self.logit_scale.exp() * image_embeds @ text_embeds.t()
         output = ContrastiveOutput(logits, logits.t(), image_embeds, text_embeds)
         return output if return_dict else output.to_tuple()[:2]
@@ -140,7 +140,8 @@ class InternVLModel(InternVLPreTrainedModel):
         """Embeds images; not normalised, and the G embedding has lengths from 0 to 2.
 
         Args:
-            image: (B, 3, height, width). mode: "InternVL-C" or "InternVL-G".
+            image: (B, 3, height, width), normalised; cast to the dtype of the weights.
+            mode: "InternVL-C" or "InternVL-G".
 
         Returns:
             (B, E).
@@ -149,13 +150,17 @@ class InternVLModel(InternVLPreTrainedModel):
             NotImplementedError: mode is neither.
         """
         mode = mode or self.default_mode
+        image = image.to(self.vision_model.dtype)
         if mode == "InternVL-C":
             return self.clip_projector(self.vision_model(pixel_values=image)[0])
         if mode == "InternVL-G":
             backbone_embeds, query_embeds = self.get_image_features(image)
-            image_embeds = self.clip_projector(backbone_embeds)
-            return _unit(self.clip_projector2(query_embeds)) + _unit(image_embeds)
+            return self.g_embedding(self.clip_projector(backbone_embeds), query_embeds)
         raise NotImplementedError(f"mode must be 'InternVL-C' or 'InternVL-G', got {mode!r}")
+
+    def g_embedding(self, image_embeds: Tensor, query_embeds: Tensor) -> Tensor:
+        """The G embedding (B, E) of C embeddings (B, E) and the queries' states (B, Q, C)."""
+        return unit(self.clip_projector2(query_embeds)) + unit(image_embeds)
 
     def encode_text(
         self,
@@ -335,5 +340,6 @@ class InternVL_G(InternVLModel):
     default_mode = "InternVL-G"
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=1, keepdim=True)  # without an epsilon, as published
+def unit(embeddings: Tensor) -> Tensor:
+    """Rows (B, E) of length one; without an epsilon, as published."""
+    return embeddings / embeddings.norm(dim=-1, keepdim=True)
