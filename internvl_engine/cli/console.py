@@ -59,7 +59,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable], C
                 if debug:
                     raise
                 message = _in_one_line(error)
-                notice(message)
+                _say(message)
                 _report(message, options)
                 raise typer.Exit(1) from None
 
@@ -70,8 +70,12 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable], C
 
 def notice(message: str) -> None:
     """Says something that is not the result."""
+    _say(printable(message, MESSAGE))
+
+
+def _say(message: str) -> None:
     try:
-        typer.echo(f"internvl: {printable(message, MESSAGE)}", err=True)
+        typer.echo(f"internvl: {message}", err=True)
     except BrokenPipeError:  # nobody listens
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

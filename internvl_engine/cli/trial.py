@@ -67,6 +67,7 @@ def _start(module: str) -> tuple[int, int]:
         silent = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(silent, stream)
+        sys.stdout = sys.stderr = open(silent, "w", encoding="utf-8")
         import_module(module)
     except BaseException as error:  # noqa: BLE001  SystemExit, too: all of it is what we ask for
         os.write(writer, f"{type(error).__name__}: {printable(error, 300)}".encode())
