@@ -185,9 +185,9 @@ def test_index_and_search(run, photos, engine):
     found = from_json(run("search", folder, "a dog", "-k", 3, "--json"))
     scores = engine.similarity(photos, "a dog")[:, 0]
     order = scores.argsort(descending=True)[:3].tolist()
-    assert [hit["path"] for hit in found["results"]] == [Path(photos[i]).name for i in order]
+    assert [hit["path"] for hit in found["results"]] == [photos[i] for i in order]
     found = from_json(run("search", folder, "--image", photos[3], "--json"))
-    assert found["results"][0]["path"] == "d.png"
+    assert found["results"][0]["path"] == photos[3] and found["results"][0]["name"] == "d.png"
     assert run("search", folder, "a dog")[1].split()[:2] == ["score", "image"]
 
 
@@ -264,7 +264,6 @@ def test_every_documented_command_and_option_exists(run, line):
         (["embed", "nothing.jpg"], "no such image file"),
         (["index", "nowhere"], "nowhere is not a folder"),
         (["search", "nowhere", "a"], "there is no index in nowhere"),
-        (["classify", "{photo}", "-l", "a,a"], "'a' comes twice"),
         (["classify", "{photo}", "-l", "@nothing.txt"], "No such file"),
         (["classify", "{photo}", "-l", "a,b", "--model", "{folder}"], "tokenizer.model"),
         (["caption", "{photo}", "--dtype", "int3"], "dtype"),
