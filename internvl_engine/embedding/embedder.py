@@ -148,7 +148,12 @@ class Embedder:
         return ImageEmbeddings(*embeddings) if mode == "both" else embeddings[0]
 
     def each_image(
-        self, images: Any, mode: Mode = "c", *, batch_size: int = 32, normalize: bool = True
+        self,
+        images: Any,
+        mode: Literal["c", "g", "both"] = "c",
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
     ) -> Iterator[Outcome]:
         """Embeds images one after another, and goes on where one cannot be used.
 
@@ -156,18 +161,20 @@ class Embedder:
             images, mode, batch_size, normalize: as `encode_image`.
 
         Yields:
-            For every image, in order, (number, embedding (E,) or None, error or None).
+            For every image, in order, (number, value, error): its embedding (E,), or
+            ImageEmbeddings of two for "both"; or why there is none.
         """
         self._check_mode(mode)
         processor, options = self.processor.image_processor, {"keep_errors": True}
         for batch in image_batches(processor, images, batch_size, self.dtype, **options):
             outcomes = list(batch.broken)
             if batch.numbers:
-                rows = self._embed_pixels(batch.pixels, mode, normalize)[0].clone()
-                finite = rows.isfinite().all(-1).tolist()
-                for number, row, sound in zip(batch.numbers, rows, finite, strict=True):
+                found = self._embed_pixels(batch.pixels, mode, normalize).clone()
+                finite = found.isfinite().all(-1).all(0).tolist()
+                for number, rows, sound in zip(batch.numbers, found.unbind(1), finite, strict=True):
+                    value = ImageEmbeddings(*rows) if mode == "both" else rows[0]
                     error = None if sound else ValueError(f"image {number}: {not_finite(self)}")
-                    outcomes.append(Outcome(number, row if sound else None, error))
+                    outcomes.append(Outcome(number, value if sound else None, error))
             yield from sorted(outcomes, key=lambda outcome: outcome.number)
 
     def _check_mode(self, mode: str) -> int:

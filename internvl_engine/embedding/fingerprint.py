@@ -130,6 +130,7 @@ def _samples(tensor: Tensor) -> list[Tensor]:
 
 
 def _step(tensor: Tensor) -> int:
-    """Values between two runs: rows in equal steps, columns in those of the golden ratio."""
+    """Values between two runs, such that they go through the rows and through the columns."""
     last = tensor.shape[-1] if tensor.ndim else 1
-    return max(tensor.numel() // RUNS - int(last * GOLDEN), 1)
+    even = tensor.numel() // RUNS
+    return max(even - min(int(last * GOLDEN), even // RUNS), 1)
