@@ -5,6 +5,7 @@ takes along whatever imports it (transformers imports torchvision, peft and flas
 are). A sound one may take seconds to import; a broken one mostly fails at once.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ def _start(module: str) -> tuple[int, int]:
         os.close(writer)
         return process, reader
     try:
+        faulthandler.disable()
         os.nice(10)
         silent = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
