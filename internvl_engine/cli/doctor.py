@@ -25,7 +25,6 @@ OPTIONAL = {  # package: what for
     "triton": "GPU kernels",
     "flash-attn": "attention on NVIDIA GPUs (extra: flash)",
     "peft": "LoRA (extra: train)",
-    "accelerate": "training on several devices (extra: train)",
     "matplotlib": "plots of benchmarks (extra: bench)",
     "pillow-heif": "HEIC photos",
 }
