@@ -28,6 +28,7 @@ _PUBLIC = {  # name: the module that defines it
     "needs": "parts",
     "read_json": "files",
     "refuse_pointer": "files",
+    "replaced_weights": "writing",
     "resolve_dtype": "dtypes",
 }
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .parts import needs as needs
     from .placement import Placement as Placement
     from .pretrained import load_pretrained as load_pretrained
+    from .writing import replaced_weights as replaced_weights
 
 __all__ = list(_PUBLIC)
 

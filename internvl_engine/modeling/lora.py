@@ -20,7 +20,14 @@ def wrap_lora(tower: nn.Module, r: int, alpha: int, dropout: float, targets: lis
 
     Raises:
         ImportError: peft is not installed.
+        ValueError: the tower has LoRA already. Around a second one, names would be nested in a way
+            that no reader of checkpoints knows.
     """
+    if any("lora_A" in name.split(".") for name, _ in tower.named_modules()):
+        raise ValueError(
+            f"{type(tower).__name__} has LoRA already: merge it first (tower.merge_and_unload()), "
+            "or take it out (tower.unload())"
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
