@@ -134,5 +134,4 @@ def text_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[lis
 
 def padded(rows: Sequence[Sequence[int]]) -> TokenBatch:
     """Rows of ids as one right-padded batch with its mask, (B, L) each, on the CPU."""
-    with torch.device("cpu"):  # whatever the default
-        return pad_rows(rows, "right")
+    return pad_rows(rows, "right")

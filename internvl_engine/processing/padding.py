@@ -58,10 +58,10 @@ def pad_rows(
                 f'padding="max_length" needs a max_length of {length} or more, got {max_length}'
             )
         length = max_length
-    ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         real = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[index, real] = torch.tensor(row, dtype=torch.int64)
+        ids[index, real] = torch.tensor(row, dtype=torch.int64, device="cpu")
         mask[index, real] = 1
     return TokenBatch(ids, mask)
