@@ -11,10 +11,10 @@ from tiny_engine import pictures, saved, tiny_engine
 
 from internvl_engine import InternVL
 from internvl_engine.checkpoint import PARTS
+from internvl_engine.embedding import fingerprint
+from internvl_engine.embedding.batches import image_batches, text_batches
+from internvl_engine.embedding.embedder import PROVIDES
 from internvl_engine.processing import ImageError
-from internvl_engine.tasks.batches import image_batches, text_batches
-from internvl_engine.tasks.embedder import PROVIDES
-from internvl_engine.tasks.fingerprint import fingerprint
 
 ROUNDING = 2e-6  # float32 sums of another batch shape, on unit vectors of 48 values
 
@@ -84,7 +84,7 @@ def test_a_stream_is_read_no_further_than_it_must(engine):
             yield image
 
     batches = image_batches(engine.processor.image_processor, endless(), 4, torch.float32)
-    assert next(batches).shape == (4, 3, 28, 28)
+    assert next(batches).pixels.shape == (4, 3, 28, 28)
     assert len(taken) <= 8  # this batch and the one prepared ahead
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_engine import pictures, tiny_engine
 
-from internvl_engine.tasks.classify import KEPT, classifier, classify
+from internvl_engine.embedding.embedder import KEPT
+from internvl_engine.tasks.classify import classifier, classify
 
 LABELS = ["cat", "dog", "red panda"]
 TEMPLATES = ["a photo of a {}.", "{}"]
@@ -55,7 +56,10 @@ def test_a_classifier_is_made_once(monkeypatch):
     [
         ([], None, "at least one label"),
         (["cat"], [], "one template"),
-        (["cat", "dog", "cat"], None, "'cat' comes twice"),
+        (["cat", 3], None, "label 1 is 3, a int"),
+        (5, None, "labels are several strings, got int"),
+        (["cat"], [lambda label: None], "a template made None of 'cat'"),
+        (["cat"], 5, "templates are several strings, got int"),
         (["cat"], ["a photo"], "'a photo' has no {}"),
         ("cat", None, "got one string"),
     ],

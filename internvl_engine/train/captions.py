@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .padding import TokenBatch, pad_rows
-from .text import (
+from ..processing.padding import TokenBatch, pad_rows
+from ..processing.text import (
     CAPTION_PROMPT,
     EMBEDDING_PREFIX,
     MAX_LENGTH,
