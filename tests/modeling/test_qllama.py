@@ -204,6 +204,7 @@ def test_recomputation_gives_the_same_gradients():
     assert not model.gradient_checkpointing
 
 
+@pytest.mark.grad
 def test_layers_are_recomputed_under_labels_and_cached_in_evaluation():
     model, ids, calls = decoder().train(), torch.randint(3, 61, (2, 7)), []
     layer = model.model.layers[0].mlp
