@@ -20,19 +20,19 @@ class FusedModule(nn.Module):
     """Base of the fused classes. A module becomes one by `fuse` and itself again by `restore`.
 
     A fused class says what it `matches`, and gives `compute` with the arguments of the eager
-    `forward`, which runs where the class `serves` neither the call nor the state of the module.
+    `forward`, which runs in its place where the module was changed or is watched, and where
+    `compute` returns NotImplemented.
     """
 
     # Names of the groups of linears below the module that become one product each.
     LINEARS: dict[str, tuple[str, ...]] = {}
     # Submodules that `forward` computes without calling them: another class there goes to eager.
     COMPUTED: tuple[str, ...] = ()
+    # The method that `accelerate(compile=True)` compiles: of values only, without a look at hooks.
+    COMPILED = "compute"
     eager_class: Any
     fused_class: Any
     _fusion: "Fusion"
-
-    # The method that `accelerate(compile=True)` compiles: of values only, without a look at hooks.
-    COMPILED = "compute"
 
     @classmethod
     def fuse(cls, module: Any, inference: bool = True, tied: frozenset[int] = frozenset()) -> None:
@@ -65,17 +65,14 @@ class FusedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The eager module's result."""
-        if self.stays_eager or not self.serves(*args, **kwargs):
-            return super().forward(*args, **kwargs)
-        return self.run("compute", *args, **kwargs)
+        found = NotImplemented
+        if not self.stays_eager:
+            found = self.run("compute", *args, **kwargs)
+        return super().forward(*args, **kwargs) if found is NotImplemented else found
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """What the eager `forward` computes, on the fused operators."""
         raise NotImplementedError
-
-    def serves(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `compute` does all that a call asks for."""
-        return True
 
     def run(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method, compiled where that was asked for."""
@@ -105,6 +102,11 @@ class FusedModule(nn.Module):
     def restore(self) -> None:
         """Makes it the eager module again, with plain weights in storage of their own."""
         self._make_plain()
+        if "eager_class" not in vars(type(self)):
+            raise ValueError(
+                f"undo: the class of a fused {self.eager_class.__name__} was changed since, to "
+                f"{type(self).__name__}; take that back first"
+            )
         self._fusion.after_load.remove()
         del self._fusion
         self.__class__ = self.eager_class

@@ -38,16 +38,6 @@ class FusedVisionEncoder(FusedModule):
     def stays_eager(self) -> bool:
         return torch.is_grad_enabled() or not all(map(carries, self.layers))
 
-    def serves(
-        self,
-        inputs_embeds: Tensor,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> bool:
-        if output_hidden_states is None:
-            output_hidden_states = getattr(self.config, "output_hidden_states", False)
-        return not output_hidden_states
-
     def compute(
         self,
         inputs_embeds: Tensor,
@@ -55,6 +45,10 @@ class FusedVisionEncoder(FusedModule):
         return_dict: bool | None = None,
     ) -> Any:
         """(B, N, C) to the last state, as the eager encoder gives it."""
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        if output_hidden_states:
+            return NotImplemented
         hidden = inputs_embeds
         normed = normalize(self.layers[0].first_norm, hidden) if self.layers else None
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
