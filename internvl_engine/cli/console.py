@@ -46,7 +46,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable], C
             except (typer.Exit, typer.Abort):
                 raise
             except typer.BadParameter as error:
-                _report(error.format_message(), options)
+                _report(printable(error.format_message(), MESSAGE), options)
                 raise
             except KeyboardInterrupt:
                 notice("interrupted")
