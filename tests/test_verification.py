@@ -1,23 +1,25 @@
-"""Converting checkpoints and verifying downloaded ones."""
+"""Verifying downloaded checkpoints: what is sound, and every kind of damage."""
 
 import hashlib
+import io
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from published_layout import write_config, write_published, write_sparse_shards
 from safetensors.torch import load_file, save_file
 
-from internvl_engine.checkpoint import CheckpointError
+from internvl_engine.assets import nano_directory
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.conversion import convert
-from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G
-from internvl_engine.modeling.vision import interpolate_positions
+from internvl_engine.modeling import InternVL_G
 from internvl_engine.verification import check_example, verify
 from internvl_engine.verification.example import PROBABILITIES, TEXTS, agree
 
-from golden_vectors import GOLDEN, assert_golden, load_golden
+from golden_vectors import GOLDEN, load_golden
 
 FP32 = {"dtype": torch.float32}
 TABLE = "vision_model.embeddings.position_embedding"
@@ -29,92 +31,24 @@ def golden():
 
 
 @pytest.fixture
-def folder(tmp_path, golden):
-    return write_published(tmp_path / "published", golden)
+def folder(tmp_path, golden, pieces):
+    folder = write_published(tmp_path / "published", golden)
+    (folder / "tokenizer.model").write_bytes(pieces)
+    return folder
 
 
-def stored(folder) -> dict[str, torch.Tensor]:
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+@pytest.fixture(scope="module")
+def pieces() -> bytes:
+    """A SentencePiece model of 80 pieces; the golden model has room for 97."""
+    import sentencepiece
 
-
-def assert_equal(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-def test_converting_keeps_everything(tmp_path, folder, golden):
-    (folder / "tokenizer.model").write_bytes(b"pieces")
-    written = convert(folder, tmp_path / "out")
-    assert {path.name for path in written} == {"model.safetensors", "config.json"}
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
-    assert_equal(stored(tmp_path / "out"), golden.state)
-    model = InternVL_G.from_pretrained(tmp_path / "out", **FP32)
-    assert_equal(model.state_dict(), golden.state)
-
-
-def test_converting_into_shards_of_another_dtype(tmp_path, folder, golden):
-    written = convert(folder, tmp_path / "out", dtype="bfloat16", max_shard_size="200KB")
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(written) == len(set(index["weight_map"].values())) + 2 > 4
-    expected = {name: tensor.bfloat16() for name, tensor in golden.state.items()}
-    assert_equal(stored(tmp_path / "out"), expected)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
-    assert all(path.stat().st_size < 220_000 for path in (tmp_path / "out").glob("*.safetensors"))
-    assert InternVL_G.from_pretrained(tmp_path / "out", dtype="bfloat16").dtype == torch.bfloat16
-
-
-@pytest.mark.golden
-def test_the_standalone_file_becomes_a_published_one(tmp_path):
-    golden = load_golden("c_pytorch")
-    write_config(tmp_path, golden.config)
-    torch.save(golden.state, tmp_path / "internvl_c_13b_224px.pth")
-    convert(tmp_path, tmp_path / "out")
-    model = InternVL_C.from_pretrained(tmp_path / "out", **FP32)
-    assert model.config.parts == "c"
-    assert "vision_model.encoder.layers.0.ls1" in stored(tmp_path / "out")
-    with torch.no_grad():
-        embeds = model.encode_image(golden.inputs["image"])
-    assert_golden(embeds, golden.outputs["image_embeds"])
-
-
-@pytest.mark.golden
-def test_converting_merges_lora(tmp_path):
-    golden = load_golden("lora_merged")
-    start = "lora_state."
-    state = {n.removeprefix(start): t for n, t in golden.inputs.items() if n.startswith(start)}
-    convert(write_published(tmp_path / "lora", golden, state), tmp_path / "out", merge_lora=True)
-    for name, tensor in stored(tmp_path / "out").items():
-        assert_golden(tensor, golden.state[name])
-    model = InternVL_G.from_pretrained(tmp_path / "out", **FP32)
-    with torch.no_grad():
-        embeds = model.encode_image(golden.inputs["image"])
-    assert_golden(embeds, golden.outputs["image_embeds"])
-
-
-def test_converting_parts_towers_and_sizes(tmp_path, folder, golden):
-    convert(folder, tmp_path / "text", parts="text")
-    assert InternVL_C.from_pretrained(tmp_path / "text").config.parts == "text"
-    convert(folder, tmp_path / "tower", model_class=InternVisionModel)
-    tower = InternVisionModel.from_pretrained(tmp_path / "tower", **FP32)
-    assert torch.equal(tower.embeddings.position_embedding, golden.state[TABLE])
-    convert(folder, tmp_path / "large", force_image_size=42)
-    model = InternVL_G.from_pretrained(tmp_path / "large", **FP32)
-    assert model.config.image_size == 42
-    assert torch.equal(model.state_dict()[TABLE], interpolate_positions(golden.state[TABLE], 6, 6))
-
-
-def test_converting_never_overwrites(folder):
-    before = stored(folder)
-    with pytest.raises(FileExistsError, match="holds weights already"):
-        convert(folder, folder)
-    assert_equal(stored(folder), before)
-
-
-def test_converting_needs_room(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(CheckpointError, match=r"out: needed [\d,]+ bytes of room, there are 0"):
-        convert(folder, tmp_path / "out")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["summarize: a photo of a red panda and two dogs on the beach"] * 9),
+        model_writer=model, model_type="bpe", vocab_size=80, unk_id=0, bos_id=1, eos_id=2,
+        pad_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
 
 
 def failed(report) -> dict[str, str]:
@@ -191,6 +125,51 @@ def test_known_hashes(folder):
     assert verify(folder, hashes=report.sha256).ok
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 773373\n"
+
+
+@pytest.mark.parametrize(
+    "content, detail",
+    [
+        (None, "has no tokenizer.model"),
+        (b"", "tokenizer.model is no SentencePiece model"),
+        (b"no pieces", "tokenizer.model is no SentencePiece model"),
+        (POINTER.encode(), "tokenizer.model.*Git-LFS pointer"),
+    ],
+    ids=["missing", "empty", "broken", "Git-LFS"],
+)
+def test_a_tokenizer_that_is_none(folder, content, detail):
+    path = folder / "tokenizer.model"
+    path.unlink() if content is None else path.write_bytes(content)
+    report = verify(folder)
+    assert not report.ok and list(failed(report)) == ["processor"]
+    assert re.search(detail, failed(report)["processor"])
+
+
+def test_a_tokenizer_of_another_model(folder):
+    shutil.copy(nano_directory() / "tokenizer.model", folder)
+    assert failed(verify(folder)) == {"tokenizer": "256 pieces, the model knows 97"}
+
+
+def test_an_image_tower_needs_no_tokenizer(tmp_path, folder):
+    InternVL_G.from_pretrained(folder, parts="image", **FP32).save_pretrained(tmp_path / "image")
+    report = verify(tmp_path / "image")
+    assert report.ok, str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.*the position table is for 42 px")
+def test_image_settings_of_another_size(tmp_path, folder):
+    InternVL_G.from_pretrained(folder, force_image_size=42, **FP32).save_pretrained(tmp_path / "a")
+    shutil.copy(folder / "tokenizer.model", tmp_path / "a")
+    assert verify(tmp_path / "a").ok
+    shutil.copy(folder / "config.json", tmp_path / "a")
+    report = verify(tmp_path / "a")
+    assert list(failed(report)) == ["image size"]
+    assert "settings say 28 px, the position table is for 42 px" in failed(report)["image size"]
+    convert(tmp_path / "a", tmp_path / "b")
+    assert verify(tmp_path / "b").ok
+
+
 def test_an_index_of_another_size(folder):
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -199,8 +178,9 @@ def test_an_index_of_another_size(folder):
     assert list(failed(verify(folder))) == ["total size"]
 
 
-def test_archives_have_checksums(tmp_path, golden):
+def test_archives_have_checksums(tmp_path, golden, pieces):
     write_config(tmp_path, golden.config)
+    (tmp_path / "tokenizer.model").write_bytes(pieces)
     path = tmp_path / "pytorch_model.bin"
     torch.save(golden.state, path)
     assert verify(tmp_path).ok
@@ -213,6 +193,8 @@ def test_archives_have_checksums(tmp_path, golden):
 
 class Inputs:
     """Stands for the processor, whose own tests are elsewhere: fixed pixels, ids by text."""
+
+    tokenizer, image_processor = range(97), SimpleNamespace(size=28)
 
     def __init__(self, pixels):
         self.pixels = pixels
@@ -263,7 +245,8 @@ def test_verify_runs_the_example(folder, golden, monkeypatch):
     assert len(report.example["InternVL-C"]["probabilities"]) == 3
 
 
-def test_the_published_numbers_are_recognised(tmp_path):
+def test_the_published_numbers_are_recognised(tmp_path, pieces):
+    (tmp_path / "tokenizer.model").write_bytes(pieces)
     write_sparse_shards(tmp_path, json.loads((GOLDEN / "checkpoint_14b.json").read_text()))
     InternVLConfig().save_pretrained(tmp_path)
     report = verify(tmp_path, values=False, hashes=False)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from .placement import Placement
+
 
 def build(model_class: Any, config: Any) -> Any:
     """A model of a class whose weights are on the meta device, and its other buffers on the CPU."""
@@ -38,6 +40,14 @@ def unsaved_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]
             buffer = module._buffers.get(name)
             if buffer is not None:
                 yield module, name, buffer
+
+
+def place_buffers(model: nn.Module, placement: Placement) -> None:
+    """Puts what no file holds on the device of the weights beside it."""
+    paths = {module: path for path, module in model.named_modules()}
+    for module, name, buffer in unsaved_buffers(model):
+        device, _ = placement.of(f"{paths[module]}.{name}")
+        module._buffers[name] = buffer.to(device)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ _UNITS = {  # what it takes to multiply bfloat16
     "cpu": "AVX512-BF16, AMX, or bf16 on Arm",
     "cuda": "compute capability 8.0",
 }
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +42,10 @@ def choose_dtype(dtype: Any, device: torch.device) -> DtypeChoice:
             f"the {_kind(device)} does not multiply bfloat16 in hardware, which takes {units}; "
             "dtype='bfloat16' takes half the memory",
         )
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    found = dtype
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        found = getattr(torch, _SHORT.get(name, name), None)
     if found not in FLOATS:
         raise ValueError(f"dtype must be auto, {', '.join(map(dtype_name, FLOATS))}, got {dtype!r}")
     return DtypeChoice(found, "asked for")

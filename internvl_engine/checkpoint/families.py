@@ -214,5 +214,5 @@ TRANSFORMERS = Layout(
     ),
 )
 LAYOUTS = (STANDALONE, TRANSFORMERS)
-# Tables that old LLaMA code saved; every family.
-LEFTOVERS = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+# Of every family: tables that old LLaMA code saved, and the counter of AveragedModel.
+LEFTOVERS = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^n_averaged$"

@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import sys
+import zipfile
 from collections.abc import KeysView
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ def size_of(file: WeightFile, name: str) -> int:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Opens a file by its contents' format, which its ending tells.
+    """Opens a file by its contents' format, which its ending tells, or its beginning.
 
     Raises:
         CheckpointNotFoundError: the file is not there.
@@ -77,7 +78,18 @@ def open_weights(path: Path) -> WeightFile:
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: this weight file of the checkpoint is missing")
     refuse_pointer(path)
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    if path.suffix == ".safetensors" and zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: one of PyTorch's own files; rename it to end in .bin")
+    if path.suffix == ".safetensors" or _has_safetensors_header(path):
+        return SafetensorsFile(path)
+    return TorchFile(path)
+
+
+def _has_safetensors_header(path: Path) -> bool:
+    """Whether a file begins with the length of a JSON object and one."""
+    with path.open("rb") as file:
+        length, start = int.from_bytes(file.read(8), "little"), file.read(1)
+    return start == b"{" and 8 + length <= path.stat().st_size
 
 
 class SafetensorsFile:
@@ -114,7 +126,7 @@ class SafetensorsFile:
         shape, dtype = self.describe(name)
         count = math.prod(shape)
         if count == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         tensor = torch.frombuffer(
             self._map, dtype=dtype, count=count, offset=self._starts[name]
         ).view(shape)
@@ -151,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointNotFoundError(f"{path}: this file of the checkpoint is missing")
     refuse_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # of JSON and of UTF-8
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import ties
-from .building import unsaved_buffers
+from .building import place_buffers
 from .files import open_weights
 from .offload import attach
 from .placement import DISK, Placement
@@ -44,8 +43,7 @@ def fill(
         _resize(model, plan.resize)
     for head, embedding in plan.tied.items():
         _tie(model, placement, head, embedding, kept)
-    ties.record(model, plan.tied, plan.contents.path)
-    _move_buffers(model, placement)
+    place_buffers(model, placement)
     left = [name for name, p in model.state_dict().items() if p.is_meta and name not in kept]
     assert not left, f"nothing was loaded into {left}"
     attach(model, placement, kept)
@@ -73,14 +71,6 @@ def _tie(
         _assign(model, head, kept.get(embedding, weight.detach()).to(device))
     else:
         model.get_submodule(head.rpartition(".")[0]).weight = weight
-
-
-def _move_buffers(model: nn.Module, placement: Placement) -> None:
-    """Puts what no file holds beside the weights that it is used with."""
-    paths = {module: path for path, module in model.named_modules()}
-    for module, name, buffer in unsaved_buffers(model):
-        device, _ = placement.of(f"{paths[module]}.{name}")
-        module._buffers[name] = buffer.to(device)
 
 
 def _on_disk(tensor: Tensor, name: str, folder: str | Path | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Downloads from the Hugging Face hub, with errors that say what to do."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ HUB_OPTIONS = (
 )  # fmt: skip
 
 
-def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some keywords that are about the hub; `use_auth_token` is an older `token`."""
     found = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     if options.get("use_auth_token") is not None:

@@ -35,6 +35,15 @@ def tower_of(config_class: Any) -> str:
     )  # fmt: skip
 
 
+def own_fields(values: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """What of a config.json is about the model of a class: all, or the part of a tower."""
+    family = family_of(values)
+    if family is None or built_by(config_class) is not None:
+        return values
+    name = family.towers[tower_of(config_class)].config
+    return values if name is None else values[name]
+
+
 def needed_by(model_class: Any, parts: str | None) -> Needed | None:
     """Which published names a model class asks for; None where it is everything."""
     family = built_by(model_class.config_class)

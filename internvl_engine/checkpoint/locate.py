@@ -22,6 +22,17 @@ STANDALONE = "internvl_c_13b_224px.pth"
 _PAIRS = ((INDEXES[0], "model.safetensors"), (INDEXES[1], "pytorch_model.bin"))
 _ORDER = (*(name for pair in _PAIRS for name in pair), STANDALONE)
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_UNREADABLE = "which cannot be read: take the checkpoint in safetensors"
+_OTHERS = {  # what else is found in place of weights, and what makes weights of it
+    "zero_to_fp32.py": "DeepSpeed's shards of an optimizer: run zero_to_fp32.py in it, which "
+    "writes pytorch_model.bin",
+    "**/*.distcp": "shards of torch.distributed.checkpoint: `python -m torch.distributed."
+    "checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin` makes one file of them",
+    "*.gguf": f"GGUF files, {_UNREADABLE}",
+    "tf_model.h5": f"TensorFlow's weights, {_UNREADABLE}",
+    "flax_model.msgpack": f"Flax's weights, {_UNREADABLE}",
+    "*.onnx": f"an ONNX graph, {_UNREADABLE}",
+}
 Needed = Callable[[str], bool]  # whether a tensor is wanted, by its published name
 
 
@@ -144,6 +155,9 @@ def _of_folder(folder: Path) -> Weights:
             f"{folder}: no {INDEXES[0]} says how these weight files belong together: "
             f"{listed(path.name for path in files)}; name one of them, or add the index"
         )
+    others = next((text for name, text in _OTHERS.items() if any(folder.glob(name))), None)
+    if others is not None:
+        raise CheckpointNotFoundError(f"{folder}: no weights here, but {others}")
     raise CheckpointNotFoundError(
         f"{folder}: no weights here; needed {', '.join(_ORDER)}, or one file that ends in "
         f"{', '.join(SUFFIXES)}"

@@ -19,14 +19,19 @@ from .families import LAYOUTS, LEFTOVERS, ROOTS, Layout
 
 LORA = re.compile(r"^(?P<linear>.*)\.lora_(?P<side>[AB])\.weight$")
 
-# What wrappers of modules put into names: torch.compile, FSDP, activation checkpointing.
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PARALLEL = "module."  # of DistributedDataParallel and DeepSpeed, where every name has it
+# What wrappers of modules put into names: torch.compile, FSDP, activation checkpointing, and
+# DistributedDataParallel, DeepSpeed and AveragedModel. No published name has such a step.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
+)
 _PEFT = (
     (re.compile(r"(^|\.)base_model\.model\."), r"\1"),
     (re.compile(r"\.base_layer\.(weight|bias)$"), r".\1"),
-    (re.compile(r"\.(lora_[AB])\.default\.weight$"), r".\1.weight"),
+    (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
+    (re.compile(r"\.modules_to_save\.[^.]+\."), "."),
 )
+# What a module of `modules_to_save` was before training; its copy is the weight.
+_REPLACED = re.compile(r"\.original_module\.")
 
 
 @dataclass
@@ -58,8 +63,6 @@ def canonical(name: str) -> str:
 def translate(names: Iterable[str]) -> Names:
     """Stored names by published name."""
     unwrapped = {name: canonical(_WRAPPERS.sub("", name)) for name in names}
-    if unwrapped and all(plain.startswith(_PARALLEL) for plain in unwrapped.values()):
-        unwrapped = {name: canonical(plain[len(_PARALLEL) :]) for name, plain in unwrapped.items()}
     prefix, rivals = _prefix(unwrapped.values())
     plain = {name: short.removeprefix(prefix) for name, short in unwrapped.items()}
     layout = next((each for each in LAYOUTS if _is_in(each, plain.values())), None)
@@ -69,7 +72,7 @@ def translate(names: Iterable[str]) -> Names:
     )  # fmt: skip
     pieces: dict[str, dict[int, str]] = {}
     for name, short in plain.items():
-        if re.search(unused, short):
+        if re.search(unused, short) or _REPLACED.search(name):
             result.leftovers.append(name)
             continue
         published, place = _publish(short, layout)

@@ -150,6 +150,8 @@ def match(
 
 def _missing(contents: Contents, missing: list[str]) -> str:
     text = f"{contents.path}: {len(missing)} weights are missing: {listed(missing)}"
+    if contents.layout is not None:
+        text += f"; its names are those of {contents.layout.name}"
     if any(".lora_" in name for name in missing):
         text += "; its LoRA adapts other linears than the published ones: pass merge_lora=True"
     if any("_flat_param" in name for name in contents.names):

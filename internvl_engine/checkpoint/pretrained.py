@@ -5,20 +5,23 @@ the files, and only then are weights read, one at a time, mapped where nothing h
 Nothing is initialised at random and nothing is left out: what is missing is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from . import ties
+from .adoption import adopt
 from .building import build
-from .configs import Reading, adopt, read_config
+from .configs import Reading, fields_of, read_config
 from .contents import Contents
 from .dtypes import resolve_dtype
 from .fill import fill
 from .hub import hub_options
-from .identify import built_by, needed_by, refuse_adapter
+from .identify import built_by, needed_by, own_fields, refuse_adapter
 from .locate import Source
 from .names import canonical, prefix_of
 from .parts import drop_absent
@@ -51,7 +54,7 @@ def load_pretrained(
     Args:
         model_class: what to build; a tower finds its weights and configuration in a composite.
         source: directory, weight file or hub id.
-        config: in place of the checkpoint's config.json.
+        config: in place of the checkpoint's config.json: an object, a dict, or a path.
         dtype: a torch dtype or its name; "auto" is bfloat16 where the processor computes in it,
             else float32. Weights stored in that dtype stay mapped in their file and occupy no
             memory of their own. torch_dtype is the older name.
@@ -78,7 +81,7 @@ def load_pretrained(
         CheckpointNotFoundError: something is missing (a FileNotFoundError also).
         TypeError, ValueError: an argument is unknown, not supported, or contradicts another.
     """
-    with torch.device("cpu"):  # whatever the caller's default is
+    with _own_settings():
         model, plan, found = prepare(
             model_class, source, config=config, parts=parts, merge_lora=merge_lora,
             lora_alpha=lora_alpha, strict=strict, **options,
@@ -92,6 +95,13 @@ def load_pretrained(
         return model
     info: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return model, info | {"unexpected_keys": set(plan.contents.leftovers)}
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Loads the same model inside the caller's inference_mode or autocast."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def prepare(
@@ -116,23 +126,27 @@ def prepare(
     if parts not in (None, "all") and family is None:
         raise ValueError(f"{model_class.__name__} is one part: parts must be None, got {parts!r}")
     needed_by(model_class, parts)  # before anything is downloaded: are there such parts?
+    given = fields_of(config, model_class.config_class)
     found = Source.find(source, **hub_options(options))
     refuse_adapter(found)
     if family is not None and parts is None:
-        parts = getattr(config, "parts", None) or (found.config or {}).get("parts")
+        parts = (given or {}).get("parts") or (found.config or {}).get("parts")
     needed = needed_by(model_class, parts)
     contents = Contents.read(found, found.weights(needed), needed)
-    reading = read_config(model_class.config_class, found, config, options, contents)
-    stated = family is not None and config is None and "quantization_config" not in options
-    refuse_quantized(contents, found.config if stated else None)
+    reading = read_config(model_class.config_class, found, given, options, contents)
+    if config is None and "quantization_config" not in options and found.config is not None:
+        refuse_quantized(contents, own_fields(found.config, model_class.config_class))
+    else:
+        refuse_quantized(contents, {})
     if lora_alpha is not None:
         if not contents.lora:
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")
         reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
     contents.parts = reading.parts
-    own = getattr(config, "force_image_size", None)
-    asked = reading.overrides.get("force_image_size", reading.overrides.get("image_size", own))
-    resize = adopt(reading, contents, merge_lora, asked)
+    asked = {"force_image_size": (given or {}).get("force_image_size")} | reading.overrides
+    resize = adopt(
+        reading, contents, merge_lora, asked.get("image_size") or asked["force_image_size"]
+    )
     model = build(model_class, reading.config)
     plan = _plan(model, reading, contents, parts, merge_lora, strict)
     plan.resize = resize
@@ -158,6 +172,7 @@ def _plan(
         contents = contents.under(prefix)
         alphas = {"": next((a for tower, a in alphas.items() if prefix.startswith(tower)), None)}
     names, tied = match(model, contents, strict, merge)
+    ties.record(model, tied, contents.path)
     vision = getattr(model.config, "vision_config", model.config)
     patch_size = getattr(vision, "patch_size", None)
     return Plan(names, contents, Reader(contents, merge, alphas), patch_size, tied=tied)

@@ -25,16 +25,16 @@ _SUPPORTED = (
 )
 
 
-def refuse_quantized(contents: Contents, values: dict[str, Any] | None) -> None:
+def refuse_quantized(contents: Contents, values: dict[str, Any]) -> None:
     """Raises where weights that are needed are stored quantized, or the configuration asks for it.
 
     Args:
-        values: the contents of config.json, where quantization is to be looked for; None where not.
+        values: the fields of the configuration that may ask for it.
 
     Raises:
         CheckpointError: they are.
     """
-    stated = stated_quantization(values or {})
+    stated = stated_quantization(values)
     found: dict[str, list[str]] = {}
     for pattern, title in _MARKS.items():
         marked = [name for name in contents.tensors if re.search(pattern, name)]
@@ -66,9 +66,11 @@ def stated_quantization(values: dict[str, Any]) -> str | None:
 
 def describe(given: Any) -> str:
     """A quantization_config as a phrase: AWQ, 4 bits."""
-    values = given if isinstance(given, dict) else getattr(given, "__dict__", {})
-    method = values.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in values else None)
-    method = str(getattr(method, "value", method) or type(given).__name__)
+    values = given if isinstance(given, dict) else given.to_dict()  # transformers' objects
+    method = values.get("quant_method")
+    if method is None and {"load_in_4bit", "load_in_8bit"} & set(values):
+        method = "bitsandbytes"
+    method = str(getattr(method, "value", method) or "an unknown method")
     bits = values.get("bits") or values.get("w_bit")
     bits = bits or next((n for n in (4, 8) if values.get(f"load_in_{n}bit")), None)
     return _TITLES.get(method, method) + (f", {bits} bits" if bits else "")

@@ -53,7 +53,7 @@ def record(model: nn.Module, tied: Collection[str], path: Path) -> None:
             warnings.warn(
                 f"{path}: no {each.head}, so {each.embedding} serves as the head too, although the "
                 "configuration says tie_word_embeddings=False",
-                stacklevel=4,
+                stacklevel=5,
             )
         config.tie_word_embeddings = each.head in tied
         if hasattr(each.owner, "all_tied_weights_keys"):  # what transformers 5 saves by

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.files import refuse_pointer
 from .padding import Padding, TokenBatch, pad_rows
 
 EMBEDDING_PREFIX = "summarize:"
@@ -268,6 +269,7 @@ class InternVLTokenizer:
 def _read(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"InternVLTokenizer: no tokenizer model at {path}")
+    refuse_pointer(path)
     return path.read_bytes()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
+from ..checkpoint import CheckpointError, hub_options
 from ..checkpoint.errors import listed
 from ..checkpoint.files import read_json, size_of
 from ..checkpoint.fill import track
@@ -28,6 +28,7 @@ from .report import Report
 PUBLISHED = (1048, 13_834_975_747)  # tensors and parameters of InternVL-14B at 224 px
 CHUNK = 1 << 22  # values looked at together: 8 MB in bfloat16
 SUMS = "SHA256SUMS"
+TOKENIZER = "tokenizer.model"
 
 
 def verify(
@@ -66,6 +67,7 @@ def verify(
     report.add("names and shapes", True, counts)
     if plan.contents.leftovers:
         report.add("leftovers", None, f"ignored {listed(plan.contents.leftovers)}")
+    _check_processor(report, found, model.config, options)
     _check_sizes(report, plan, found)
     if values:
         _check_values(report, plan, progress)
@@ -75,6 +77,36 @@ def verify(
     if images is not None and report.ok:
         _check_example(report, found, images, texts, options)
     return report
+
+
+def _processor(source: Source, options: Mapping[str, Any]) -> InternVLProcessor:
+    if source.hub is None:
+        return InternVLProcessor.from_pretrained(source.folder)
+    return InternVLProcessor.from_pretrained(str(source.path), **hub_options(options))
+
+
+def _check_processor(
+    report: Report, source: Source, config: Any, options: Mapping[str, Any]
+) -> None:
+    """The tokenizer and the image settings, without which no text and no picture goes in."""
+    if config.parts == "image" and not (source.folder / TOKENIZER).is_file():
+        return
+    try:
+        processor = _processor(source, options)
+        pieces, size = len(processor.tokenizer), processor.image_processor.size
+    except (OSError, ValueError) as error:
+        report.add("processor", False, str(error))
+        return
+    rows = config.qllama_config.vocab_size
+    report.add("tokenizer", pieces <= rows, f"{pieces:,} pieces, the model knows {rows:,}")
+    if size == config.image_size:
+        report.add("image size", True, f"{size} px")
+    else:
+        report.add(
+            "image size", False,
+            f"the settings say {size} px, the position table is for {config.image_size} px; "
+            "`internvl convert` writes them alike",
+        )  # fmt: skip
 
 
 def _check_sizes(report: Report, plan: Plan, source: Source) -> None:
@@ -161,7 +193,7 @@ def _check_example(
     options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     model = InternVLModel.from_pretrained(source.path, **options)
-    processor = InternVLProcessor.from_pretrained(source.folder)
+    processor = _processor(source, options)
     report.example = check_example(model, processor, images, texts)
     for mode, result in report.example.items():
         rows = "; ".join(" ".join(f"{p:.4g}" for p in row) for row in result["probabilities"])

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from internvl_engine.checkpoint import CheckpointError, Contents, Source
 from internvl_engine.checkpoint.names import prefix_of, translate
 from internvl_engine.modeling import InternVisionModel, InternVL_G
+from internvl_engine.modeling.lora import QLLAMA_LORA
 
 FP32 = {"dtype": torch.float32}
 
@@ -22,6 +23,7 @@ WRAPPERS = {
     "a module of one's own": "net.backbone.{}",
     "Lightning and torch.compile": "model._orig_mod.{}",
     "FSDP": "_fsdp_wrapped_module.{}",
+    "DeepSpeed inside Lightning": "_forward_module.model.{}",
     "peft around the whole": "base_model.model.{}",
 }
 
@@ -35,7 +37,7 @@ def test_what_wraps_the_whole_model_is_stripped(tmp_path, golden_g, pattern):
 
 
 @pytest.mark.parametrize(
-    "inner", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"]
+    "inner", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"]
 )
 def test_what_wraps_single_layers_is_stripped(tmp_path, golden_g, inner):
     state = {
@@ -66,6 +68,36 @@ def test_what_a_trainer_saves_beside_the_model_is_named(tmp_path, golden_g):
     with pytest.raises(CheckpointError, match="1 weights have no place .*: criterion.weight"):
         InternVL_G.from_pretrained(tmp_path)
     InternVL_G.from_pretrained(tmp_path, strict=False)
+
+
+def test_averaged_weights(tmp_path, golden_g):
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2))
+    state = {f"module.{name}": tensor for name, tensor in golden_g.state.items()}
+    assert set(averaged.state_dict()) == {"module.weight", "module.bias", "n_averaged"}
+    state["n_averaged"] = averaged.n_averaged.reshape(1)
+    model = InternVL_G.from_pretrained(write_published(tmp_path, golden_g, state), **FP32)
+    assert torch.equal(model.query_tokens, golden_g.state["query_tokens"])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_modules_that_peft_trained_whole_and_an_adapter_of_another_name(tmp_path, golden_g):
+    peft = pytest.importorskip("peft")
+    model = InternVL_G.from_pretrained(write_published(tmp_path / "a", golden_g), **FP32)
+    model.qllama = peft.get_peft_model(
+        model.qllama,
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=QLLAMA_LORA, modules_to_save=["lm_head"]),
+        adapter_name="mine",
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.normal_()
+    write_published(tmp_path / "b", golden_g, model.state_dict())
+    again = InternVL_G.from_pretrained(tmp_path / "b", merge_lora=True, **FP32)
+    merged = model.qllama.merge_and_unload()
+    assert torch.equal(again.qllama.lm_head.weight, merged.lm_head.weight)
+    ids = torch.tensor([[1, 5, 9, 2]])
+    torch.testing.assert_close(again.qllama(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_two_models_in_one_file(tmp_path, golden_g):

@@ -1,5 +1,6 @@
 """Models that are not ours, loaded by our reader: computed buffers, and heads that are tied."""
 
+import json
 import threading
 
 import pytest
@@ -8,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internvl_engine.checkpoint import CheckpointError, load_pretrained
-from internvl_engine.checkpoint.building import build
+from internvl_engine.checkpoint import CheckpointError, Placement, load_pretrained
+from internvl_engine.checkpoint.building import build, place_buffers
 
 IDS = torch.tensor([[1, 5, 9, 2]])
 FP32 = {"dtype": torch.float32}
@@ -25,7 +26,16 @@ def llama(tie: bool = False) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"device_map": {"": "disk"}}], ids=["here", "offloaded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"device_map": {"": "disk"}},
+        {"device_map": {"": "cpu", "model.embed_tokens": "disk"}},
+        {"device_map": {"": "cpu", "lm_head": "disk"}},
+    ],
+    ids=["here", "offloaded", "the embedding offloaded", "the head offloaded"],
+)
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_language_model_of_transformers(tmp_path, tie, options):
     saved = llama(tie)
@@ -40,6 +50,22 @@ def test_a_language_model_of_transformers(tmp_path, tie, options):
     assert (HEAD in load_file(tmp_path / "b" / "model.safetensors")) != tie
     again = LlamaForCausalLM.from_pretrained(tmp_path / "b", **FP32)
     assert torch.equal(again(IDS).logits, saved(IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_language_model_of_a_chat(tmp_path, tie):
+    saved = llama(tie)
+    saved.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = {f"language_model.{name}": t.clone() for name, t in load_file(path).items()}
+    save_file(state | {"vision_model.x": torch.ones(2), "mlp1.0.bias": torch.ones(2)}, path)
+    config = {
+        "model_type": "internvl_chat", "vision_config": {}, "llm_config": saved.config.to_dict(),
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    loaded = load_pretrained(LlamaForCausalLM, tmp_path, **FP32)
+    assert torch.equal(loaded(IDS).logits, saved(IDS).logits)
 
 
 def rewritten(folder, tie: bool, **changes):
@@ -96,6 +122,12 @@ def test_only_what_no_file_holds_is_computed():
     assert torch.equal(model.inner.angles, torch.arange(5) / 5)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert model.nothing is None
+
+
+def test_buffers_lie_beside_the_weights():
+    model = build(Computed, 5)
+    place_buffers(model, Placement(torch.device("cpu"), {"inner": "meta"}))
+    assert model.inner.angles.is_meta
 
 
 def test_models_that_other_threads_build_meanwhile_keep_their_weights():
