@@ -42,7 +42,7 @@ def _case(label: str, direction: Callable, q: Tensor, k: Tensor, v: Tensor) -> C
     writes three. Two and five products.
     """
     providers = direction(
-        "cross_attention", cross_attention, reference.cross_attention, q, k, v, others={}
+        "attention", cross_attention, reference.cross_attention, q, k, v, others={}
     )
     repeat = q.shape[0] // k.shape[0]
     keys, values = (x.expand(repeat, *x.shape).flatten(0, 1).contiguous() for x in (k, v))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_engine import reference
-from internvl_engine.kernels import PackedWeight, can_pack, linear, linear_packed
+from internvl_engine.kernels import layout_of, linear, linear_packed, pack
 
 from .cases import Case, Provider, forward, rival
 
@@ -29,7 +29,7 @@ ROWS_GPU = {"vision": (257, 64 * 257), "QLLaMA": (1, 96, 64 * 96), "cross": (257
 def cases(device: str) -> Iterator[Case]:
     for name, ((channels, features), epilogue, with_residual) in LAYERS.items():
         weight = (torch.randn(features, channels) * channels**-0.5).to(device, torch.bfloat16)
-        packed = PackedWeight(weight) if can_pack(weight) else None
+        packed = pack(weight) if layout_of(weight) else None
         for rows in (ROWS_GPU if device == "cuda" else ROWS)[name.split()[0]]:
             x = torch.randn(rows, channels, device=device).bfloat16()
             bias = torch.randn(features, device=device).bfloat16() if "fc" in name else None
@@ -40,7 +40,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def _case(
-    label: str, x: Tensor, weight: Tensor, packed: PackedWeight | None,
+    label: str, x: Tensor, weight: Tensor, packed: Tensor | None,
     arguments: tuple[Tensor | None, str, Tensor | None],
 ) -> Case:  # fmt: skip
     """Reads x, the weight, the bias and the residual, and writes the result."""
@@ -54,7 +54,10 @@ def _case(
 
     providers = forward("linear", fused, eager, x, weight, others={})
     if packed is not None:
-        providers["ours (packed)"] = Provider(lambda: linear_packed(x, packed, *arguments))
+        features = weight.shape[0]
+        providers["ours (packed)"] = Provider(
+            lambda: linear_packed(x, packed, features, *arguments)
+        )
     is_plain = bias is None and residual is None and epilogue == "none"
     providers |= rival("F.linear alone", lambda: F.linear(x, weight), same=is_plain)
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]

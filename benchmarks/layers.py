@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVisionConfig
-from internvl_engine.kernels import PackedWeight, can_pack, linear_packed
+from internvl_engine.kernels import layout_of, linear_packed, pack
 from internvl_engine.modeling.masks import AttentionMask
 from internvl_engine.modeling.qllama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from internvl_engine.modeling.vision import InternVisionModel
@@ -83,13 +83,13 @@ def products(layer: Any, x: Tensor) -> dict[str, Provider]:
         return y
 
     found = {PRODUCTS: Provider(plain, same=False)}
-    if not can_pack(layer.attn.qkv.weight):
+    if not all(layout_of(linear.weight) for linear in linears):
         return found
-    packs = [PackedWeight(linear.weight) for linear in linears]
+    packs = [pack(linear.weight) for linear in linears]
 
     def packed() -> Tensor:
-        for x, linear, pack in zip(inputs, linears, packs, strict=True):
-            y = linear_packed(x, pack, linear.bias)
+        for x, linear, weight in zip(inputs, linears, packs, strict=True):
+            y = linear_packed(x, weight, linear.out_features, linear.bias)
         return y
 
     return found | {"four products, packed": Provider(packed, same=False)}

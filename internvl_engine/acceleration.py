@@ -1,50 +1,24 @@
-"""Puts the fused modules into a model, says what it did, and takes them out again.
+"""Puts the fused computations into a model, says what it did, and takes them out again.
 
-Modules are recognised by their structure (the names and shapes of what they hold), so our eager
-model, copies of the published code and transformers' own InternViT and LLaMA are all served; one of
-every foreign kind is tried whether it computes what its fused form does. Instances are replaced,
-never classes; the loops, masks and caches around them stay.
+Modules are recognised by a table of classes and by structure (fused/recognition.py): ours, copies
+of the published code and transformers' InternViT and LLaMA are served. Every module stays the
+object that it is (fused/base.py); foreign loops, masks and caches stay what they are.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from .checkpoint.parts import AbsentModule
-from .fused import (
-    FusedAttentionPooling,
-    FusedCrossAttention,
-    FusedDecoderLayer,
-    FusedLlamaAttention,
-    FusedLlamaMLP,
-    FusedModule,
-    FusedPublishedAttention,
-    FusedRMSNorm,
-    FusedTransformersVisionLayer,
-    FusedVisionLayer,
-)
-from .fused.projection import has_own_forward
-from .fused.proof import Proofs
-from .fused.qllama import Constants
-from .fused.sharing import Handoff, Shared
+from .fused import FusedDecoder, FusedModule, FusedVisionEncoder
+from .fused.recognition import EXPECTED, Recognition
+from .weights import has_own_forward
 
-# The first that claims a module gets it; what is inside a fused module is its own business.
-FUSED: tuple[type[FusedModule], ...] = (
-    FusedVisionLayer,
-    FusedTransformersVisionLayer,
-    FusedDecoderLayer,
-    FusedAttentionPooling,
-    FusedLlamaAttention,
-    FusedPublishedAttention,
-    FusedCrossAttention,
-    FusedLlamaMLP,
-    FusedRMSNorm,
-)
-Found = tuple[nn.Module, str, "Entry"]  # parent, attribute, what becomes of the module there
 MODES = ("inference", "training")
+LOOPS = (FusedVisionEncoder, FusedDecoder)  # whose layers are fused by themselves
 
 
 @dataclass
@@ -63,7 +37,8 @@ class Report:
 
     mode: str
     entries: list[Entry] = field(default_factory=list)
-    _replaced: list[tuple[nn.Module, str, FusedModule]] = field(default_factory=list, repr=False)
+    tied: list[str] = field(default_factory=list)
+    _fused: list[FusedModule] = field(default_factory=list, repr=False)
 
     @property
     def replaced(self) -> list[str]:
@@ -76,166 +51,128 @@ class Report:
         return {entry.name: entry.reason for entry in self.entries if not entry.fused}
 
     def undo(self) -> None:
-        """Puts the original modules back, with the bits of every weight as they were."""
-        for parent, name, fused in reversed(self._replaced):
-            eager = fused.release()
-            if parent._modules.get(name) is fused:
-                parent._modules[name] = eager
-        self._replaced.clear()
+        """Makes every module eager again, with the bits of every weight as they were."""
+        for module in reversed(self._fused):
+            if isinstance(module, FusedModule):
+                module.restore()
+        self._fused.clear()
         self.entries.clear()
 
     def __str__(self) -> str:
+        if not self.entries:
+            return "accelerate: no module of this model is known"
         lines = [f"accelerate: {len(self.replaced)} modules fused for {self.mode}"]
-        groups: dict[tuple[str, str, str], int] = {}
-        for entry in self.entries:
-            key = (entry.kind, entry.fused or "kept", entry.reason)
-            groups[key] = groups.get(key, 0) + 1
+        groups = Counter((entry.kind, entry.fused, entry.reason) for entry in self.entries)
         for (kind, fused, reason), count in groups.items():
-            lines.append(f"  {count:4} x {kind} -> {fused}" + (f": {reason}" if reason else ""))
+            lines.append(
+                f"  {count:4} x {kind} -> {fused or 'kept'}" + f": {reason}" * bool(reason)
+            )
+        if self.tied:
+            lines.append(f"  tied, so neither packed nor merged: {', '.join(self.tied)}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def accelerate(
-    model: nn.Module, mode: str = "inference", *, compile: bool = False, strict: bool = False
+    model: nn.Module,
+    mode: str = "inference",
+    *,
+    compile: bool = False,
+    strict: bool = False,
+    check: bool = False,
 ) -> Report:
-    """Replaces the modules of a model that have a fused form, in place.
+    """Gives the modules of a model that have a fused form that form, in place.
 
-    Inference merges the weights of neighbouring products and packs them for the CPU, so that every
-    weight exists once. Packed weights are constants: `state_dict()`, saving, copying and loading
-    have them as ever, `parameters()` and what uses it (counts, `requires_grad_`, optimizers) do
-    not. `train()` gives them back as parameters that are trained, `eval()` packs again, and
-    whoever asks a Linear for its `weight` gets it. A parameter that somebody else holds at that
-    time (a tied module, an optimizer, a list) is neither packed nor merged.
+    For inference the weights of neighbouring products are merged and, on the CPU, packed while a
+    module is in evaluation; every weight exists once. All of them stay parameters of their modules:
+    counts, optimizers, freezing, adapters, loading and saving find what they did. `train()` gives
+    weights their plain form, `eval()` packs again. Training mode leaves every weight as it is.
 
-    Training leaves every parameter as it is. What a fused module cannot serve (attention
-    probabilities, hooks inside it) its eager module computes. Calling it again changes nothing but
-    the mode.
-
-    What the first layer of QLLaMA makes of the query tokens is computed once and, when a weight of
-    it is changed or replaced, anew. In-place edits behind autograd's back (`weight.data.copy_`) are
-    not noticed: use `torch.no_grad()`, or call `accelerate` again.
+    What a fused module cannot serve (attention probabilities, hooks inside it, parts that were
+    replaced since) its eager computation serves. Calling it again changes nothing but the mode.
 
     Args:
         model: any module: ours, the published one, one with an InternViT or a LLaMA inside.
         mode: "inference" or "training".
-        compile: also compile every replaced layer with torch.compile (fullgraph, any batch size).
+        compile: also compile every fused layer with torch.compile (fullgraph, any batch size).
         strict: fail, and change nothing, where a known module would have to stay eager.
+        check: compare the computations of known classes too, on random weights.
 
     Returns:
-        A Report of every module that was replaced or kept, and why.
+        A Report of every module that was fused or kept, and why.
 
     Raises:
-        ValueError: mode is unknown, the model itself has a fused form and no parent to be replaced
-            in, or with strict, a known module cannot be replaced.
+        ValueError: mode is unknown, or with strict, a known module cannot be fused.
     """
     if mode not in MODES:
         raise ValueError(f"accelerate: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if any(kind.claims(model) for kind in FUSED):
-        raise ValueError(
-            f"accelerate: give the model around this {type(model).__name__}; a module is replaced "
-            "in its parent"
-        )
-    found = list(_find(model, "", Proofs(), set()))
-    report = Report(mode, [entry for _, _, entry in found])
+    found = list(_find(model, "", Recognition(check)))
+    tied, names = _tied(model)
+    report = Report(mode, [entry for _, _, entry in found], names)
     if strict and report.kept:
         name, reason = next(iter(report.kept.items()))
         raise ValueError(
-            f"accelerate: {len(report.kept)} modules cannot be replaced; {name}: {reason}"
+            f"accelerate: {len(report.kept)} modules cannot be fused; {name}: {reason}"
         )
-    _replace(model, found, report, compile)
-    _link(model)
+    inference = mode == "inference"
+    for module, kind, entry in found:
+        if isinstance(module, FusedModule):
+            if module.set_inference(inference):
+                entry.reason = f"already fused, for {mode} from now on"
+        elif kind is not None and entry.fused:
+            kind.fuse(module, inference, tied)
+            entry.reason = "; ".join(module.called())
+            report._fused.append(module)
+            if compile and kind not in LOOPS:
+                module.compile_fused(fullgraph=True, dynamic=True)
     return report
 
 
-def _replace(model: nn.Module, found: list[Found], report: Report, compile: bool) -> None:
-    inference = report.mode == "inference"
-    classes = {kind.__name__: kind for kind in FUSED}
-    # A module may be in several places, and so is the one that is fused of it.
-    fused_of = {m.eager: m for m in model.modules() if isinstance(m, FusedModule)}
-    for parent, attribute, entry in found:
-        child: Any = parent._modules[attribute]
-        if isinstance(child, FusedModule):
-            if child.inference != inference:
-                child.set_inference(inference)
-                entry.reason = f"already fused, for {report.mode} from now on"
-        elif entry.fused:
-            if child not in fused_of:
-                fused = fused_of[child] = classes[entry.fused](child, inference)
-                fused.prepare()
-                if compile:
-                    fused.compile(fullgraph=True, dynamic=True)
-            parent._modules[attribute] = fused_of[child]
-            report._replaced.append((parent, attribute, fused_of[child]))
+Found = tuple[Any, type[FusedModule] | None, Entry]
 
 
-def _find(parent: nn.Module, prefix: str, proofs: Proofs, seen: set[nn.Module]) -> Iterator[Found]:
-    """(parent, attribute, Entry) of every known module below, outermost first."""
-    for attribute, child in parent._modules.items():
-        name = f"{prefix}{attribute}"
-        if child is None or isinstance(child, AbsentModule):  # of a part that was not loaded
-            continue
-        if isinstance(child, FusedModule):
-            kept = Entry(name, type(child.eager).__name__, type(child).__name__, "already fused")
-            yield parent, attribute, kept
-            continue
-        kind = next((kind for kind in FUSED if kind.claims(child)), None)
+def _find(module: nn.Module, name: str, recognition: Recognition) -> Iterator[Found]:
+    """Every known module and what it becomes; what is inside a fused layer is its own business."""
+    if isinstance(module, AbsentModule):  # of a part that was not loaded
+        return
+    inside = True
+    if isinstance(module, FusedModule):
+        kind = type(module).fused_class
+        yield module, kind, Entry(name, type(module).__name__, kind.__name__, "already fused")
+        inside = kind in LOOPS
+    else:
+        kind = recognition.kind_of(module)
         if kind is not None:
-            fixed = _untouchable(parent, child)
-            reason = fixed or proofs.objection(kind, child)
+            fixed = _untouchable(module)
+            reason = fixed or recognition.unsupported_reason(kind, module)
             fused = None if reason else kind.__name__
-            yield parent, attribute, Entry(name, type(child).__name__, fused, reason or "")
-            if fused or fixed:
-                continue
-        if child not in seen:
-            seen.add(child)
-            yield from _find(child, f"{name}.", proofs, seen)
+            yield module, kind, Entry(name, type(module).__name__, fused, reason or "")
+            inside = bool(kind in LOOPS or (reason and not fixed))
+        elif type(module).__name__ in EXPECTED:
+            reason = "it does not hold what this class is known to hold"
+            yield module, None, Entry(name, type(module).__name__, None, reason)
+    if inside:
+        for attribute, child in module._modules.items():
+            if child is not None:
+                yield from _find(child, f"{name}.{attribute}".lstrip("."), recognition)
 
 
-def _untouchable(parent: nn.Module, module: nn.Module) -> str | None:
+def _untouchable(module: nn.Module) -> str | None:
     if any(hasattr(m, "_hf_hook") for m in module.modules()):
         return "its weights are moved in and out by hooks (device_map)"
     if any(p.is_meta for p in module.parameters()):
         return "its weights are offloaded, or were never loaded"
-    if any(has_own_forward(m) for m in module.modules()):
+    if any(map(has_own_forward, module.modules())):
         return "its forward was replaced"
-    if has_own_forward(parent):  # as of torch.compile's wrapper, which has the old one's bound
-        return f"what calls it is not the forward of {type(parent).__name__}"
     return None
 
 
-def _link(model: nn.Module) -> None:
-    """Lets every layer leave the next one's norm, and layers share what is the same for all."""
-    image, angles = Shared(), Shared()
-    for loop in model.modules():
-        if isinstance(loop, FusedDecoderLayer | FusedCrossAttention):
-            loop.share_image(image)
-        elif isinstance(loop, FusedLlamaAttention):
-            loop.angles = angles
-        for layers in (m for m in loop.children() if isinstance(m, nn.ModuleList)):
-            _link_layers(list(layers), getattr(loop, "norm", None))
-    tokens = getattr(model, "query_tokens", None)
-    first = next((m for m in model.modules() if isinstance(m, FusedDecoderLayer)), None)
-    if isinstance(tokens, torch.Tensor) and first is not None and first.layer_idx == 0:
-        first.constants = Constants(model)
-
-
-def _link_layers(layers: list[Any], last: Any) -> None:
-    followers: list[Any] = [*layers[1:], None]
-    for layer, following in zip(layers, followers, strict=True):
-        norm = None
-        if layers.count(layer) > 1:  # whom it precedes depends
-            continue
-        if isinstance(layer, FusedDecoderLayer) and isinstance(following, FusedDecoderLayer):
-            norm = following.input_layernorm
-        elif isinstance(layer, FusedVisionLayer) and isinstance(following, FusedVisionLayer):
-            norm = getattr(following, following.NORMS[0])
-        elif isinstance(layer, FusedDecoderLayer) and following is None:
-            following = last
-            norm = last.eager if isinstance(last, FusedRMSNorm) else None
-        if norm is not None:
-            handoff = Handoff(norm)
-            layer.after = handoff
-            if isinstance(following, FusedRMSNorm):
-                following.handoff = handoff
-            else:
-                following.before = handoff
+def _tied(model: nn.Module) -> tuple[frozenset[int], list[str]]:
+    """The parameters that several modules use: their ids, and their names."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append(f"{name}.{attribute}")
+    tied = {key: names for key, names in places.items() if len(names) > 1}
+    return frozenset(tied), [" = ".join(names) for names in tied.values()]

@@ -1,31 +1,41 @@
 """What the attention operators share outside Triton and the CPU: layouts, and others' attentions.
 
-PyTorch's and flash-attn's take q (B, H, S, D), k and v (B, H, T, D) in any strides and return
-`out`, (B, S, H, D) in memory as the projection after it reads, and the natural log-sum-exp
-(B, H, S) that the gradients start from.
+PyTorch's and flash-attn's take q (B, H, S, D), k and v (B, H, T, D) in any strides. The
+log-sum-exps that gradients start from are natural ones.
 """
 
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+from ._heads import lse_dtype
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the log-sum-exps: float64 for float32 inputs (triton/_attention_core.py)."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
+class Attended(NamedTuple):
+    """out (B, H, S, D), with (B, S, H, D) in memory, and its log-sum-exp (B, H, S) or nothing."""
+
+    out: Tensor
+    lse: Tensor
 
 
-def empty_output(q: Tensor, saves: bool) -> Pair:
-    """(out, lse) for q (B, H, S, D), not written; no lse where no gradient will need it."""
+class AttentionGradients(NamedTuple):
+    """Of the loss by q, k and v, each with (B, S, H, D) in memory."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def empty_output(q: Tensor, saves: bool) -> Attended:
+    """For q (B, H, S, D), not written; no lse where no gradient will need it."""
     B, H, S, D = q.shape
     lse = q.new_empty((B, H, S) if saves else 0, dtype=lse_dtype(q.dtype))
-    return q.new_empty((B, S, H, D)).transpose(1, 2), lse
+    return Attended(q.new_empty((B, S, H, D)).transpose(1, 2), lse)
 
 
 def as_projected(x: Tensor) -> Tensor:
@@ -33,10 +43,31 @@ def as_projected(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def all_as_projected(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """as_projected of each of the three gradients."""
-    dq, dk, dv = tensors
-    return as_projected(dq), as_projected(dk), as_projected(dv)
+def gradients_as_projected(tensors: Iterable[Tensor]) -> AttentionGradients:
+    """as_projected of each of the three."""
+    return AttentionGradients(*(as_projected(x) for x in tensors))
+
+
+def pack_queries(q: Tensor, k: Tensor, interleave: bool) -> Tensor:
+    """q (r * B, H, S, D) as (B, Hk, r * G * S, D): all rows that read the same keys in one block.
+
+    Rows are ordered by repeat, then by head of the group of G = H / Hk, then by position.
+    """
+    images, key_heads = k.shape[:2]
+    if q.shape[:2] == (images, key_heads):
+        return q
+    q = q.unflatten(0, (images, -1)) if interleave else q.unflatten(0, (-1, images)).transpose(0, 1)
+    return q.unflatten(2, (key_heads, -1)).transpose(1, 2).flatten(2, 4)
+
+
+def unpack_queries(x: Tensor, q: Tensor, k: Tensor, interleave: bool) -> Tensor:
+    """The inverse of pack_queries for x (B, Hk, r * G * S, ...): (r * B, H, S, ...)."""
+    images, key_heads = k.shape[:2]
+    if q.shape[:2] == (images, key_heads):
+        return x
+    blocks = q.shape[0] // images, q.shape[1] // key_heads, q.shape[2]
+    x = x.unflatten(2, blocks).transpose(1, 2).flatten(2, 3)
+    return (x if interleave else x.transpose(0, 1)).flatten(0, 1)
 
 
 def log_sum_exp(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
@@ -46,6 +77,18 @@ def log_sum_exp(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tens
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
     return scores.logsumexp(-1)
+
+
+def check_padding(operator: str, key_padding_mask: Tensor | None, k: Tensor) -> None:
+    """Raises ValueError where the mask is not bool (B, T) for keys k (B, Hk, T, D)."""
+    shape = (k.shape[0], k.shape[2])
+    if key_padding_mask is not None and (
+        key_padding_mask.dtype != torch.bool or key_padding_mask.shape != shape
+    ):
+        raise ValueError(
+            f"{operator}: key_padding_mask must be bool of shape {shape}, True = may be attended, "
+            f"got {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
+        )
 
 
 def scale_of(scale: float | None, dim: int) -> float:
@@ -72,26 +115,26 @@ def flash_serves(q: Tensor) -> bool:
     return sixteen_bits and q.shape[-1] % 8 == 0 and q.numel() > 0
 
 
-def torch_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+def torch_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Attended:
     """FlashAttention-2 as PyTorch ships it, on CUDA."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention.default
     out, lse, *_ = attend(q, k, v, 0.0, causal, False, scale=scale)
-    return as_projected(out), lse
+    return Attended(as_projected(out), lse)
 
 
-def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Attended:
     """cuDNN's attention through PyTorch."""
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     out, lse, *_ = attend(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return as_projected(out), lse.view(out.shape[:3])
+    return Attended(as_projected(out), lse.view(out.shape[:3]))
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Pair:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Attended:
     """The flash-attn package in the version that is made for this GPU, of those installed."""
     attend, wants_lse = _flash_attn_of(q.device)
     rows = (x.transpose(1, 2) for x in (q, k, v))  # (B, S, H, D)
     out, lse, *_ = attend(*rows, softmax_scale=scale, causal=causal, **{wants_lse: True})
-    return out.transpose(1, 2), lse
+    return Attended(out.transpose(1, 2), lse)
 
 
 @cache

@@ -1,8 +1,7 @@
 """The attentions of the CPU: our own, and PyTorch's where that cannot serve.
 
-All take q (B, H, S, D), k and v (B, H, T, D) in any strides and return `out`, (B, S, H, D) in
-memory as the projection after it reads, and the natural log-sum-exp (B, H, S). The gradients need
-no log-sum-exp: they compute the probabilities again, rounded as in eager PyTorch.
+All read q (B, H, S, D), k and v (B, Hk, T, D) in any strides. The gradients need no log-sum-exp:
+they compute the probabilities again, rounded as in eager PyTorch.
 """
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from ._attention import Pair, empty_output, lse_dtype
-from ._heads import adjacent, pointer
+from ._attention import Attended, AttentionGradients, empty_output
+from ._heads import adjacent, lse_dtype, pointer
 from ._library import NATIVE_TYPES, address, native
 
 # (q_weight, k_weight, eps, where the statistics (2, B, N) of q and k go, in float32)
@@ -21,46 +20,46 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def attention_native(
-    q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, visible: Tensor | None, scale: float,
-    saves: bool, interleave: bool = False, norm: Norm | None = None,
-) -> Pair:  # fmt: skip
-    """csrc/cpu/attention.h, for every attention operator: (out, lse).
+    q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, key_padding_mask: Tensor | None,
+    scale: float, interleave: bool, saves: bool, norm: Norm | None = None,
+) -> Attended:  # fmt: skip
+    """csrc/cpu/attention.h, for every attention operator.
 
-    In bfloat16 it is 2.7 to 3.6 times as fast as PyTorch's blocked attention (benchmarks/results),
-    with half the error of eager.
+    Every head of keys is packed once for all rows of q that read it. In bfloat16 it is 2.7 to 3.6
+    times as fast as PyTorch's blocked attention (benchmarks/results), with half the error of eager.
     """
     dtype = NATIVE_TYPES.get(q.dtype)
     if dtype is None or q.numel() == 0 or k.numel() == 0 or native.instruction_set() == "portable":
         return NotImplemented
     batch, heads, queries, dim = q.shape
-    images, keys = k.shape[0], k.shape[2]
+    images, key_heads, keys, _ = k.shape
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     out = q.new_empty((batch, queries, heads, dim)).transpose(1, 2)
-    lse = torch.empty((batch, heads, queries) if saves else 0)
+    lse = q.new_empty((batch, heads, queries) if saves else 0, dtype=torch.float32)
     q_weight, k_weight, eps, rstd = norm or (None, None, 0.0, None)
-    visible = None if visible is None else visible.contiguous()
+    key_padding_mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     native.attention(
         dtype, pointer(q), pointer(k), pointer(v), pointer(out), address(lse if saves else None),
         (address(q_weight), address(k_weight), address(rstd)), eps,
-        reference.MASKS.index(mask), prefix, address(visible),
-        (images, batch // images, heads, queries, keys, dim), interleave, scale,
+        reference.MASKS.index(mask), prefix, address(key_padding_mask),
+        (images, batch // images, heads, key_heads, queries, keys, dim), interleave, scale,
         torch.get_num_threads(),
     )  # fmt: skip
-    return out, lse.to(lse_dtype(q.dtype))
+    return Attended(out, lse.to(lse_dtype(q.dtype)))
 
 
 def bmm_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) on the CPU by PyTorch's matrix products, a few heads at a time: scores stay in
+) -> AttentionGradients:
+    """The gradient on the CPU by PyTorch's matrix products, a few heads at a time: scores stay in
     cache. In bfloat16 1.6 to 3.0 times as fast as PyTorch's blocked gradient (benchmarks/results).
 
     The probabilities are computed again and rounded as in eager PyTorch: no log-sum-exp is needed.
-    bias: (1 or B, 1, S, T), added to the scores; None for no mask.
+    bias: (1 or B, 1, S, T), added to the scores of each block of S rows of q; None for no mask.
     """
     B, H, S, _ = q.shape
     T = k.shape[2]
-    dq, dk, dv = (empty_output(x, False)[0] for x in (q, k, v))
+    dq, dk, dv = (empty_output(x, False).out for x in (q, k, v))
     at_once = max(torch.get_num_threads(), (1 << 20) // (S * T * q.element_size()))
     rows = min(B, max(1, at_once // H))
     heads = min(at_once, rows * H)  # of one row, or all of several
@@ -74,8 +73,9 @@ def bmm_backward(
             scores, p, dp = (x[: len(q_[some])] for x in buffers)
             torch.baddbmm(scores, q_[some], k_[some].mT, beta=0, alpha=scale, out=scores)
             if bias is not None:
-                scores.unflatten(0, (here.stop - first_row, -1)).add_(
-                    bias[here] if len(bias) > 1 else bias
+                by_block = scores.unflatten(1, (-1, bias.shape[2]))
+                by_block.unflatten(0, (here.stop - first_row, -1)).add_(
+                    (bias[here] if len(bias) > 1 else bias)[:, :, None]
                 )
             torch.softmax(scores, -1, out=p)
             torch.bmm(p.mT, grad_[some], out=dv_[some])
@@ -85,7 +85,7 @@ def bmm_backward(
             torch.baddbmm(dk_[some], scores.mT, q_[some], beta=0, alpha=scale, out=dk_[some])
         for whole, part in ((dq, dq_), (dk, dk_), (dv, dv_)):
             whole[here] = part.unflatten(0, (-1, H))
-    return dq, dk, dv
+    return AttentionGradients(dq, dk, dv)
 
 
 def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float):

@@ -1,4 +1,4 @@
-"""Pointers to heads (B, H, S, D), and the checks that the rotary operators share."""
+"""Heads (B, H, S, D): their pointers, limits, and the checks that the rotary operators share."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,28 @@ def pointer(x: Tensor) -> tuple[int, int, int, int]:
     """x (B, H, S, D) with adjacent elements, as csrc/cpu/heads.h takes it."""
     batch, head, token, _ = x.stride()
     return x.data_ptr(), batch, head, token
+
+
+# Of a head in Triton's attention kernels: tiles of wider ones spill.
+MAX_HEAD_DIM = 128
+
+
+def unsupported_head_dim(head_dim: int) -> str | None:
+    """Why the attention operators have no fast kernel for heads this wide, or None."""
+    if head_dim > MAX_HEAD_DIM or head_dim % 8:
+        return (
+            f"its heads are {head_dim} wide; the kernels take multiples of 8 up to {MAX_HEAD_DIM}"
+        )
+    return None
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exp that a gradient starts from: float64 for float32 (and float64) inputs.
+
+    At a log-sum-exp of 8, half a unit in the last place of float32 changes the probabilities that
+    the backward pass computes from it by 4 times their own rounding.
+    """
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
 
 
 def adjacent(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ x is (..., C); C is 3200 in the vision tower and 4096 in QLLaMA. Bound by memory
 writes of x forward; four reads and two writes backward, three and one without a scale.
 """
 
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,18 @@ from torch import Tensor
 from internvl_engine import reference
 
 from . import _cuda
+from ._autograd import vjp
 from ._library import NATIVE_TYPES, address, define, native, native_cuda, triton_launcher
 from ._rows import as_rows
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+class Gradients(NamedTuple):
+    """Of the loss by x (nothing without a scale), residual, scale (nothing for none) and weight."""
+
+    x: Tensor
+    residual: Tensor
+    scale: Tensor
+    weight: Tensor
 
 
 def add_rms_norm_native(
@@ -57,8 +65,7 @@ def add_rms_norm_cuda(
     vectors = [as_rows(vector) for vector in (weight, scale) if vector is not None]
     if dtype is None or not _cuda.aligned(x_rows, residual_rows, *vectors):
         return NotImplemented
-    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y, residual_out = x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.shape)
     if y.numel() > 0:
         cols = x.shape[-1]
         native_cuda.add_rms_norm(
@@ -72,14 +79,14 @@ def add_rms_norm_cuda(
 def add_rms_norm_backward_native(
     grad: Tensor, grad_residual: Tensor, x: Tensor, residual_out: Tensor, scale: Tensor | None,
     weight: Tensor, eps: float,
-) -> Four:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """Calls csrc/cpu/add_rms_norm.h."""
     dtype = NATIVE_TYPES.get(x.dtype)
     if dtype is None or not _one_dtype(grad, grad_residual, x, residual_out, scale, weight):
         return NotImplemented
     cols = x.shape[-1]
-    dresidual, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(cols)
-    dx, dscale = (torch.empty_like(dresidual), torch.empty(cols)) if scale is not None else _none(x)
+    dresidual, dweight = x.new_empty(x.shape), x.new_empty(cols, dtype=torch.float32)
+    dx, dscale = _none(x) if scale is None else (x.new_empty(x.shape), torch.empty_like(dweight))
     grads, passed, x_rows = as_rows(grad), as_rows(grad_residual), as_rows(x)
     residual_out, weight = residual_out.contiguous(), weight.contiguous()
     scale = None if scale is None else scale.contiguous()
@@ -89,23 +96,21 @@ def add_rms_norm_backward_native(
         dresidual.data_ptr(), dweight.data_ptr(), 0 if scale is None else dscale.data_ptr(),
         dresidual.numel() // max(cols, 1), cols, eps, torch.get_num_threads(),
     )  # fmt: skip
-    return dx, dresidual, dscale.to(x.dtype), dweight.to(weight.dtype)
+    return Gradients(dx, dresidual, dscale.to(x.dtype), dweight.to(weight.dtype))
 
 
 def _add_rms_norm_backward_reference(
     grad: Tensor, grad_residual: Tensor, x: Tensor, residual_out: Tensor, scale: Tensor | None,
     weight: Tensor, eps: float,
-) -> Four:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """The norm differentiated at residual_out, then the sum."""
-    norm = partial(reference.rms_norm, eps=eps)
-    vjp = torch.func.vjp(norm, residual_out, weight)[1]
-    through_norm, dweight = vjp(grad)
+    through_norm, dweight = vjp(reference.rms_norm, (residual_out, weight, eps), (0, 1), (grad,))
     dresidual = grad_residual + through_norm
     if scale is None:
         dx, dscale = _none(x)
-        return dx, dresidual, dscale, dweight.clone()
+        return Gradients(dx, dresidual, dscale, dweight)
     dscale = (dresidual * x).flatten(0, -2).sum(0).to(scale.dtype)
-    return (dresidual * scale).to(x.dtype), dresidual, dscale, dweight.clone()
+    return Gradients((dresidual * scale).to(x.dtype), dresidual, dscale, dweight)
 
 
 def _none(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +131,8 @@ def _fake(x, residual, scale, weight, eps):
 
 def _fake_backward(grad, grad_residual, x, residual_out, scale, weight, eps):
     dx, dscale = _none(x) if scale is None else (x.new_empty(x.shape), scale.new_empty(scale.shape))
-    return dx, residual_out.new_empty(x.shape), dscale, weight.new_empty(weight.shape)
+    dresidual = residual_out.new_empty(x.shape)
+    return Gradients(dx, dresidual, dscale, weight.new_empty(weight.shape))
 
 
 def _save(ctx, inputs, output) -> None:

@@ -31,15 +31,17 @@ from .swiglu import swiglu
 EPILOGUES = ("none", "gelu", "swiglu")
 
 
-def activate(y: Tensor, epilogue: str) -> Tensor:
-    """The epilogue of a finished product."""
+def apply_epilogue(y: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
+    """residual + epilogue(y) of a finished product y, for products that do not fuse them."""
     if epilogue == "gelu":
-        return F.gelu(y)
-    return swiglu(y) if epilogue == "swiglu" else y
+        y = F.gelu(y)
+    elif epilogue == "swiglu":
+        y = swiglu(y)
+    return y if residual is None else residual + y
 
 
-def activation_backward(grad: Tensor, y: Tensor, epilogue: str) -> Tensor:
-    """The gradient of the finished product y from that of activate(y)."""
+def epilogue_backward(grad: Tensor, y: Tensor, epilogue: str) -> Tensor:
+    """The gradient of the finished product y from that of apply_epilogue(y, epilogue)."""
     if epilogue == "gelu":
         return torch.ops.aten.gelu_backward(grad, y)
     return torch.ops.internvl.swiglu_backward.default(grad, y)
@@ -57,8 +59,7 @@ def linear_blas(
     """Calls PyTorch's product (cuBLAS, hipBLASLt, oneDNN), then the activation, then the add."""
     if is_batch_invariant():  # it chooses its tiles by the number of rows
         return NotImplemented
-    y = activate(F.linear(x, weight, bias), epilogue)
-    return y if residual is None else residual + y
+    return apply_epilogue(F.linear(x, weight, bias), epilogue, residual)
 
 
 def linear_backward_blas(
@@ -68,7 +69,7 @@ def linear_backward_blas(
     """The gradients of x, weight and bias that are wanted; empty tensors for the others."""
     if epilogue != "none":  # the product again: only direct calls of the operator come here
         y = F.linear(x, weight, bias)
-        grad = activation_backward(grad.to(y.dtype), y, epilogue)
+        grad = epilogue_backward(grad.to(y.dtype), y, epilogue)
     rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     rows = rows.to(x.dtype)
     empty = x.new_empty(0)
@@ -166,8 +167,7 @@ def linear(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
     )
     if epilogue != "none" and needs_gradient:  # keeps the product for the activation's gradient
-        y = activate(_linear(x, weight, bias), epilogue)
-        return y if residual is None else residual + y
+        return apply_epilogue(_linear(x, weight, bias), epilogue, residual)
     return _linear(x, weight, bias, epilogue, residual)
 
 

@@ -3,27 +3,30 @@
     y = residual + epilogue(x @ weight.T + bias)
 
 F.linear strides through a row-major weight, or reorders it, at every call; packing does that once.
-The packed tensor is the only copy of the weight, takes the same bytes (whole blocks: +0.03 % for
-the 49,954 rows of QLLaMA's vocabulary, 0 for the other weights of the model) and gives the dense
-one back bit-equal. Two layouts, chosen when a weight is packed:
+The packed tensor is the only copy of the weight that is needed, takes the same bytes (whole panels:
++0.03 % for the 49,954 rows of QLLaMA's vocabulary, 0 for the other weights of the model) and gives
+the dense one back bit-equal. Two layouts, `layout_of` says which one a weight gets:
 
-    native  csrc/cpu/linear.h: float32, and bfloat16 where there are bf16 dot products. An ordinary
-            tensor. The order of a row's sums depends neither on the batch nor on the threads.
-    onednn  bfloat16 and float16 where oneDNN is faster (AMX) or the only one. An opaque tensor.
+    panels-RxD  of csrc/cpu/linear.h: float32 and bfloat16, which is widened on its way into the
+                product where there are no bf16 dot products. An ordinary tensor (F / R, C / D, R,
+                D): panels of R rows, cut into steps of D columns. Its shape is the layout, so what
+                another instruction set packed is recognised, and rows that fill whole panels are a
+                contiguous range of the tensor.
+    onednn      bfloat16 where oneDNN is faster (AMX), and float16. An opaque tensor.
 
 x is (M, C), weight (F, C); (C, F) is (3200, 9600), (3200, 3200), (3200, 12800) and (12800, 3200) in
 a layer of the vision tower, with M = 257 rows an image, and (4096, 4096), (4096, 22016) and
 (11008, 4096) in QLLaMA. 2 * M * C * F operations; below about 12 rows bound by reading the weight.
 
+In panels the order of a row's sums depends neither on the batch nor on the number of threads.
 The epilogue sees the fp32 sums; the result is rounded once, where eager rounds up to three times.
 Source of the oneDNN calls: what Inductor's freezing uses, torch/_inductor/mkldnn_lowerings.py.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from internvl_engine import reference
 
@@ -31,106 +34,149 @@ from ._library import NATIVE_TYPES, address, define, native, serve_too
 from ._rows import as_rows
 from .linear import (
     EPILOGUES,
-    activate,
+    apply_epilogue,
     check_operands,
     inputs_needing_gradient,
     linear_backward_blas,
     output_shape,
 )
 
-_PANEL = 32  # rows of a weight that the widest native layout keeps together
 
+def layout_of(weight: Tensor) -> str | None:
+    """The packed layout that this machine has for a weight, or None: then `linear` takes it dense.
 
-def _layout(weight: Tensor) -> str | None:
-    if weight.device.type != "cpu" or weight.layout != torch.strided or weight.dim() != 2:
-        return None
-    isa = "portable" if native is None else native.instruction_set()
-    if weight.dtype == torch.float32:  # in oneDNN's one chain of sums, 2.5 times the error of MKL
-        return None if isa == "portable" else "native"
-    has_onednn = torch.backends.mkldnn.is_available() and weight.numel() > 0
-    if weight.dtype == torch.bfloat16:
-        if isa == "avx512bf16" and not torch.cpu._is_amx_tile_supported():
-            return "native"
-        return "onednn" if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    if weight.dtype == torch.float16:
-        return "onednn" if has_onednn and torch.ops.mkldnn._is_mkldnn_fp16_supported() else None
-    return None
+    Args:
+        weight: (F, C). Only a plain strided tensor or parameter on the CPU has one: a subclass may
+            hold its values elsewhere than where it says.
 
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether this machine has a packed layout for such a weight: (F, C), dense, on the CPU."""
-    return _layout(weight) is not None
-
-
-class PackedWeight:
-    """The weight of a linear layer, packed; the dense tensor can go, this is the only copy needed.
-
-    While one weight is packed, its dense and its packed form exist: pack one at a time and drop the
-    dense one before the next. Copies and pickles by way of the dense tensor. It is a constant: what
-    it is multiplied with gets a gradient, the weight does not.
+    Returns:
+        "panels-RxD" (the rows of a panel and the columns of a step), "onednn" or None.
     """
-
-    def __init__(self, weight: Tensor) -> None:
-        """Packs weight (F, C).
-
-        Raises:
-            ValueError: there is no packed layout for it on this machine; ask `can_pack` first.
-        """
-        layout = _layout(weight)
-        if layout is None:
-            raise ValueError(
-                f"PackedWeight: no packed layout here for a {weight.dtype} weight of shape "
-                f"{tuple(weight.shape)} on {weight.device}; use linear() with the dense weight"
-            )
-        self.shape = weight.shape
-        self.dtype = weight.dtype
-        # oneDNN is not told for how many rows: without, the layout is as fast for 1 to 1028.
-        pack = _pack if layout == "native" else torch.ops.mkldnn._reorder_linear_weight
-        self.data: Tensor = pack(weight.detach())
-
-    def dense(self) -> Tensor:
-        """The weight (F, C) as it came, bit for bit, in memory of its own."""
-        return _unpack(self.data, *self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed layout."""
-        if self.data.layout == torch.strided:
-            return self.data.nbytes
-        return torch.ops.mkldnn._nbytes(self.data)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
-        return PackedWeight(self.dense())
-
-    def __reduce__(self) -> tuple[type["PackedWeight"], tuple[Tensor]]:
-        return PackedWeight, (self.dense(),)
-
-    def __repr__(self) -> str:
-        return f"PackedWeight({tuple(self.shape)}, {self.dtype})"
+    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
+    if not is_plain or weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() == 0:
+        return None
+    panel = _panel(weight.dtype)
+    if panel is not None:
+        rows, depth = panel
+        return None if weight.shape[1] % depth else f"panels-{rows}x{depth}"
+    return "onednn" if _onednn_packs(weight.dtype) else None
 
 
-def _pack(weight: Tensor) -> Tensor:
-    assert native is not None
-    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    dtype, (features, channels) = NATIVE_TYPES[weight.dtype], weight.shape
-    packed = torch.empty(native.packed_elements(dtype, features, channels), dtype=weight.dtype)
-    native.pack_linear(
-        dtype, weight.data_ptr(), weight.stride(0), packed.data_ptr(), features, channels,
-        torch.get_num_threads(),
-    )  # fmt: skip
+def panel_rows(dtype: torch.dtype) -> int | None:
+    """How many rows of a weight lie together; None where its layout is not made of panels.
+
+    Rows whose number is a multiple of it are a range of the packed tensor: for such a and b,
+    pack(cat([a, b])) equals cat([pack(a), pack(b)]), and each half of it is that weight, packed.
+    """
+    panel = _panel(dtype)
+    return None if panel is None else panel[0]
+
+
+def _panel(dtype: torch.dtype) -> tuple[int, int] | None:
+    """(rows, columns of a step) of a panel where panels are the fastest layout for the dtype.
+
+    float32: oneDNN sums in one chain, with 2.5 times the error of MKL. bfloat16: without units of
+    its own oneDNN takes 1.2 to 3 times as long as panels, on AVX-512, and has nothing on AVX2.
+    """
+    if native is None or dtype not in NATIVE_TYPES or native.instruction_set() == "portable":
+        return None
+    is_onednns = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    if is_onednns and _onednn_packs(dtype):
+        return None
+    return native.linear_panel(NATIVE_TYPES[dtype])
+
+
+def _onednn_packs(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weight (F, C) in the layout `layout_of(weight)`, in memory of its own.
+
+    Raises:
+        ValueError: this machine has no packed layout for it.
+    """
+    layout = layout_of(weight)
+    if layout is None:
+        raise ValueError(
+            f"pack: no packed layout here for a {weight.dtype} {type(weight).__name__} of shape "
+            f"{tuple(weight.shape)} on {weight.device}; use linear() with the dense weight"
+        )
+    weight = weight.detach()
+    if layout == "onednn":  # not told for how many rows: without, as fast for 1 to 1028
+        return torch.ops.mkldnn._reorder_linear_weight(weight)
+    panel = _panel(weight.dtype)
+    assert panel is not None
+    return _into_panels(weight, *panel)
+
+
+def _into_panels(weight: Tensor, rows: int, depth: int) -> Tensor:
+    """(F, C) to (panels, steps, rows, depth); rows that fill no panel are followed by zeros."""
+    features, channels = weight.shape
+    whole, steps = features - features % rows, channels // depth
+    packed = weight.new_empty(-(-features // rows), steps, rows, depth)
+    words = _as_words(packed, depth).squeeze(-1)
+    steps_of_rows = _as_words(weight.contiguous().view(features, steps, depth), depth).squeeze(-1)
+    words[: whole // rows] = steps_of_rows[:whole].view(whole // rows, rows, steps).transpose(1, 2)
+    if whole < features:
+        words[-1] = 0
+        words[-1, :, : features - whole] = steps_of_rows[whole:].t()
     return packed
 
 
-def _unpack(packed: Tensor, features: int, channels: int) -> Tensor:
+def _as_words(x: Tensor, depth: int) -> Tensor:
+    """(..., depth) as (..., 1) of one integer each: PyTorch transposes those 1.5 times as fast."""
+    return x if depth == 1 else x.view({4: torch.int32, 8: torch.int64}[depth * x.itemsize])
+
+
+def unpack(packed: Tensor, features: int, channels: int) -> Tensor:
+    """The weight (features, channels) as it came, bit for bit, in memory of its own.
+
+    Reads panels of any machine: their shape says how they are packed.
+    """
     if packed.layout != torch.strided:
         return packed.to_dense()
+    panels, steps, rows, depth = packed.shape
+    words = _as_words(packed, depth).squeeze(-1).transpose(1, 2)
+    dense = words.clone(memory_format=torch.contiguous_format).view(packed.dtype)
+    dense = dense.view(panels * rows, channels)
+    return dense if panels * rows == features else dense[:features].clone()
+
+
+def packed_nbytes(packed: Tensor) -> int:
+    """Bytes of a packed weight."""
+    if packed.layout == torch.strided:
+        return packed.nbytes
+    return torch.ops.mkldnn._nbytes(packed)
+
+
+def _packed_shape(packed: Tensor, features: int) -> torch.Size:
+    """(F, C) of a packed weight that is said to have `features` rows."""
+    if packed.dim() != 4:  # oneDNN's
+        return packed.shape
+    panels, steps, rows, depth = packed.shape
+    if panels != -(-features // rows):
+        raise ValueError(
+            f"linear_packed: {features} features take {-(-features // rows)} panels of {rows} "
+            f"rows, got a packed weight of {panels}"
+        )
+    return torch.Size((features, steps * depth))
+
+
+def _check_panel(packed: Tensor) -> None:
+    """Raises ValueError where the weight was packed for another instruction set."""
     assert native is not None
-    weight = torch.empty(features, channels, dtype=packed.dtype)
-    native.unpack_linear(
-        NATIVE_TYPES[packed.dtype], packed.data_ptr(), weight.data_ptr(), features, channels,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return weight
+    needed, found = native.linear_panel(NATIVE_TYPES[packed.dtype]), tuple(packed.shape[2:])
+    if needed != found:
+        raise ValueError(
+            f"linear_packed: the weight is packed as panels-{found[0]}x{found[1]}, but the kernels "
+            f"for {native.instruction_set()} read panels-{needed[0]}x{needed[1]}: pack, or export, "
+            "on the machine and with the INTERNVL_ISA under which it runs"
+        )
 
 
 def linear_packed_reference(
@@ -138,7 +184,7 @@ def linear_packed_reference(
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Unpacks the weight and computes with it."""
-    return reference.linear(x, _unpack(packed, features, x.shape[-1]), bias, epilogue, residual)
+    return reference.linear(x, unpack(packed, features, x.shape[-1]), bias, epilogue, residual)
 
 
 def linear_packed_native(
@@ -149,21 +195,18 @@ def linear_packed_native(
     dtype = NATIVE_TYPES.get(packed.dtype)
     if packed.layout != torch.strided or dtype is None or packed.dtype != x.dtype:
         return NotImplemented
-    if x.shape[-1] == 0:  # a sum of nothing, which the loops over C never reach
-        return NotImplemented
+    _check_panel(packed)
     shape = output_shape(x, features, epilogue)
-    if epilogue == "swiglu" and shape[-1] % _PANEL:  # gate and up lie apart within a panel
-        y = activate(linear_packed_native(x, packed, features, bias), epilogue)
-        return y if residual is None else residual + y
+    if epilogue == "swiglu" and shape[-1] % packed.shape[2]:  # a panel has rows of gate and up
+        return apply_epilogue(linear_packed_native(x, packed, features, bias), epilogue, residual)
     if residual is not None and residual.dtype != x.dtype:
         return residual + linear_packed_native(x, packed, features, bias, epilogue)
-    y = torch.empty(shape, dtype=x.dtype)
+    y = x.new_empty(shape)
     rows, threads = y.numel() // max(shape[-1], 1), torch.get_num_threads()
     x_rows, bias = as_rows(x), None if bias is None else bias.contiguous()
     residual_rows = None if residual is None else as_rows(residual)
-    workspace = torch.empty(
-        native.linear_workspace(dtype, rows, x.shape[-1], threads), dtype=torch.uint8
-    )
+    size = native.linear_workspace(dtype, rows, x.shape[-1], threads)
+    workspace = x.new_empty(size, dtype=torch.uint8)
     native.linear(
         dtype, x_rows.pointer(), packed.data_ptr(), address(bias),
         (0, 1, 0, 0) if residual_rows is None else residual_rows.pointer(), y.data_ptr(), rows,
@@ -183,9 +226,8 @@ def linear_packed_onednn(
     if epilogue == "none" and residual is not None and residual.dtype == x.dtype:
         return onednn.binary(x, residual, packed, bias, "add")
     if epilogue == "swiglu":
-        y = activate(onednn(x, packed, bias, "none", [], ""), epilogue)
-    else:
-        y = onednn(x, packed, bias, epilogue, [], "none")  # algorithm "none" is the exact, erf GELU
+        return apply_epilogue(onednn(x, packed, bias, "none", [], ""), epilogue, residual)
+    y = onednn(x, packed, bias, epilogue, [], "none")  # algorithm "none" is the exact, erf GELU
     return y if residual is None else residual + y
 
 
@@ -205,7 +247,7 @@ def linear_packed_backward_reference(
     dx, _, dbias = linear_backward_blas(
         grad,
         x,
-        _unpack(packed, features, x.shape[-1]),
+        unpack(packed, features, x.shape[-1]),
         bias,
         epilogue,
         wanted=(wanted[0], False, wanted[1]),
@@ -258,15 +300,18 @@ serve_too("linear_packed", "MkldnnCPU")
 
 
 def linear_packed(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, epilogue: str = "none",
+    x: Tensor, packed: Tensor, features: int, bias: Tensor | None = None, epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """residual + epilogue(x @ weight.T + bias) with a packed weight; see `linear` for the meaning.
 
+    The weight is a constant: x, bias and residual have gradients, it has none.
+
     Args:
         x: (..., C), any strides, the dtype of the weight. Under autocast it is cast to that dtype,
             and the result to autocast's.
-        weight: packed, (F, C).
+        packed: a weight (F, C) as `pack` returned it.
+        features: F.
         bias: (F,), the dtype of the weight, or None.
         epilogue: "none", "gelu" (exact, with erf) or "swiglu" (weight rows are [gate; up]).
         residual: the shape of the output, added last, or None.
@@ -275,13 +320,14 @@ def linear_packed(
         (..., F), or (..., F / 2) with "swiglu", contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, or an unknown epilogue.
+        ValueError: shapes or dtypes that do not go together, an unknown epilogue, or a weight that
+            was packed for another instruction set.
     """
-    check_operands("linear_packed", x, weight.shape, weight.dtype, bias, epilogue, residual)
-    features = weight.shape[0]
+    shape, dtype = _packed_shape(packed, features), packed.dtype
+    check_operands("linear_packed", x, shape, dtype, bias, epilogue, residual)
     if torch.is_autocast_enabled("cpu"):
-        x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
-        y = _linear_packed(x, weight.data, features, bias, epilogue)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        y = _linear_packed(x, packed, features, bias, epilogue)
         y = y.to(torch.get_autocast_dtype("cpu"))
         return y if residual is None else residual + y
-    return _linear_packed(x, weight.data, features, bias, epilogue, residual)
+    return _linear_packed(x, packed, features, bias, epilogue, residual)

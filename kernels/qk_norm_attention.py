@@ -27,6 +27,8 @@ program a token, in a fixed order. qkv is (B, N, 3, H, D); H = 25, D = 128. Boun
 4 B N**2 H D forward and 2.5 times that backward.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,21 +39,35 @@ from ._attention import (
     empty_output,
     flash_serves,
     log_sum_exp,
-    lse_dtype,
     needs_gradient,
     scale_of,
 )
 from ._attention_cpu import attention_native, bmm_backward, sdpa_cpu
-from ._autograd import gradient
+from ._autograd import vjp
+from ._heads import lse_dtype
 from ._library import define, triton_launcher
 from .rms_norm import rms_norm
 
-Three = tuple[Tensor, Tensor, Tensor]
+
+class QKNormAttended(NamedTuple):
+    """out (B, N, H, D), and for the gradient lse (B, H, N) and rstd (2, B, N), or nothing."""
+
+    out: Tensor
+    lse: Tensor
+    rstd: Tensor
+
+
+class QKNormGradients(NamedTuple):
+    """Of the loss by qkv and by the weights, empty where those are None."""
+
+    qkv: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
 
 
 def _normed_heads(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
-) -> Three:
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, N, D); q and k normed by the operator rms_norm, which reads qkv in place."""
     heads = qkv.shape[-2:]
     q, k, v = qkv.unbind(2)
@@ -78,20 +94,20 @@ def _saved(
 def qk_norm_attention_reference(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
     saves: bool,
-) -> Three:  # fmt: skip
+) -> QKNormAttended:  # fmt: skip
     """The reference with what the gradient of another backend would need."""
     out = reference.qk_norm_attention(qkv, q_weight, k_weight, eps, scale).contiguous()
     lse = None
     if saves:
         q, k, _ = _normed_heads(qkv, q_weight, k_weight, eps)
         lse = log_sum_exp(q, k, None, scale)
-    return out, *_saved(qkv, q_weight, eps, lse, saves)
+    return QKNormAttended(out, *_saved(qkv, q_weight, eps, lse, saves))
 
 
 def qk_norm_attention_native(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
     saves: bool,
-) -> Three:  # fmt: skip
+) -> QKNormAttended:  # fmt: skip
     """csrc/cpu/attention.h, which reads qkv in place and folds the norms into the scores."""
     B, N, _, H, D = qkv.shape
     if qkv.stride()[-2:] != (D, 1):
@@ -100,27 +116,27 @@ def qk_norm_attention_native(
     if q_weight is not None and k_weight is not None:
         if not q_weight.dtype == k_weight.dtype == qkv.dtype:
             return NotImplemented
-        statistics = torch.empty(2, B, N)
+        statistics = qkv.new_empty((2, B, N), dtype=torch.float32)
         norm = q_weight.contiguous(), k_weight.contiguous(), eps, statistics
         rstd = statistics if saves else rstd
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-    found = attention_native(q, k, v, "full", 0, None, scale, saves, norm=norm)
+    found = attention_native(q, k, v, "full", 0, None, scale, False, saves, norm)
     if found is NotImplemented:
         return NotImplemented
-    return found[0].transpose(1, 2), found[1], rstd
+    return QKNormAttended(found.out.transpose(1, 2), found.lse, rstd)
 
 
 def qk_norm_attention_sdpa(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, scale: float,
     saves: bool,
-) -> Three:  # fmt: skip
+) -> QKNormAttended:  # fmt: skip
     """On the CPU: the norms, then PyTorch's blocked attention."""
     q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
     found = sdpa_cpu(q, k, v, None, scale)
     if found is NotImplemented:
         return NotImplemented
     out, lse = found
-    return out.transpose(1, 2).contiguous(), *_saved(qkv, q_weight, eps, lse, saves)
+    return QKNormAttended(out.transpose(1, 2).contiguous(), *_saved(qkv, q_weight, eps, lse, saves))
 
 
 def _flash_backend(attend):
@@ -128,7 +144,9 @@ def _flash_backend(attend):
         if not flash_serves(qkv):
             return NotImplemented
         out, lse = attend(*_normed_heads(qkv, q_weight, k_weight, eps), False, scale)
-        return out.transpose(1, 2).contiguous(), *_saved(qkv, q_weight, eps, lse, saves)
+        return QKNormAttended(
+            out.transpose(1, 2).contiguous(), *_saved(qkv, q_weight, eps, lse, saves)
+        )
 
     return run
 
@@ -136,7 +154,7 @@ def _flash_backend(attend):
 def qk_norm_attention_backward_bmm(
     grad: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     out: Tensor, lse: Tensor, rstd: Tensor, eps: float, scale: float,
-) -> Three:  # fmt: skip
+) -> QKNormGradients:  # fmt: skip
     """The gradient on the CPU: norms again, products, and the gradient of the norms."""
     if qkv.numel() == 0:
         return NotImplemented
@@ -144,7 +162,7 @@ def qk_norm_attention_backward_bmm(
     found = bmm_backward(grad.transpose(1, 2), q, k, v, None, scale)
     d_qkv = torch.stack([x.transpose(1, 2) for x in found], dim=2)
     if q_weight is None or k_weight is None:
-        return d_qkv, qkv.new_empty(0), qkv.new_empty(0)
+        return QKNormGradients(d_qkv, qkv.new_empty(0), qkv.new_empty(0))
     d_weights = []
     for part, weight in enumerate((q_weight, k_weight)):
         d_part, d_weight = torch.ops.internvl.rms_norm_backward(
@@ -152,42 +170,42 @@ def qk_norm_attention_backward_bmm(
         )
         d_qkv[:, :, part] = d_part.view(qkv[:, :, part].shape)
         d_weights.append(d_weight)
-    return d_qkv, *d_weights
+    return QKNormGradients(d_qkv, *d_weights)
 
 
 def _backward_reference(
     grad: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     out: Tensor, lse: Tensor, rstd: Tensor, eps: float, scale: float,
-) -> Three:  # fmt: skip
-    def attend(qkv, q_weight, k_weight):
-        return reference.qk_norm_attention(qkv, q_weight, k_weight, eps, scale)
-
+) -> QKNormGradients:  # fmt: skip
     wanted = (0,) if q_weight is None else (0, 1, 2)
-    found = gradient(attend, wanted)(grad, qkv, q_weight, k_weight)
-    return found if q_weight is not None else (found, qkv.new_empty(0), qkv.new_empty(0))
+    args = (qkv, q_weight, k_weight, eps, scale)
+    d_qkv, *d_weights = vjp(reference.qk_norm_attention, args, wanted, (grad,))
+    return QKNormGradients(d_qkv, *(d_weights or (qkv.new_empty(0), qkv.new_empty(0))))
 
 
-def _fake(qkv, q_weight, k_weight, eps, scale, saves) -> Three:
+def _fake(qkv, q_weight, k_weight, eps, scale, saves) -> QKNormAttended:
     B, N, _, H, D = qkv.shape
     rstd = (2, B, N) if saves and q_weight is not None else 0
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    _, lse = empty_output(qkv.new_empty((B, H, N, D)), saves)
-    return qkv.new_empty((B, N, H, D)), lse, qkv.new_empty(rstd, dtype=wide)
+    lse = empty_output(qkv.new_empty((B, H, N, D)), saves).lse
+    return QKNormAttended(qkv.new_empty((B, N, H, D)), lse, qkv.new_empty(rstd, dtype=wide))
 
 
-def _save(ctx, inputs: tuple, output: Three) -> None:
+def _save(ctx, inputs: tuple, output: QKNormAttended) -> None:
     qkv, q_weight, k_weight, ctx.eps, ctx.scale, saves = inputs
-    assert saves or not qkv.requires_grad, "called for a gradient with saves=False"
     out, lse, rstd = output
     ctx.mark_non_differentiable(lse, rstd)
-    ctx.save_for_backward(qkv, q_weight, k_weight, out, lse, rstd)
+    ctx.save_for_backward(qkv, q_weight, k_weight, *((out, lse, rstd) if saves else ()))
 
 
 def _backward(ctx, grad: Tensor, *_) -> tuple:
-    saved = ctx.saved_tensors  # to be read once: recomputation lets go of them
-    d_qkv, d_q_weight, d_k_weight = _qk_norm_attention_backward(grad, *saved, ctx.eps, ctx.scale)
-    none = saved[1] is None
-    return d_qkv, None if none else d_q_weight, None if none else d_k_weight, None, None, None
+    qkv, q_weight, k_weight, *saved = ctx.saved_tensors  # once: recomputation lets go of them
+    args = qkv, q_weight, k_weight
+    if not saved:  # the caller did not expect a gradient, as inside torch.func's transforms
+        saved = _qk_norm_attention(*args, ctx.eps, ctx.scale, True)
+    found = _qk_norm_attention_backward(grad, *args, *saved, ctx.eps, ctx.scale)
+    d_weights = (None, None) if q_weight is None else found[1:]
+    return found[0], *d_weights, None, None, None
 
 
 _qk_norm_attention = define(
@@ -208,7 +226,7 @@ _qk_norm_attention_backward = define(
     "qk_norm_attention_backward(Tensor grad, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
     "Tensor out, Tensor lse, Tensor rstd, float eps, float scale) -> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
-    fake=lambda grad, qkv, q_weight, k_weight, *rest: (
+    fake=lambda grad, qkv, q_weight, k_weight, *rest: QKNormGradients(
         qkv.new_empty(qkv.shape),
         *(qkv.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight)),
     ),

@@ -87,6 +87,4 @@ def rotary_append(
                 f"rotary_append: {name} must be (B, H, T, D) for k {tuple(k.shape)} {k.dtype} with "
                 f"adjacent elements, got {tuple(cache.shape)} {cache.dtype}"
             )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("rotary_append: there is no gradient through the cache; use torch.no_grad")
     return _rotary_append(q, k, v, cos, sin, positions, slots, k_cache, v_cache)

@@ -28,7 +28,7 @@ def swiglu_native(gate_up: Tensor) -> Tensor:
     if dtype is None:
         return NotImplemented
     cols = gate_up.shape[-1] // 2
-    y = torch.empty((*gate_up.shape[:-1], cols), dtype=gate_up.dtype)
+    y = gate_up.new_empty((*gate_up.shape[:-1], cols))
     rows = as_rows(gate_up)
     native.swiglu(
         dtype, rows.pointer(), y.data_ptr(), y.numel() // max(cols, 1), cols,
@@ -42,7 +42,7 @@ def swiglu_backward_native(grad: Tensor, gate_up: Tensor) -> Tensor:
     dtype = NATIVE_TYPES.get(gate_up.dtype)
     if dtype is None or grad.dtype != gate_up.dtype:
         return NotImplemented
-    d, cols = torch.empty(gate_up.shape, dtype=gate_up.dtype), grad.shape[-1]
+    d, cols = gate_up.new_empty(gate_up.shape), grad.shape[-1]
     grads, rows = as_rows(grad), as_rows(gate_up)
     native.swiglu_backward(
         dtype, grads.pointer(), rows.pointer(), d.data_ptr(), grad.numel() // max(cols, 1), cols,

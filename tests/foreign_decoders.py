@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from published_qllama import LlamaForCausalLM as PublishedQLlama
+from published_model.modeling_qllama import LlamaForCausalLM as PublishedQLlama
 from torch import nn
 
 from models import QLLAMA, decoder

@@ -24,7 +24,6 @@ from triton.runtime.driver import driver
 from internvl_engine.kernels.triton import (
     add_rms_norm,
     attention,
-    cross_attention,
     decode_attention,
     linear,
     pooling_attention,
@@ -105,13 +104,14 @@ def heads(batch: int, tokens: int, num_heads: int, dim: int) -> None:
     rotary_append.rotary_append_triton(q, q, q, table, table, places, places[0], cache, cache)
     lengths = torch.zeros(batch, dtype=torch.long)
     decode_attention.decode_attention_triton(q[:, :, :1], cache, cache, lengths, None, SCALE)
-    mask = ("prefix", 96, torch.zeros(batch, tokens, dtype=torch.bool), SCALE)
+    mask = ("prefix", 96, torch.zeros(batch, tokens, dtype=torch.bool), SCALE, False)
     out, lse = attention.attention_triton(q, q, q, *mask, True)
     attention.attention_backward_triton(q, q, q, q, out, lse, *mask)
     k = empty(batch, tokens, num_heads, dim).transpose(1, 2)
     twice = empty(2 * batch, tokens, num_heads, dim).transpose(1, 2)
-    out, lse = cross_attention.cross_attention_triton(twice, k, k, False, SCALE, True)
-    cross_attention.cross_attention_backward_triton(twice, twice, k, k, out, lse, False, SCALE)
+    shared = ("full", 0, None, SCALE, False)
+    out, lse = attention.attention_triton(twice, k, k, *shared, True)
+    attention.attention_backward_triton(twice, twice, k, k, out, lse, *shared)
     qkv, weight = empty(batch, tokens, 3, num_heads, dim), empty(num_heads * dim)
     out, *saved = qk_norm_attention.qk_norm_attention_triton(qkv, weight, weight, EPS, SCALE, True)
     qk_norm_attention.qk_norm_attention_backward_triton(

@@ -1,10 +1,11 @@
 // Softmax attention on the CPU, QK norms folded in. What it computes: kernels/attention.py,
-// cross_attention.py, qk_norm_attention.py.
+// qk_norm_attention.py.
 //
-// A task is one head of one image, or some of its query rows. It packs K by panels of keys and V by
-// panels of channels, in which the steps are keys (tiles.h), so that both stay in L2, and then takes
-// kTileRows queries at a time: scores in fp32, their softmax along whole rows, probabilities packed as the
-// left side of the second product. Nothing of S x T ever reaches memory and no score is rounded.
+// A task is one key head of one image, or some of the query rows that read it. It packs K by panels of
+// keys and V by panels of channels, in which the steps are keys (tiles.h), so that both stay in L2, and
+// then takes kTileRows queries at a time: scores in fp32, their softmax along whole rows, probabilities
+// packed as the left side of the second product. Nothing of S x T ever reaches memory and no score is
+// rounded.
 //
 // With norms, q is multiplied by both weights and its statistic when it is packed; the statistic of a key
 // is a factor of its column of scores; K is packed as it lies.
@@ -179,9 +180,11 @@ void pack_queries(const AttentionCall<T>& call, const AttentionScratch<T>& s, in
 // Writes row i of the output: the mean of all values, for a query that sees nothing.
 template <typename T>
 void write_mean(const AttentionCall<T>& call, int64_t image, int64_t batch, int64_t head, int64_t i) {
+  const int64_t key_head = head / (call.heads / call.key_heads);
   for_each_vec(call.dim, [&](int64_t c, auto count) {
     Vec sum = {};
-    for (int64_t key = 0; key < call.keys; ++key) sum += load(call.v.at(image, head, key) + c, count);
+    for (int64_t key = 0; key < call.keys; ++key)
+      sum += load(call.v.at(image, key_head, key) + c, count);
     store(sum / static_cast<float>(call.keys), call.out.at(batch, head, i) + c, count);
   });
 }
@@ -240,7 +243,7 @@ void attend_tile(const AttentionCall<T>& call, const AttentionScratch<T>& s, int
     if (tile.total[r] == 0.0f) write_mean(call, image, batch, head, first + r);
 }
 
-// Packs K and V of one head and what belongs to each key.
+// Packs K and V of one key head and what belongs to each key.
 template <typename T>
 void pack_keys(const AttentionCall<T>& call, const AttentionScratch<T>& s, int64_t image,
                int64_t head) {
@@ -251,11 +254,11 @@ void pack_keys(const AttentionCall<T>& call, const AttentionScratch<T>& s, int64
   pack_values(call.v.at(image, head, 0), call.v.token_stride, call.keys, call.dim, s.value_steps,
               s.v);
   const float* rstd = call.q_weight ? call.rstd + (call.images + image) * call.keys : nullptr;
-  const uint8_t* visible = call.visible ? call.visible + image * call.keys : nullptr;
+  const uint8_t* real = call.key_padding_mask ? call.key_padding_mask + image * call.keys : nullptr;
   for (int64_t key = 0; key < s.panels * kPanel; ++key) {
-    const bool real = key < call.keys;
-    s.factor[key] = real ? call.scale / kLn2 * (rstd ? rstd[key] : 1.0f) : 0.0f;
-    s.bias[key] = real && (!visible || visible[key]) ? 0.0f : kNever;
+    const bool exists = key < call.keys;
+    s.factor[key] = exists ? call.scale / kLn2 * (rstd ? rstd[key] : 1.0f) : 0.0f;
+    s.bias[key] = exists && (!real || real[key]) ? 0.0f : kNever;
   }
 }
 
@@ -281,7 +284,8 @@ int64_t attention_workspace(const AttentionCall<T>& call, int threads) {
 template <typename T>
 void attention(const AttentionCall<T>& call, char* workspace, int threads) {
   const Split tiles{call.queries, parts_of(call.queries, kTileRows)};
-  const int64_t pairs = call.images * call.heads, all = tiles.parts * call.repeats;
+  const int64_t group = call.heads / call.key_heads, pairs = call.images * call.key_heads;
+  const int64_t all = tiles.parts * group * call.repeats;
   const Split parts{all, smaller(all, parts_of(4 * threads, pairs))};  // for few heads, by queries too
 #pragma omp parallel num_threads(threads)
   {
@@ -291,10 +295,11 @@ void attention(const AttentionCall<T>& call, char* workspace, int threads) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs * parts.parts; ++task) {
       const int64_t pair = task / parts.parts, part = task % parts.parts;
-      const int64_t image = pair / call.heads, head = pair % call.heads;
-      pack_keys(call, s, image, head);
+      const int64_t image = pair / call.key_heads, key_head = pair % call.key_heads;
+      pack_keys(call, s, image, key_head);
       for (int64_t t = parts.start(part); t < parts.start(part) + parts.size(part); ++t) {
-        const int64_t repeat = t / tiles.parts, tile = t % tiles.parts;
+        const int64_t repeat = t / tiles.parts / group, tile = t % tiles.parts;
+        const int64_t head = key_head * group + t / tiles.parts % group;
         const int64_t batch =
             call.interleave ? image * call.repeats + repeat : repeat * call.images + image;
         attend_tile(call, s, image, batch, head, tiles.start(tile), tiles.size(tile));

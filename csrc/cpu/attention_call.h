@@ -9,7 +9,7 @@ namespace internvl {
 enum class Mask { full = 0, causal = 1, prefix = 2, block = 3 };
 
 // Row r of the batch of q reads keys and values of image r / repeats where `interleave`, else of image
-// r % images.
+// r % images; head h those of head h / (heads / key_heads).
 template <typename T>
 struct AttentionCall {
   Heads<const T> q, k, v;
@@ -22,9 +22,9 @@ struct AttentionCall {
 
   Mask mask;
   int64_t prefix;
-  const uint8_t* visible;  // (images, keys), 0 for a key that nobody sees, or null
+  const uint8_t* key_padding_mask;  // (images, keys), 0 for padding, that nobody sees, or null
 
-  int64_t images, repeats, heads, queries, keys, dim;
+  int64_t images, repeats, heads, key_heads, queries, keys, dim;
   bool interleave;
   float scale;
 };

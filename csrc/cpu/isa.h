@@ -17,7 +17,7 @@ const cpu::Operators<T>& operators() {
   static constexpr cpu::Operators<T> table = {
       rms_norm<T>, rms_norm_backward<T>, add_rms_norm<T>, add_rms_norm_backward<T>,
       rotary<T>,   rotary_append<T>,     swiglu<T>,       swiglu_backward<T>,
-      packed_elements<T>, pack_linear<T>, unpack_linear<T>, linear_workspace<T>, linear<T>,
+      linear_panel<T>, linear_workspace<T>, linear<T>,
       attention_workspace<T>, attention<T>, decode_attention<T>,
   };
   return table;

@@ -2,8 +2,8 @@
 //
 //   y (M, F) = residual + epilogue(x (M, C) @ weight.T + bias)
 //
-// A weight is packed in panels of kPanel of its rows: (F / kPanel, steps, kPanel) words; x in tiles of its
-// rows (tiles.h). The order is that of Goto and van de Geijn, Anatomy of High-Performance Matrix
+// A weight is packed in panels of kPanel of its rows: (F / kPanel, steps, kPanel) words, absent rows 0; x
+// in tiles of its rows (tiles.h). The order is that of Goto and van de Geijn, Anatomy of High-Performance Matrix
 // Multiplication: a block of x stays in L2 while panels stream past it. Sums run over a chain of steps
 // and are then added up: in fp32 one chain over 3,200 products has 2.5 times the error of eager PyTorch.
 //
@@ -22,38 +22,10 @@ constexpr int64_t kGroupPanels = 16;              // panels whose sums stay in L
 constexpr int64_t kPackedRows = 1024;             // rows of x packed at a time: bounds the workspace
 constexpr int64_t kFewTiles = 6;                  // below this, reading the weights takes the time
 
-// Elements of T that a packed weight takes.
+// The rows of a panel and the columns of a step: weights are packed so, by kernels/linear_packed.py.
 template <typename T>
-int64_t packed_elements(int64_t features, int64_t cols) {
-  constexpr int64_t kDepth = Step<T>::kDepth;
-  return parts_of(features, kPanel) * kPanel * parts_of(cols, kDepth) * kDepth;
-}
-
-// Packs weight (features, cols), rows `stride` apart, by panels; absent rows and columns are 0.
-template <typename T>
-void pack_linear(const T* weight, int64_t stride, T* packed, int64_t features, int64_t cols,
-                 int threads) {
-  const int64_t steps = parts_of(cols, Step<T>::kDepth);
-  auto* words = reinterpret_cast<typename Step<T>::Word*>(packed);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t panel = 0; panel < parts_of(features, kPanel); ++panel) {
-    const int64_t first = panel * kPanel;
-    pack_panel(weight + first * stride, stride, smaller(kPanel, features - first), cols,
-               words + panel * steps * kPanel);
-  }
-}
-
-// The inverse: weight (features, cols), contiguous.
-template <typename T>
-void unpack_linear(const T* packed, T* weight, int64_t features, int64_t cols, int threads) {
-  using S = Step<T>;
-  const int64_t steps = parts_of(cols, S::kDepth);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < features; ++row) {
-    const T* from = packed + ((row / kPanel) * steps * kPanel + row % kPanel) * S::kDepth;
-    for (int64_t c = 0; c < cols; ++c)
-      weight[row * cols + c] = from[(c / S::kDepth) * kPanel * S::kDepth + c % S::kDepth];
-  }
+LinearPanel linear_panel() {
+  return {kPanel, Step<T>::kDepth};
 }
 
 // The sizes of one call, and how it is cut: blocks of tiles by groups of panels.
@@ -139,7 +111,7 @@ int64_t linear_workspace(int64_t rows, int64_t cols, int threads) {
   return 4 * (x + threads * sums);
 }
 
-// x: rows of `cols`. packed: by pack_linear, from (features, cols). y: (rows, features), or half as wide
+// x: rows of `cols`. packed: of a weight (features, cols). y: (rows, features), or half as wide
 // with SwiGLU, where features / 2 is a multiple of kPanel. bias and residual.data may be null.
 template <typename T>
 void linear(Rows<const T> x, const T* packed, const T* bias, Rows<const T> residual, T* y,

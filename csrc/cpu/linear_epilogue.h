@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #endif
 
-#include "epilogue.h"
+#include "linear_call.h"
 #include "vec.h"
 
 namespace internvl::ISA {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_call.h"
-#include "epilogue.h"
+#include "linear_call.h"
 #include "../heads.h"
 #include "../rows.h"
 
@@ -30,10 +30,7 @@ struct Operators {
   void (*swiglu)(Rows<const T> gate_up, T* y, int64_t rows, int64_t cols, int threads);
   void (*swiglu_backward)(Rows<const T> grad, Rows<const T> gate_up, T* d, int64_t rows,
                           int64_t cols, int threads);
-  int64_t (*packed_elements)(int64_t features, int64_t cols);
-  void (*pack_linear)(const T* weight, int64_t stride, T* packed, int64_t features, int64_t cols,
-                      int threads);
-  void (*unpack_linear)(const T* packed, T* weight, int64_t features, int64_t cols, int threads);
+  LinearPanel (*linear_panel)();
   int64_t (*linear_workspace)(int64_t rows, int64_t cols, int threads);
   void (*linear)(Rows<const T> x, const T* packed, const T* bias, Rows<const T> residual, T* y,
                  int64_t rows, int64_t cols, int64_t features, Epilogue epilogue, void* workspace,
@@ -41,8 +38,8 @@ struct Operators {
   int64_t (*attention_workspace)(const AttentionCall<T>& call, int threads);
   void (*attention)(const AttentionCall<T>& call, char* workspace, int threads);
   void (*decode_attention)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
-                           const int64_t* lengths, const uint8_t* visible, Extent n, float scale,
-                           float* weights, int threads);
+                           const int64_t* lengths, const uint8_t* key_padding_mask, Extent n,
+                           int64_t key_heads, float scale, float* weights, int threads);
 };
 
 // The name of the best instruction set that was compiled and that this processor has, or of the one

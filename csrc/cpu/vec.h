@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -35,10 +35,21 @@ inline Vec load(const float* from) {
   return v;
 }
 
+// Of a bfloat16 each.
+inline Vec widen(HalfBits half) {
+#if defined(__AVX512F__)  // of __builtin_convertvector gcc 12 makes five instructions
+  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half) << 16);
+#elif defined(__AVX2__)
+  return (Vec)((Bits)_mm256_cvtepu16_epi32((__m128i)half) << 16);
+#else
+  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+#endif
+}
+
 inline Vec load(const bf16* from) {
   HalfBits half;
   std::memcpy(&half, from, sizeof half);
-  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+  return widen(half);
 }
 
 // The nearest bfloat16, ties to even, in the low halves; NaN stays NaN.
@@ -73,7 +84,7 @@ inline Vec round_to<float>(Vec v) {
 template <>
 inline Vec round_to<bf16>(Vec v) {
 #ifdef __AVX512BF16__
-  return (Vec)(__builtin_convertvector(to_bf16(v), Bits) << 16);
+  return widen(to_bf16(v));
 #else
   return (Vec)(rounded_bits(v) << 16);
 #endif
@@ -87,7 +98,7 @@ inline Vec store_rounded(Vec v, float* to) {
 inline Vec store_rounded(Vec v, bf16* to) {
   const HalfBits half = to_bf16(v);
   std::memcpy(to, &half, sizeof half);
-  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+  return widen(half);
 }
 
 // The first `count` elements only; the rest of a loaded vector is 0.

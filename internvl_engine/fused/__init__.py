@@ -1,16 +1,17 @@
-"""Drop-in modules on the fused operators, each built from an eager module that it can give back."""
+"""Fused modules on the operators: eager modules with another forward, and the table of them."""
 
 from .base import FusedModule
 from .cross_attention import FusedCrossAttention
 from .llama import FusedLlamaAttention, FusedLlamaMLP, FusedPublishedAttention
 from .norm import FusedRMSNorm
 from .pooling import FusedAttentionPooling
-from .qllama import FusedDecoderLayer
-from .vision import FusedTransformersVisionLayer, FusedVisionLayer
+from .qllama import FusedDecoder, FusedDecoderLayer
+from .vision import FusedTransformersVisionLayer, FusedVisionEncoder, FusedVisionLayer
 
 __all__ = [
     "FusedAttentionPooling",
     "FusedCrossAttention",
+    "FusedDecoder",
     "FusedDecoderLayer",
     "FusedLlamaAttention",
     "FusedLlamaMLP",
@@ -18,5 +19,6 @@ __all__ = [
     "FusedPublishedAttention",
     "FusedRMSNorm",
     "FusedTransformersVisionLayer",
+    "FusedVisionEncoder",
     "FusedVisionLayer",
 ]

@@ -1,124 +1,245 @@
-"""What every fused module is: the eager one's state with another forward."""
+"""What every fused module is: the eager module itself, with another forward.
+
+The object stays and its class changes to one that derives from the fused class and from its own, as
+PyTorch's `fully_shard` does it. So parameters, submodules, hooks, whoever holds the module and code
+that looks for layers by class find what they did; `super().forward` is the eager computation; and
+going back is to set the class again.
+"""
 
 from collections.abc import Callable
 from functools import cache
-from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .projection import Projection, is_hooked
-
-# What others set on a layer while it is fused, and the eager module has when it is back.
-SWITCHES = ("_is_full_backward_hook", "gradient_checkpointing", "_gradient_checkpointing_func")
+from ..weights import Linears, WeightTensor, is_hooked
 
 
 class FusedModule(nn.Module):
-    """Stands in for an eager module and shares its parameters, submodules, hooks and attributes.
+    """Base of the fused classes. A module becomes one by `fuse` and itself again by `restore`.
 
-    The dictionaries themselves are shared, so that whatever is loaded, moved, wrapped or hooked on
-    either is so on both, `state_dict()` has the old names, and `eager` needs no repair to go back.
-    It is of the eager class too, which follows in the order of its bases: transformers looks for
-    layers whose states it returns or recomputes by their class, and others wrap layers by theirs.
+    A fused class says what it `matches`, and gives `compute` with the arguments of the eager
+    `forward`, which runs where the class `serves` neither the call nor the state of the module.
     """
 
-    if TYPE_CHECKING:
+    # Names of the groups of linears below the module that become one product each.
+    LINEARS: dict[str, tuple[str, ...]] = {}
+    # Submodules that `forward` computes without calling them: another class there goes to eager.
+    COMPUTED: tuple[str, ...] = ()
+    eager_class: Any
+    fused_class: Any
+    _fusion: "Fusion"
 
-        def __getattr__(self, name: str) -> Any:
-            """The eager module's own attributes, whatever its class."""
-
-    def __new__(cls, eager: Any, inference: bool) -> Any:
-        return _blank(cls, type(eager))
-
-    def __init__(self, eager: Any, inference: bool) -> None:
-        """inference: whether weights may be merged and packed, and are constants."""
-        self.__dict__.update(eager.__dict__)
-        self.__dict__.pop("forward", None)  # of its class: see has_own_forward
-        self.__dict__["eager"] = eager  # not a submodule: its names are ours
-        self.inference = inference
-        self._inner = tuple(module for module in eager.modules() if module is not eager)
-        self._drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._inner)
-        self._after_load = self.register_load_state_dict_post_hook(_prepare)
+    # The method that `accelerate(compile=True)` compiles: of values only, without a look at hooks.
+    COMPILED = "compute"
 
     @classmethod
-    def claims(cls, module: Any) -> bool:
+    def fuse(cls, module: Any, inference: bool = True, tied: frozenset[int] = frozenset()) -> None:
+        """Turns an eager module into a fused one, in place.
+
+        Args:
+            module: what `matches` and has no `unsupported_reason`.
+            inference: whether weights may be merged and packed while the module is not training.
+            tied: ids of parameters that several modules use.
+        """
+        vars(module).pop("forward", None)  # of its class: see has_own_forward
+        module.__class__ = _derived(cls, type(module))
+        module._fusion = Fusion(module, inference, tied)
+        module.prepare()
+
+    @classmethod
+    def matches(cls, module: Any) -> bool:
         """Whether the module has the parameters and submodules that this class knows."""
         raise NotImplementedError
 
     @classmethod
-    def objection(cls, module: Any) -> str | None:
-        """Why a module that is claimed must stay eager, or None."""
+    def unsupported_reason(cls, module: Any) -> str | None:
+        """Why a module that matches must stay eager, or None."""
         return None
 
     @classmethod
-    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple | None:
-        """Arguments to try a module with, by draw(*shape); None where its class is proof enough."""
+    def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        """Arguments of `forward` to compare both computations with, by draw(*shape)."""
         raise NotImplementedError
 
-    def projections(self) -> list[Projection]:
-        """Every group of linears whose weights this module merges or packs."""
-        return [value for value in self.__dict__.values() if isinstance(value, Projection)]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The eager module's result."""
+        if self.stays_eager or not self.serves(*args, **kwargs):
+            return super().forward(*args, **kwargs)
+        return self.run("compute", *args, **kwargs)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """What the eager `forward` computes, on the fused operators."""
+        raise NotImplementedError
+
+    def serves(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `compute` does all that a call asks for."""
+        return True
+
+    def run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method, compiled where that was asked for."""
+        compiled = self._fusion.compiled if name == self.COMPILED else None
+        return (compiled or getattr(self, name))(*args, **kwargs)
+
+    def compile_fused(self, **options: Any) -> None:
+        """Compiles what the module computes, with the options of `torch.compile`."""
+        self._fusion.compiled = torch.compile(getattr(self, self.COMPILED), **options)
+
+    def product(self, group: str) -> Linears:
+        """The linears of a group as one product."""
+        return self._fusion.linears[group]
 
     def prepare(self) -> None:
-        """Merges and packs the weights now rather than at the first call."""
-        for projection in self.projections():
-            projection.prepare()
+        """Merges and packs weights, where they are for inference and the module is not training."""
+        if self._fusion.inference and not self.training:
+            for linears in self._fusion.linears.values():
+                linears.prepare()
 
-    def release(self) -> Any:
-        """Gives every weight back to its Linear and returns the eager module."""
-        for projection in self.projections():
-            projection.release()
-        self._after_load.remove()
-        for name in SWITCHES:
-            if name in self.__dict__:
-                setattr(self.eager, name, self.__dict__[name])
-        return self.eager
+    def set_inference(self, inference: bool) -> bool:
+        """Changes what the module is fused for; whether that is a change."""
+        before, self._fusion.inference = self._fusion.inference, inference
+        self._settle()
+        return before != inference
 
-    def set_inference(self, inference: bool) -> None:
-        """Changes for what the module is fused."""
-        self.inference = inference
-        for projection in self.projections():
-            projection.set_inference(inference)
+    def restore(self) -> None:
+        """Makes it the eager module again, with plain weights in storage of their own."""
+        self._make_plain()
+        self._fusion.after_load.remove()
+        del self._fusion
+        self.__class__ = self.eager_class
+
+    def _settle(self) -> None:
+        """Gives the weights the form that mode and use ask for."""
+        if self._fusion.inference and not self.training:
+            self.prepare()
+        else:
+            self._make_plain()
+
+    def _make_plain(self) -> None:
+        for linears in self._fusion.linears.values():
+            linears.restore()
 
     def train(self, mode: bool = True) -> Any:
-        """Both modules, for where the eager one computes; weights are constants only in eval."""
-        self.eager.training = mode
+        """Weights are packed in evaluation only."""
         super().train(mode)
-        for projection in self.projections():
-            projection.set_inference(self.inference and not mode)
+        self._settle()
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        packed = next((p for p in self.parameters() if isinstance(p, WeightTensor)), None)
+        if packed is not None:
+            probe = fn(torch.empty(0, dtype=packed.dtype, device=packed.device))
+            if (probe.dtype, probe.device) != (packed.dtype, packed.device):
+                self._make_plain()
         super()._apply(fn, recurse)
         self.prepare()
         return self
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether somebody hooked a submodule or its forward, so that it must really be called."""
-        return any(map(is_hooked, self._inner))
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever: plain tensors, no two of which share memory."""
+        state = super().state_dict(*args, **kwargs)
+        for name, value in state.items():
+            if isinstance(value, nn.Parameter):  # keep_vars
+                continue
+            if isinstance(value, WeightTensor):
+                state[name] = value.dense()
+            elif self._fusion.shares(value):
+                state[name] = value.clone()
+        return state
+
+    def called(self) -> list[str]:
+        """Linears that are called as the modules they are, and why."""
+        return [each for linears in self._fusion.linears.values() for each in linears.called()]
 
     @property
     def stays_eager(self) -> bool:
-        """Whether the eager module must compute this call, because it is watched or drops."""
-        return (self.training and self._drops) or self.is_watched
+        """Whether the eager module must compute this call: it drops, or was changed or hooked."""
+        drops = self.training and self.drops()
+        return drops or self.is_changed or any(map(is_hooked, self._fusion.inner))
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a part that is computed without being called is not of the class it was."""
+        return self._fusion.contract != self._fusion.contract_of(self)
+
+    def drops(self) -> bool:
+        """Whether dropout changes an output while training."""
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._fusion.inner)
+
+    def _get_name(self) -> str:
+        return self.fused_class.__name__
 
     def extra_repr(self) -> str:
-        return f"in place of {type(self.eager).__name__}"
+        return f"in place of {type(self).__name__}"
 
-    def __reduce__(self) -> tuple:  # its class is made anew where it is read
-        return _blank, (self.fused_class, type(self.eager)), self.__getstate__()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:  # its class is made anew where it is read
+        return _blank, (self.fused_class, self.eager_class), self.__dict__
+
+
+class Fusion:
+    """What a fused module keeps beside the attributes of the eager one."""
+
+    def __init__(self, module: FusedModule, inference: bool, tied: frozenset[int]) -> None:
+        self.inference = inference
+        self.linears = {
+            group: Linears(module, *names, tied=tied)
+            for group, names in type(module).LINEARS.items()
+            if all(holds_submodule(module, name) for name in names)
+        }
+        self.inner = tuple(inner for inner in module.modules() if inner is not module)
+        self.contract = self.contract_of(module)
+        self.compiled: Callable | None = None
+        self.after_load = module.register_load_state_dict_post_hook(_prepare)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": None}
+
+    @staticmethod
+    def contract_of(module: FusedModule) -> tuple:
+        """The classes of the submodules that are computed without being called."""
+        parts = [submodule(module, name) for name in type(module).COMPUTED]
+        return tuple(
+            (vars(type(part)).get("eager_class", type(part)), getattr(part, "approximate", None))
+            for part in parts
+        )
+
+    def shares(self, value: Tensor) -> bool:
+        """Whether a tensor lies in the storage of merged weights."""
+        return any(linears.shares(value) for linears in self.linears.values())
 
 
 @cache
 def _derived(fused: type, eager: type) -> Any:
-    """The fused class for modules of an eager class, which is one of its bases."""
-    namespace = {"__module__": fused.__module__, "__doc__": fused.__doc__, "fused_class": fused}
-    return type(fused)(fused.__name__, (fused, eager), namespace)
+    """The class of fused modules of an eager class, by whose name others still find it."""
+    namespace = {
+        "__module__": eager.__module__,
+        "__qualname__": eager.__qualname__,
+        "__doc__": fused.__doc__,
+        "fused_class": fused,
+        "eager_class": eager,
+    }
+    return type(eager)(eager.__name__, (fused, eager), namespace)
 
 
 def _blank(fused: type, eager: type) -> Any:
     return object.__new__(_derived(fused, eager))
+
+
+def submodule(module: Any, path: str) -> Any:
+    """The submodule of a dotted name, or None."""
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def holds_submodule(module: Any, path: str) -> bool:
+    """Whether there is a module of a dotted name."""
+    return isinstance(submodule(module, path), nn.Module)
 
 
 def holds(module: Any, *names: str) -> bool:
@@ -128,12 +249,6 @@ def holds(module: Any, *names: str) -> bool:
     """
     places = (getattr(module, place, {}) for place in ("_modules", "_parameters", "__dict__"))
     return isinstance(module, nn.Module) and set(names) <= set().union(*places)
-
-
-def same_arguments(one: type[nn.Module], other: type[nn.Module]) -> bool:
-    """Whether modules of two classes can be called alike; a single argument may have any name."""
-    names = [list(signature(each.forward).parameters) for each in (one, other)]
-    return names[0] == names[1] or [len(each) for each in names] == [2, 2]
 
 
 def _prepare(module: Any, incompatible_keys: object) -> None:

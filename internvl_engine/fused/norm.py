@@ -1,4 +1,4 @@
-"""A fused RMSNorm in place of an eager one that stands by itself."""
+"""RMSNorm on the fused operators: by itself, and together with the residual add before it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,29 @@ from torch import Tensor
 
 from .. import kernels
 from .base import FusedModule, holds
-from .sharing import Handoff
 
 
 def is_rms_norm(module: Any) -> bool:
-    """Whether a module is one of the RMSNorms: a weight, an epsilon and nothing else."""
+    """Whether a module is one of the RMSNorms: a weight, an epsilon and nothing else.
+
+    The published classes name it `variance_epsilon`, apex's FusedRMSNorm, which replaces them where
+    apex is installed, `eps`.
+    """
     return (
-        holds(module, "weight", "variance_epsilon")
-        and "RMSNorm" in type(module).__name__
+        type(module).__name__.endswith("RMSNorm")
+        and holds(module, "weight")
+        and epsilon(module) is not None
         and [name for name, _ in module.named_parameters()] == ["weight"]
     )
+
+
+def epsilon(norm: Any) -> float | None:
+    """What a norm adds to the mean square; None where it has no such number."""
+    for name in ("variance_epsilon", "eps"):
+        value = vars(norm).get(name)
+        if isinstance(value, float | int):
+            return float(value)
+    return None
 
 
 def normalize(norm: Any, x: Tensor) -> Tensor:
@@ -25,31 +38,10 @@ def normalize(norm: Any, x: Tensor) -> Tensor:
 
     Where they do not, the published norms round differently from each other: each keeps its own.
     """
-    if norm.weight.dtype != x.dtype:
+    eps = epsilon(norm)
+    if norm.weight.dtype != x.dtype or eps is None:
         return norm(x)
-    return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
-
-
-class FusedRMSNorm(FusedModule):
-    """RMSNorm of a token; QLLaMA's last norm also takes what the last layer computed for it."""
-
-    handoff: Handoff | None = None
-
-    @classmethod
-    def claims(cls, module: Any) -> bool:
-        return is_rms_norm(module)
-
-    @classmethod
-    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
-        return (draw(2, 17, module.weight.shape[-1]),)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        normed = None if self.handoff is None else self.handoff.take(hidden_states)
-        if normed is not None:
-            return normed
-        if self.weight.dtype != hidden_states.dtype:
-            return self.eager.forward(hidden_states)
-        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    return kernels.rms_norm(x, norm.weight, eps)
 
 
 def add_normalize(
@@ -57,9 +49,10 @@ def add_normalize(
 ) -> tuple[Tensor, Tensor]:
     """(norm(h), h) of h = hidden + x * scale, in one pass where all share a dtype."""
     scaled = scale is None or scale.dtype == x.dtype
-    if scaled and x.dtype == hidden.dtype == norm.weight.dtype:
-        return kernels.add_rms_norm(x, hidden, scale, norm.weight, norm.variance_epsilon)
-    hidden = hidden + (x if scale is None else x * scale)
+    eps = epsilon(norm)
+    if eps is not None and scaled and x.dtype == hidden.dtype == norm.weight.dtype:
+        return kernels.add_rms_norm(x, hidden, scale, norm.weight, eps)
+    hidden = add_scaled(x, hidden, scale)
     return normalize(norm, hidden), hidden
 
 
@@ -70,3 +63,25 @@ def add_scaled(x: Tensor, hidden: Tensor, scale: Tensor | None) -> Tensor:
     if x.dtype == hidden.dtype == scale.dtype:
         return torch.addcmul(hidden, x, scale)
     return hidden + x * scale
+
+
+class FusedRMSNorm(FusedModule):
+    """RMSNorm of a token, of any model: (..., C) to (..., C)."""
+
+    @classmethod
+    def matches(cls, module: Any) -> bool:
+        return is_rms_norm(module)
+
+    @classmethod
+    def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+        return (draw(2, 17, module.weight.shape[-1]),)
+
+    @property
+    def stays_eager(self) -> bool:
+        return False
+
+    def serves(self, hidden_states: Tensor) -> bool:
+        return self.weight.dtype == hidden_states.dtype and epsilon(self) is not None
+
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        return kernels.rms_norm(hidden_states, self.weight, epsilon(self))

@@ -15,30 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from ..weights import is_plain_linear
 from .base import FusedModule, holds
 
-PARTS = ("norm1_q", "norm1_k", "norm1_v", "cross_attn")
+NORMS = ("norm1_q", "norm1_k", "norm1_v")
+PROJECTIONS = tuple(f"cross_attn.{name}" for name in "qkv")
 
 
 class FusedAttentionPooling(FusedModule):
-    """In place of AttentionPoolingBlock, ours or the published one: (B, N, C) to (B, E).
+    """AttentionPoolingBlock, ours or the published one: (B, N, C) to (B, E).
 
-    Training runs the eager block: the key's biases, which cancel here, would get no gradient at all
-    where eager gives them zeros, and a distributed optimizer waits for every one.
+    Under gradients the eager block runs: the key's biases, which cancel here, would get no gradient
+    at all where eager gives them zeros, and a distributed optimizer waits for every one.
     """
 
+    COMPUTED = (*NORMS, "cross_attn", *PROJECTIONS)
+
     @classmethod
-    def claims(cls, module: Any) -> bool:
+    def matches(cls, module: Any) -> bool:
         attention = getattr(module, "cross_attn", None)
         return (
-            holds(module, *PARTS)
+            holds(module, *NORMS, "cross_attn")
             and all(isinstance(getattr(attention, name, None), nn.Linear) for name in "qkv")
             and "Pooling" in type(module).__name__
         )
 
     @classmethod
-    def objection(cls, module: Any) -> str | None:
-        norms = (module.norm1_q, module.norm1_k, module.norm1_v)
+    def unsupported_reason(cls, module: Any) -> str | None:
+        norms = [getattr(module, name) for name in NORMS]
         if not all(isinstance(norm, nn.LayerNorm) and norm.elementwise_affine for norm in norms):
             return "its norms are not LayerNorm with weight and bias"
         if module.norm1_k.eps != module.norm1_v.eps:
@@ -46,13 +50,17 @@ class FusedAttentionPooling(FusedModule):
         return None
 
     @classmethod
-    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+    def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return (draw(2, 17, module.norm1_k.weight.shape[0]),)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def serves(self, x: Tensor) -> bool:
         attention = self.cross_attn
-        if self.training or not self.inference or self.is_watched:
-            return self.eager.forward(x)
+        projections = (attention.q, attention.k, attention.v)
+        is_plain = all(map(is_plain_linear, projections)) and self.norm1_k.eps == self.norm1_v.eps
+        return is_plain and not self.training and not torch.is_grad_enabled()
+
+    def compute(self, x: Tensor) -> Tensor:
+        attention = self.cross_attn
         heads = attention.num_heads
         asked = self.norm1_q(x.mean(1))
         q = F.linear(asked, attention.q.weight, attention.q_bias).unflatten(-1, (heads, -1))

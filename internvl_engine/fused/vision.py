@@ -1,127 +1,188 @@
-"""A layer of InternViT on the fused operators.
+"""InternViT on the fused operators: a layer, and the loop over the layers.
 
-    qkv = norm1(h) Wqkv                      one product
-    a = qk_norm_attention(qkv)               norms of q and k folded into the scores
-    n, h = add_rms_norm(a Wproj, h, ls1)     layer scale, residual and norm2 in one pass
-    m = gelu(n W1) W2                        GELU in the product's epilogue
-    n', h = add_rms_norm(m, h, ls2)          with norm1 of the next layer, which takes it
+qkv = norm1(h) Wqkv                      one product
+a = qk_norm_attention(qkv)               norms of q and k folded into the scores
+n, h = add_rms_norm(a Wproj, h, ls1)     layer scale, residual and norm2 in one pass
+m = gelu(n W1) W2                        GELU in the product's epilogue
+n, h = add_rms_norm(m, h, ls2)           with norm1 of the next layer: the loop carries (n, h)
 
-What is merged, packed or handed on: projection.py and sharing.py.
+B batch, N tokens, C width
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from .. import kernels
-from .base import FusedModule, holds
-from .norm import add_normalize, add_scaled, is_rms_norm, normalize
-from .projection import Projection
-from .sharing import Handoff, counted
+from ..weights import is_hooked
+from .base import FusedModule, holds, submodule
+from .norm import add_normalize, add_scaled, epsilon, is_rms_norm, normalize
 
-MAX_HEAD_DIM = 128
 EXACT_GELU = ("GELU", "GELUActivation")  # torch's, and transformers' "gelu"
 
 
-class FusedVisionLayer(FusedModule):
-    """In place of InternVisionEncoderLayer, ours or the published one: (B, N, C) to (B, N, C).
+class FusedVisionEncoder(FusedModule):
+    """The loop of InternVisionEncoder, ours or the published one, where nobody looks in between.
 
-    Its result is `counted`: the layers of QLLaMA share what they make of the last one's.
+    Hooks, hidden states, gradients and layers that are not fused take the eager loop.
     """
 
-    NORMS = ("norm1", "norm2")
-    SCALES = ("ls1", "ls2")
+    @classmethod
+    def matches(cls, module: Any) -> bool:
+        return holds(module, "layers", "config") and isinstance(module.layers, nn.ModuleList)
+
+    @property
+    def stays_eager(self) -> bool:
+        return torch.is_grad_enabled() or not all(map(carries, self.layers))
+
+    def serves(
+        self,
+        inputs_embeds: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> bool:
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        return not output_hidden_states
+
+    def compute(
+        self,
+        inputs_embeds: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """(B, N, C) to the last state, as the eager encoder gives it."""
+        hidden = inputs_embeds
+        normed = normalize(self.layers[0].first_norm, hidden) if self.layers else None
+        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
+            norm = None if following is None else following.first_norm
+            normed, hidden = layer.run("step", normed, hidden, norm)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return BaseModelOutput(last_hidden_state=hidden) if return_dict else (hidden,)
+
+
+def carries(layer: Any) -> bool:
+    """Whether a loop may run a layer by its `step`: it is fused, and nobody watches it."""
+    steps = isinstance(layer, FusedModule) and layer.COMPILED == "step"
+    return steps and not is_hooked(layer) and not layer.stays_eager
+
+
+class FusedVisionLayer(FusedModule):
+    """InternVisionEncoderLayer, ours or the published one: (B, N, C) to (B, N, C)."""
+
+    COMPILED = "step"
+    NORMS: tuple[str, str] = ("norm1", "norm2")
+    SCALES: tuple[str, str] = ("ls1", "ls2")
     ATTENTION = "attn"
-    QKV: tuple[str, ...] = ("qkv",)
-    PROJ = "proj"
-    ACTIVATION = "act"
-    DROP_PATHS: tuple[str, ...] = ("drop_path1", "drop_path2")
-
-    before: Handoff | None = None  # from the layer before, and to the layer after
-    after: Handoff | None = None
-
-    def __init__(self, eager: Any, inference: bool) -> None:
-        super().__init__(eager, inference)
-        attention = self.ATTENTION
-        names = (f"{attention}.{name}" for name in self.QKV)
-        self._qkv = Projection(eager, *names, inference=inference)
-        self._proj = Projection(eager, f"{attention}.{self.PROJ}", inference=inference)
-        self._fc1 = Projection(eager, "mlp.fc1", inference=inference)
-        self._fc2 = Projection(eager, "mlp.fc2", inference=inference)
-        paths = (getattr(eager, name, None) for name in self.DROP_PATHS)
-        self._drops |= any(not isinstance(path, nn.Identity | None) for path in paths)
+    QK_NORMS: tuple[str, str] = ("attn.q_norm", "attn.k_norm")
+    ACTIVATION = "mlp.act"
+    LINEARS = {
+        "qkv": ("attn.qkv",),
+        "proj": ("attn.proj",),
+        "fc1": ("mlp.fc1",),
+        "fc2": ("mlp.fc2",),
+    }
+    COMPUTED = ("norm1", "norm2", "attn", "attn.q_norm", "attn.k_norm", "mlp", "mlp.act",
+                "drop_path1", "drop_path2")  # fmt: skip
 
     @classmethod
-    def claims(cls, module: Any) -> bool:
+    def matches(cls, module: Any) -> bool:
         attention, mlp = getattr(module, cls.ATTENTION, None), getattr(module, "mlp", None)
+        names = (name.rpartition(".")[2] for name in (*cls.LINEARS["qkv"], *cls.LINEARS["proj"]))
         return (
-            holds(attention, *cls.QKV, cls.PROJ, "num_heads")
+            holds(attention, *names, "num_heads")
             and holds(mlp, "fc1", "fc2")
             and holds(module, *cls.NORMS)
             and all(isinstance(getattr(module, name, None), nn.Parameter) for name in cls.SCALES)
         )
 
     @classmethod
-    def objection(cls, module: Any) -> str | None:
-        attention = getattr(module, cls.ATTENTION)
-        width = getattr(module, cls.SCALES[0]).shape[0]
-        head_dim = width // attention.num_heads
+    def unsupported_reason(cls, module: Any) -> str | None:
         if not all(is_rms_norm(getattr(module, name)) for name in cls.NORMS):
             return "its norms are not RMSNorm"
-        activation = getattr(module.mlp, cls.ACTIVATION, None)
-        if type(activation).__name__ not in EXACT_GELU or _is_approximate(activation):
+        activation = submodule(module, cls.ACTIVATION)
+        exact = getattr(activation, "approximate", "none") == "none"
+        if type(activation).__name__ not in EXACT_GELU or not exact:
             return f"its activation is {type(activation).__name__}, not the exact GELU"
-        if head_dim > MAX_HEAD_DIM or head_dim % 8:
-            return f"its heads are {head_dim} wide; the kernels take multiples of 8 up to 128"
-        return None
+        attention = getattr(module, cls.ATTENTION)
+        scale = getattr(getattr(attention, "inner_attn", None), "softmax_scale", None)
+        if scale not in (None, attention.scale):  # of flash-attn, where that is installed
+            return f"its inner attention scales by {scale}, not by {attention.scale}"
+        return kernels.unsupported_head_dim(
+            getattr(module, cls.SCALES[0]).shape[0] // attention.num_heads
+        )
 
     @classmethod
-    def trial(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
+    def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return (draw(2, 17, getattr(module, cls.SCALES[0]).shape[0]),)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.stays_eager:
-            return self.eager.forward(hidden_states)
-        hidden = hidden_states
-        norm1, norm2 = (getattr(self, name) for name in self.NORMS)
+    @property
+    def first_norm(self) -> nn.Module:
+        """The norm of what comes in."""
+        return getattr(self, self.NORMS[0])
+
+    def drops(self) -> bool:
+        """Also where stochastic depth drops samples, or the attention function probabilities."""
+        paths = (getattr(self, name, None) for name in ("drop_path1", "drop_path2"))
+        if not all(isinstance(path, nn.Identity | None) for path in paths):
+            return True
+        return (
+            bool(getattr(getattr(self, self.ATTENTION), "attention_dropout", 0)) or super().drops()
+        )
+
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        normed = normalize(self.first_norm, hidden_states)
+        return self.run("step", normed, hidden_states, None)[1]
+
+    def step(
+        self, normed: Tensor, hidden: Tensor, next_norm: nn.Module | None
+    ) -> tuple[Any, Tensor]:
+        """The layer as values: (n, h) of this layer to those of the next one.
+
+        Args:
+            normed: (B, N, C), the first norm of hidden.
+            hidden: (B, N, C).
+            next_norm: of the next layer; None after the last.
+
+        Returns:
+            (next_norm(h) or None, h), each (B, N, C).
+        """
         scale1, scale2 = (getattr(self, name) for name in self.SCALES)
-        normed = None if self.before is None else self.before.take(hidden)
-        if normed is None:
-            normed = normalize(norm1, hidden)
-        normed, hidden = add_normalize(self._attend(normed), hidden, scale1, norm2)
-        update = self._fc2(self._fc1(normed, "gelu"))
-        if self.after is None or not self.after.is_open:
-            return counted(add_scaled, update, hidden, scale2)
-        normed, hidden = counted(add_normalize, update, hidden, scale2, self.after.norm)
-        self.after.put(hidden, normed)
-        return hidden
+        second_norm = getattr(self, self.NORMS[1])
+        normed, hidden = add_normalize(self._attend(normed), hidden, scale1, second_norm)
+        update = self.product("fc2")(self.product("fc1")(normed, "gelu"))
+        if next_norm is None:
+            return None, add_scaled(update, hidden, scale2)
+        return add_normalize(update, hidden, scale2, next_norm)
 
     def _attend(self, normed: Tensor) -> Tensor:
         attention = getattr(self, self.ATTENTION)
-        heads = attention.num_heads
-        qkv = self._qkv(normed).unflatten(-1, (3, heads, -1))
-        q_norm: Any = getattr(attention, "q_norm", None)
-        k_norm: Any = getattr(attention, "k_norm", None)
-        if is_rms_norm(q_norm) and is_rms_norm(k_norm):
-            weights, eps = (q_norm.weight, k_norm.weight), q_norm.variance_epsilon
-        else:
-            weights, eps = (None, None), 0.0
+        qkv = self.product("qkv")(normed).unflatten(-1, (3, attention.num_heads, -1))
+        q_norm, k_norm = (submodule(self, name) for name in self.QK_NORMS)
+        weights, eps = (None, None), 0.0
+        if is_rms_norm(q_norm):
+            weights, eps = (q_norm.weight, k_norm.weight), epsilon(q_norm)
         output = kernels.qk_norm_attention(qkv, *weights, eps, attention.scale)
-        return self._proj(output.flatten(2))
+        return self.product("proj")(output.flatten(2))
 
 
 class FusedTransformersVisionLayer(FusedVisionLayer):
-    """In place of transformers' InternVLVisionLayer, whose class recomputes it in training."""
+    """transformers' InternVLVisionLayer, whose class recomputes it in training."""
 
     NORMS = ("layernorm_before", "layernorm_after")
     SCALES = ("lambda_1", "lambda_2")
     ATTENTION = "attention"
-    QKV = ("q_proj", "k_proj", "v_proj")
-    PROJ = "projection_layer"
-    ACTIVATION = "activation_fn"
-    DROP_PATHS = ()
-
-
-def _is_approximate(activation: object) -> bool:
-    return getattr(activation, "approximate", "none") != "none"
+    QK_NORMS = ("attention.q_norm", "attention.k_norm")
+    ACTIVATION = "mlp.activation_fn"
+    LINEARS = {
+        "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "proj": ("attention.projection_layer",),
+        "fc1": ("mlp.fc1",),
+        "fc2": ("mlp.fc2",),
+    }
+    COMPUTED = ("layernorm_before", "layernorm_after", "attention", "attention.q_norm",
+                "attention.k_norm", "mlp", "mlp.activation_fn")  # fmt: skip

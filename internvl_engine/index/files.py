@@ -30,17 +30,16 @@ def write_shard(path: Path, shape: tuple[int, int], rows: Iterable[Tensor], entr
     header = json.dumps(tensors).encode()
     header += b" " * (-len(header) % 8)
 
-    def content() -> Iterator[bytes]:
+    def content() -> Iterator[bytes | memoryview]:
         yield len(header).to_bytes(8, "little") + header
         for piece in rows:
-            piece = piece.detach().to("cpu", torch.float32).contiguous()
-            yield piece.numpy().tobytes()
+            yield piece.detach().to("cpu", torch.float32).contiguous().numpy().data
         yield entries
 
     write_whole(path, content())
 
 
-def write_whole(path: Path, content: Iterable[bytes]) -> None:
+def write_whole(path: Path, content: Iterable[bytes | memoryview]) -> None:
     """Puts a file in its place whole, and makes sure that it stays."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

@@ -28,7 +28,7 @@ FORMAT = 2
 HEAD = "index.json"
 MANY_SHARDS = 256  # compacted beyond, and where more than half of the rows are dead
 READINGS = 5  # of a folder that somebody compacts meanwhile
-ROWS = 4096  # copied at a time when shards are compacted
+PIECE = 2**22  # bytes of rows that are copied at a time when shards are compacted
 
 
 class Entry(NamedTuple):
@@ -202,16 +202,11 @@ class Shards:
         return self.shards[number].rows[row]
 
     def live(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Paths and embeddings (n, E) of what is current, up to ROWS at a time."""
+        """Paths and embeddings (n, E) of what is current, up to PIECE bytes at a time."""
+        size = max(PIECE // (4 * self.identity["width"]), 1)
         for shard in self.shards.values():
-            for start in range(0, len(shard.paths), ROWS):
-                alive = shard.alive[start : start + ROWS]
-                rows = alive.nonzero().flatten()
-                if len(rows):
-                    yield (
-                        [shard.paths[start + row] for row in rows.tolist()],
-                        shard.rows[start : start + ROWS][rows],
-                    )
+            for rows in shard.alive.nonzero().flatten().split(size):
+                yield [shard.paths[row] for row in rows.tolist()], shard.rows[rows]
 
     def compact(self) -> None:
         """Writes everything current as one shard where much is dead or there are many shards."""

@@ -60,13 +60,13 @@ class AttentionMask:
         return self.padding is None and (self.kind == "full" or last_row_sees_all)
 
     @property
-    def visible(self) -> Tensor | None:
-        """padding as the fused operators take it: (B, T) bool, or None."""
+    def key_padding_mask(self) -> Tensor | None:
+        """padding as the operators take it: (B, T) bool, True where a key is a token; or None."""
         if self.padding is None or self.padding.dtype == torch.bool:
             return self.padding
-        if "visible" not in self._tensors:
-            self._tensors["visible"] = self.padding.bool()
-        return self._tensors["visible"]
+        if "key_padding_mask" not in self._tensors:
+            self._tensors["key_padding_mask"] = self.padding.bool()
+        return self._tensors["key_padding_mask"]
 
     def additive(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The mask as published: padding and structure *summed*, then the prefix opened.

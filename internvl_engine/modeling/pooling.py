@@ -69,9 +69,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """x: (B, M, C) asks; k and v: (B, N, C) answer, x where None. Returns (B, M, out_dim)."""
         q, k, v = (
-            F.linear(source, project.weight, bias)
-            .unflatten(-1, (self.num_heads, -1))
-            .transpose(1, 2)
+            _project(source, project, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for source, project, bias in (
                 (x, self.q, self.q_bias),
                 (x if k is None else k, self.k, self.k_bias),
@@ -81,6 +79,13 @@ class CrossAttention(nn.Module):
         probabilities = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
         output = (probabilities @ v).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(output))
+
+
+def _project(x: Tensor, linear: nn.Module, bias: Tensor | None) -> Tensor:
+    """x through a Linear whose bias is a parameter of its own; whatever the Linear has become."""
+    if type(linear) is nn.Linear:
+        return F.linear(x, linear.weight, bias)
+    return linear(x) if bias is None else linear(x) + bias
 
 
 class AttentiveBlock(nn.Module):

@@ -150,6 +150,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         vision_hidden_states: Tensor | None = None,
         use_zero_attention_mask: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The next call's inputs: what the cache lacks of inputs_embeds, then one id a step.
@@ -157,6 +158,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         Positions count real tokens (`cumsum(mask) - 1`, 1 where padded) as the published code's.
         Cross-attention needs the image only until the cache holds the queries.
         """
+        if past_key_values is None:  # what transformers 5.24 calls it
+            past_key_values = cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         prompt = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         inputs: dict[str, Any]
@@ -234,6 +237,7 @@ class LlamaModel(LlamaPreTrainedModel):
                 such.
             vision_hidden_states: (B / repeat_time, N, C_v), read by the queries: those of the
                 first Q positions of the sequence that are in this call.
+            use_cache: return the cache; not while layers are recomputed in training.
             use_zero_attention_mask: let the first Q positions see each other (generation, image
                 features).
             repeat_time: how often the images are tiled along the batch.
@@ -247,6 +251,8 @@ class LlamaModel(LlamaPreTrainedModel):
         """
         if use_cache is None:
             use_cache = self.config.use_cache
+        recompute = self._recomputes() and past_key_values is None
+        use_cache = use_cache and not recompute  # a layer that runs twice would append twice
         embeds = self._embed(input_ids, inputs_embeds)
         cache, legacy = _as_cache(past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
@@ -254,7 +260,7 @@ class LlamaModel(LlamaPreTrainedModel):
         mask = self._mask(attention_mask, kind, embeds.shape[1], past)
         output = self._decode(
             embeds, mask, position_ids, cache, vision_hidden_states, repeat_time,
-            output_attentions, output_hidden_states,
+            output_attentions, output_hidden_states, recompute,
         )  # fmt: skip
         output.past_key_values = cache if use_cache else None
         if legacy is not None and cache is not None and use_cache:
@@ -291,8 +297,7 @@ class LlamaModel(LlamaPreTrainedModel):
         mask = self._mask(attention_mask, "full", embeds.shape[1], 0)
         output = self._decode(
             embeds, mask, position_ids, None, vision_hidden_states, repeat_time,
-            output_attentions, output_hidden_states,
-            recompute=self.gradient_checkpointing and self.training and torch.is_grad_enabled(),
+            output_attentions, output_hidden_states, self._recomputes(),
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
 
@@ -335,6 +340,10 @@ class LlamaModel(LlamaPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def _recomputes(self) -> bool:
+        """Whether layers run again in the backward pass instead of keeping their states."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _asked(self, value: bool | None, name: str) -> bool:
         return bool(getattr(self.config, name, False) if value is None else value)

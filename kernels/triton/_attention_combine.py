@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._heads import lse_dtype
 from .._invariance import is_batch_invariant
-from ._attention_core import LOG2E, lse_dtype
+from ._attention_core import LOG2E
 from ._sizes import cdiv, power_of_2, processors
 from ._tuning import OPTIONS, Config
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._heads import MAX_HEAD_DIM
 from ._sizes import power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -57,6 +58,22 @@ def store_at(ptr, offsets, valid, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = valid[:, None] & (columns < D)[None, :]
     ptrs = ptr + offsets[:, None] + columns[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def packed_rows(rows, image, image_step, repeat_step, key_head, S, GROUP: tl.constexpr):
+    """(batch, query head, position) of packed rows: all that read key_head of this image.
+
+    One below the other: by repeat of the image, then by head of its GROUP, then by position.
+    """
+    block = rows // S
+    if GROUP == 1:
+        batches = image * image_step + block * repeat_step
+        heads = key_head
+    else:
+        batches = image * image_step + block // GROUP * repeat_step
+        heads = key_head * GROUP + block % GROUP
+    return batches, heads, rows % S
 
 
 @triton.jit
@@ -109,7 +126,7 @@ def softmax_block(scores, scale, v, largest, total, acc):
 
 @triton.jit
 def log_sum_exp(largest, total, DTYPE: tl.constexpr):
-    """In natural units, of scores in units of log2. DTYPE: see lse_dtype."""
+    """In natural units, of scores in units of log2. DTYPE: see lse_dtype in kernels/_heads.py."""
     return (largest.to(DTYPE) + tl.log2(total.to(DTYPE))) / LOG2E
 
 
@@ -161,7 +178,7 @@ def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def supported(dtype: torch.dtype, D: int) -> bool:
     """Whether the attention kernels compute in this dtype at this head size."""
-    return dtype in (torch.bfloat16, torch.float16, torch.float32) and D <= 128
+    return dtype in (torch.bfloat16, torch.float16, torch.float32) and D <= MAX_HEAD_DIM
 
 
 def width_class(D: int, dtype: torch.dtype) -> str:
@@ -174,12 +191,3 @@ def width_class(D: int, dtype: torch.dtype) -> str:
 def length_class(length: int) -> int:
     """A length rounded up to a power of two, up to 2048: the tuner's key, not one a length."""
     return min(power_of_2(length), 2048)
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the log-sum-exp that the backward pass gets: float64 for float32 inputs.
-
-    At a log-sum-exp of 8, half a unit in the last place of float32 changes the probabilities that
-    the backward pass computes from it by 4 times their own rounding.
-    """
-    return torch.float64 if dtype == torch.float32 else torch.float32

@@ -13,7 +13,7 @@ BLOCK = tl.constexpr(MASKS.index("block"))
 
 @triton.jit
 def seen_interval(position, prefix, T, MASK: tl.constexpr):
-    """[first, end) of the keys that a query at this position sees, before `visible`."""
+    """[first, end) of the keys that a query at this position sees, before `key_padding_mask`."""
     if MASK == FULL:
         return position * 0, position * 0 + T
     if MASK == CAUSAL:
@@ -25,18 +25,20 @@ def seen_interval(position, prefix, T, MASK: tl.constexpr):
 
 
 @triton.jit
-def see(scores, keys, first, end, visible_ptr, T, VISIBLE: tl.constexpr):
+def see(scores, keys, first, end, key_padding_mask_ptr, T, PADDED: tl.constexpr):
     """scores (rows, keys), -inf where the row does not see the key."""
     seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < end[:, None])
-    if VISIBLE:
-        seen = seen & (tl.load(visible_ptr + keys, mask=keys < T, other=0) != 0)[None, :]
+    if PADDED:
+        real = tl.load(key_padding_mask_ptr + keys, mask=keys < T, other=0) != 0
+        seen = seen & real[None, :]
     return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
-def see_by_key(scores, keys, first, end, visible_ptr, T, VISIBLE: tl.constexpr):
+def see_by_key(scores, keys, first, end, key_padding_mask_ptr, T, PADDED: tl.constexpr):
     """The same transposed: scores (keys, rows)."""
     seen = (keys[:, None] >= first[None, :]) & (keys[:, None] < end[None, :])
-    if VISIBLE:
-        seen = seen & (tl.load(visible_ptr + keys, mask=keys < T, other=0) != 0)[:, None]
+    if PADDED:
+        real = tl.load(key_padding_mask_ptr + keys, mask=keys < T, other=0) != 0
+        seen = seen & real[:, None]
     return tl.where(seen, scores, float("-inf"))

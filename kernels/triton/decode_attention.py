@@ -1,7 +1,8 @@
 """decode_attention in Triton. What it computes: kernels/decode_attention.py.
 
-Bound by memory: every key and value that is valid is read once. A query times a block of keys is a
-sum over D in fp32, without the matrix unit, which one row would leave idle at 15 of 16.
+Bound by memory: every key and value that is valid is read once; heads that share them run beside
+each other and find them in the cache. A query times a block of keys is a sum over D in fp32,
+without the matrix unit, which one row would leave idle at 15 of 16.
 """
 
 from collections.abc import Iterator
@@ -37,18 +38,19 @@ CANDIDATES = [
 
 @triton.jit(do_not_specialize=["H", "T", "plane", "keys_per_part"])
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, visible_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, key_padding_mask_ptr, out_ptr, lse_ptr,
     q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride, H, T, scale, plane, keys_per_part,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VISIBLE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program: the query of one head against part program_id(1) of its keys."""
     head = (tl.program_id(0) % H).to(tl.int64)
     batch = (tl.program_id(0) // H).to(tl.int64)
     q = load_row(q_ptr + batch * q_batch_stride + head * q_head_stride, D, BLOCK_D)
     q *= scale * LOG2E
-    k_ptr += batch * k_batch_stride + head * k_head_stride
-    v_ptr += batch * v_batch_stride + head * v_head_stride
+    k_ptr += batch * k_batch_stride + head // GROUP * k_head_stride
+    v_ptr += batch * v_batch_stride + head // GROUP * v_head_stride
     first = tl.program_id(1) * keys_per_part
     end = tl.minimum(first + keys_per_part, T)
     if lengths_ptr is not None:
@@ -61,8 +63,9 @@ def _decode_kernel(
         k = load_tile(k_ptr, keys, k_stride, end, D, BLOCK_D, MASKED=True).to(tl.float32)
         v = load_tile(v_ptr, keys, v_stride, end, D, BLOCK_D, MASKED=True).to(tl.float32)
         seen = keys < end
-        if VISIBLE:
-            seen = seen & (tl.load(visible_ptr + batch * T + keys, mask=seen, other=0) != 0)
+        if PADDED:
+            real = tl.load(key_padding_mask_ptr + batch * T + keys, mask=seen, other=0)
+            seen = seen & (real != 0)
         scores = tl.where(seen, tl.sum(k * q[None, :], axis=1), float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=0))
         p = exp2(scores - new_largest, k_ptr.dtype.element_ty)
@@ -81,8 +84,8 @@ def _decode_kernel(
 
 
 def decode_attention_triton(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, visible: Tensor | None,
-    scale: float, config: Config | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None,
+    key_padding_mask: Tensor | None, scale: float, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns (B, H, 1, D); no look at the lengths, so that a CUDA graph can capture it."""
     B, H, _, D = q.shape
@@ -95,16 +98,17 @@ def decode_attention_triton(
     q, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
     config = config or launch_config(
         "decode_attention", (D, q.dtype), DEFAULTS, CANDIDATES,
-        lambda c: decode_attention_triton(q, k_cache, v_cache, lengths, visible, scale, c),
+        lambda c: decode_attention_triton(q, k_cache, v_cache, lengths, key_padding_mask, scale, c),
         q.get_device(),
     )  # fmt: skip
     parts, keys_per_part = split_keys(T, config["BLOCK_N"], H, B * H, q.device)
     to, to_lse = (out, None) if parts == 1 else partial_outputs(out, parts)
     _decode_kernel[(B * H, parts)](
-        q, k_cache, v_cache, contiguous(lengths), as_bytes(visible),
+        q, k_cache, v_cache, contiguous(lengths), as_bytes(key_padding_mask),
         to, to_lse, *q.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], H, T, scale, B * H, keys_per_part,
-        D=D, BLOCK_D=power_of_2(D), VISIBLE=visible is not None, **config,
+        D=D, BLOCK_D=power_of_2(D), PADDED=key_padding_mask is not None,
+        GROUP=H // k_cache.shape[1], **config,
     )  # fmt: skip
     if parts > 1:
         combine(to, to_lse, out, None)
@@ -117,9 +121,10 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
                "v_batch_stride", "v_head_stride", "v_stride")  # fmt: skip
     arguments = {
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16"), "lengths_ptr": "*i64",
-        "visible_ptr": "*u8", "out_ptr": "*fp32", "lse_ptr": "*fp32",
+        "key_padding_mask_ptr": "*u8", "out_ptr": "*fp32", "lse_ptr": "*fp32",
         **dict.fromkeys(strides, "i32:16"), **dict.fromkeys(("H", "T", "plane"), "i32"),
-        "scale": "fp32", "keys_per_part": "i32", "D": 128, "BLOCK_D": 128, "VISIBLE": True,
+        "scale": "fp32", "keys_per_part": "i32", "D": 128, "BLOCK_D": 128, "PADDED": True,
+        "GROUP": 1,
     }  # fmt: skip
     config = DEFAULTS[architecture]
     yield Case("decode_attention", "padded D=128 bf16", _decode_kernel, arguments, config)

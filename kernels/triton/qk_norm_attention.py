@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._heads import lse_dtype
 from ._attention_core import (
     LOG2E,
     LOWEST,
@@ -15,7 +16,6 @@ from ._attention_core import (
     load_row,
     load_tile,
     log_sum_exp,
-    lse_dtype,
     product,
     softmax_block,
     store_at,

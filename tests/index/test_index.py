@@ -7,14 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexed import ROUNDING, assert_holds, everything, fill
 from PIL import Image
 from tiny_engine import pictures, tiny_engine
 
 from internvl_engine import InternVL
 from internvl_engine.index import Entry, FolderIndex, Shards
 from internvl_engine.index.search import nearest
-
-ROUNDING = 2e-6  # float32 sums of another batch shape, on unit vectors
 
 
 @pytest.fixture
@@ -34,31 +33,6 @@ def embedded(engine, monkeypatch):
 
     monkeypatch.setattr(engine, "encode_image", count)
     return counts
-
-
-def fill(folder: Path, count: int = 7, seed: int = 0) -> dict[str, Path]:
-    """Pictures in a folder and one below it: name in the index -> file."""
-    (folder / "below").mkdir(parents=True, exist_ok=True)
-    names = [f"{'below/' if i % 3 == 0 else ''}{i:03}.png" for i in range(count)]
-    for name, picture in zip(names, pictures(count, seed), strict=True):
-        Image.fromarray(picture).save(folder / name)
-    return {name: folder / name for name in sorted(names)}
-
-
-def everything(index: FolderIndex) -> dict[str, torch.Tensor]:
-    return {
-        path: row
-        for paths, rows in index.shards.live()
-        for path, row in zip(paths, rows, strict=True)
-    }
-
-
-def assert_holds(index: FolderIndex, engine, files: dict[str, Path], mode: str = "c") -> None:
-    found = everything(index)
-    assert sorted(found) == sorted(files) and len(index) == len(files)
-    expected = engine.encode_image([files[name] for name in files], mode).cpu()
-    actual = torch.stack([found[name] for name in files])
-    torch.testing.assert_close(actual, expected, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["c", "g"])

@@ -29,10 +29,10 @@ def inputs(batch, heads, queries, keys, dim, dtype=torch.float32, device="cpu"):
 
 def padding(batch, keys, device="cpu"):
     """Holes anywhere, and padding on the left of the second row of the batch."""
-    visible = torch.rand(batch, keys, device=device) > 0.2
-    visible[-1, : keys // 4] = False
-    visible[:, keys // 2] = True
-    return visible
+    real = torch.rand(batch, keys, device=device) > 0.2
+    real[-1, : keys // 4] = False
+    real[:, keys // 2] = True
+    return real
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def check(*args) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_matches_reference(mask, prefix, queries, keys, dtype, padded, device):
     q, k, v = inputs(2, 2, queries, keys, 64, dtype, device)
-    visible = padding(2, keys, device) if padded else None
-    args = (q, k, v, mask, prefix, visible)
+    real = padding(2, keys, device) if padded else None
+    args = (q, k, v, mask, prefix, real)
     out = attention(*args)
     assert out.transpose(1, 2).is_contiguous()
     assert_as_accurate_as_eager(out, reference.attention, *args)
@@ -80,10 +80,10 @@ def test_matches_reference(mask, prefix, queries, keys, dtype, padded, device):
 @pytest.mark.parametrize("padded", [False, True])
 def test_triton_interpreted(mask, dtype, padded, triton_small_tiles):
     """A prefix that ends inside a block, and rows that see nothing but are not alone in a tile."""
-    visible = padding(2, 45) if padded else None
+    real = padding(2, 45) if padded else None
     if padded:
-        visible[-1, 19:22] = False  # text that is padded on the left: in `block` it sees nothing
-    check(*inputs(2, 2, 45, 45, 24, dtype), mask, 19, visible)
+        real[-1, 19:22] = False  # text that is padded on the left: in `block` it sees nothing
+    check(*inputs(2, 2, 45, 45, 24, dtype), mask, 19, real)
 
 
 @interpreted
@@ -113,12 +113,12 @@ def test_a_row_that_sees_nothing_is_the_mean_of_all_values(backend, mask):
     if backend not in kernels.backends("attention")["CPU"]:
         pytest.skip("triton is not interpreted here")
     q, k, v = inputs(2, 1, 20, 20, 16)
-    visible = torch.ones(2, 20, dtype=torch.bool)
-    visible[1, :7] = False  # left padding: in a causal mask its own rows see nothing
+    real = torch.ones(2, 20, dtype=torch.bool)
+    real[1, :7] = False  # left padding: in a causal mask its own rows see nothing
     if mask == "full":
-        visible[1] = False
+        real[1] = False
     with kernels.prefer("attention", backend):
-        args = (q, k, v, mask, 0, visible)
+        args = (q, k, v, mask, 0, real)
         out = attention(*args)
         mean = v[1].mean(1, keepdim=True)
         torch.testing.assert_close(out[1, :, :7], mean.expand(-1, 7, -1))
@@ -172,12 +172,12 @@ def test_nan_stays_in_its_row(dtype, device):
 def test_hidden_keys_may_be_outliers(device):
     """Their scores reach neither the maximum nor the sum."""
     q, k, v = (x.detach() for x in inputs(1, 2, 30, 30, 32, torch.float16, device))
-    visible = torch.ones(1, 30, dtype=torch.bool, device=device)
-    visible[:, 12:17] = False
-    before = attention(q, k, v, "full", 0, visible)
+    real = torch.ones(1, 30, dtype=torch.bool, device=device)
+    real[:, 12:17] = False
+    before = attention(q, k, v, "full", 0, real)
     k[:, :, 12:17] *= 1000
     v[:, :, 12:17] = 60000
-    torch.testing.assert_close(attention(q, k, v, "full", 0, visible), before, rtol=0, atol=0)
+    torch.testing.assert_close(attention(q, k, v, "full", 0, real), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -226,12 +226,12 @@ def test_empty(shape, backend):
 @pytest.mark.parametrize("padded", [False, True])
 def test_is_a_wellformed_operator(padded, device):
     args = inputs(2, 2, 9, 12, 16, device=device)
-    rest = ("causal", 0, padding(2, 12, device) if padded else None, 0.25)
+    rest = ("causal", 0, padding(2, 12, device) if padded else None, 0.25, False)
     operator = torch.ops.internvl.attention.default
     library.opcheck(operator, (*args, *rest, True))
     # The gradient of 16-bit inputs: opcheck cannot see through torch.func, which float32 needs.
     args = [x.detach().bfloat16() for x in inputs(2, 2, 9, 9, 16, device=device)]
-    rest = ("causal", 0, None, 0.25)
+    rest = ("causal", 0, None, 0.25, False)
     out = operator(*args, *rest, True)
     gradient = torch.ops.internvl.attention_backward.default
     saved = (torch.randn_like(out[0]), *args, *out, *rest)
@@ -258,12 +258,12 @@ def test_rejects_what_does_not_fit():
         attention(q, k, v, "causal")
     with pytest.raises(ValueError, match="mask must be one of"):
         attention(q, k, v, "sliding")
-    with pytest.raises(ValueError, match=r"k and v \(B, H, T, D\)"):
+    with pytest.raises(ValueError, match=r"k and v \(B, Hk, T, D\)"):
         attention(q, k, v[:, :, 1:])
     with pytest.raises(ValueError, match="one dtype"):
         attention(q, k.half(), v)
     with pytest.raises(ValueError, match=r"bool of shape \(2, 7\)"):
-        attention(q, k, v, visible=torch.ones(2, 9, dtype=torch.bool))
+        attention(q, k, v, key_padding_mask=torch.ones(2, 9, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_the_flash_attn_package_is_called_as_it_is_documented(name, wants_lse, m
         heads = [x.transpose(1, 2) for x in (q, k, v)]
         mask = "causal" if causal else "full"
         out = reference.attention(*heads, mask, scale=softmax_scale)
-        seen = reference.attention_mask(mask, q.shape[1], k.shape[1], 0, None)
+        seen = reference.attention_mask(mask, q.shape[1], k.shape[1], 0, None, "cpu")
         lse = _attention.log_sum_exp(heads[0], heads[1], seen, softmax_scale)
         return out.transpose(1, 2), lse.float(), None
 
@@ -296,7 +296,7 @@ def test_the_flash_attn_package_is_called_as_it_is_documented(name, wants_lse, m
     for causal in (False, True):
         out, lse = _attention.flash_attn(q, k, v, causal, 0.25)
         expected, expected_lse = torch.ops.internvl.attention(
-            q, k, v, "causal" if causal else "full", 0, None, 0.25, True
+            q, k, v, "causal" if causal else "full", 0, None, 0.25, False, True
         )
         torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)

@@ -22,18 +22,18 @@ def inputs(batch, heads, slots, dim, dtype=torch.float32, device="cpu", ragged=T
     return q, *storage.to(dtype)[1], lengths.to(device)
 
 
-def check(q, k, v, lengths, visible=None) -> None:
+def check(q, k, v, lengths, real=None) -> None:
     """The reference multiplies what lies behind a length by 0, so it gets zeros there."""
-    out = decode_attention(q, k, v, lengths, visible)
+    out = decode_attention(q, k, v, lengths, real)
     assert_written(out)
-    clean = (q, k.nan_to_num(0.0), v.nan_to_num(0.0), lengths, visible)
+    clean = (q, k.nan_to_num(0.0), v.nan_to_num(0.0), lengths, real)
     assert_as_accurate_as_eager(out, reference.decode_attention, *clean)
 
 
 def holes(batch, slots, device="cpu"):
-    visible = torch.rand(batch, slots, device=device) > 0.4
-    visible[:, 0] = True
-    return visible
+    real = torch.rand(batch, slots, device=device) > 0.4
+    real[:, 0] = True
+    return real
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -64,7 +64,6 @@ CASES = {
     "swiglu": lambda: floats((256, 82)),
     "linear": lambda: (*floats((256, 41), (82, 41), (82,)), "swiglu"),
     "attention": lambda: (*heads(64, 64, 64), "causal"),
-    "cross_attention": lambda: heads(64, 64, 64),
     "qk_norm_attention": lambda: (*floats((1, 50, 3, 2, 24), (48,), (48,)), EPS),
 }
 

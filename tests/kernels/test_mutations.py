@@ -112,22 +112,23 @@ def heads(*sizes: int) -> list[torch.Tensor]:
 
 def attention_inputs():
     """Left padding: text after the prefix of 19 sees nothing of it, and its first rows nothing."""
-    visible = torch.rand(1, 45) > 0.2
-    visible[:, 19:23] = False
-    return (*heads(45, 45, 45), "block", 19, visible)
+    real = torch.rand(1, 45) > 0.2
+    real[:, 19:23] = False
+    return (*heads(45, 45, 45), "block", 19, real)
 
 
 def check_attention(module):
     args = attention_inputs()
-    out, _ = module.attention_triton(*args, 24**-0.5, True, TILES)
+    out, _ = module.attention_triton(*args, 24**-0.5, False, True, TILES)
     assert_as_accurate_as_eager(out, reference.attention, *args, slack=SLACK)
 
 
 def check_attention_backward(module):
     q, k, v, *mask = attention_inputs()
-    out, lse = module.attention_triton(q, k, v, *mask, 24**-0.5, True, TILES)
+    mask = (*mask, 24**-0.5, False)
+    out, lse = module.attention_triton(q, k, v, *mask, True, TILES)
     args = (torch.randn_like(out), q, k, v)
-    actual = module.attention_backward_triton(*args, out, lse, *mask, 24**-0.5, (TILES, TILES))
+    actual = module.attention_backward_triton(*args, out, lse, *mask, (TILES, TILES))
 
     def attend(q, k, v):
         return reference.attention(q, k, v, *mask)
@@ -135,10 +136,35 @@ def check_attention_backward(module):
     assert_as_accurate_as_eager(actual, _autograd.gradient(attend, (0, 1, 2)), *args, slack=SLACK)
 
 
-def check_cross_attention(module):
+def shared_heads():
+    """Two rows an image and two heads a key head; some keys for each of the masked rows."""
+    q = torch.randn(2, 4, 13, 24)
+    return q, *(torch.randn(1, 2, 45, 24) for _ in range(2)), "causal", 0, None
+
+
+def check_shared_keys(module):
+    args = shared_heads()
+    out, _ = module.attention_triton(*args, 24**-0.5, False, False, TILES)
+    assert_as_accurate_as_eager(out, reference.attention, *args, slack=SLACK)
+
+
+def check_shared_keys_backward(module):
+    q, k, v, *mask = shared_heads()
+    mask = (*mask, 24**-0.5, False)
+    out, lse = module.attention_triton(q, k, v, *mask, True, TILES)
+    args = (torch.randn_like(out), q, k, v)
+    actual = module.attention_backward_triton(*args, out, lse, *mask, (TILES, TILES))
+
+    def attend(q, k, v):
+        return reference.attention(q, k, v, "causal")
+
+    assert_as_accurate_as_eager(actual, _autograd.gradient(attend, (0, 1, 2)), *args, slack=SLACK)
+
+
+def check_split_keys(module):
     args = heads(20, 77, 77)
-    out, _ = module.cross_attention_triton(*args, False, 24**-0.5, False, TILES)
-    assert_as_accurate_as_eager(out, reference.cross_attention, *args, slack=SLACK)
+    out, _ = module.attention_triton(*args, "full", 0, None, 24**-0.5, False, False, TILES)
+    assert_as_accurate_as_eager(out, reference.attention, *args, slack=SLACK)
 
 
 def check_decode_attention(module):
@@ -177,7 +203,7 @@ def check_pooling_attention(module):
 MASK = "(rows < num_rows) & (cols < C)\n    start"
 GATE = "start + F + cols, mask=mask, other=0.0).to(tl.float32)\n    y"
 ROUNDED = "(x * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)"
-NOTHING_SEEN = "tl.min(tl.where(empty, rows, S), axis=0)"
+NOTHING_SEEN = "tl.min(tl.where(empty, positions, S), axis=0)"
 ALIKE = 'tl.where((lse == float("-inf"))[None, :], alike, p)'
 UP_TO = "tl.minimum(prefix, T), position + 1)"
 ONE = "tl.full([BLOCK_M], 1.0"
@@ -215,6 +241,8 @@ MUTATIONS = {
     "_attention_core": [
         (check_attention, "total = total * shrink + tl.sum", "total = total + tl.sum"),
         (check_attention, "2.402264791363012e-1", "2.41e-1"),
+        (check_shared_keys, "key_head * GROUP + block % GROUP", "key_head * GROUP"),
+        (check_shared_keys, "block // GROUP * repeat_step", "block * repeat_step"),
     ],
     "_attention_masks": [
         (check_attention, UP_TO, UP_TO.replace(" + 1", "")),
@@ -224,13 +252,14 @@ MUTATIONS = {
         (check_attention_backward, 'tl.where(empty, float("-inf"), largest)', "largest"),
     ],
     "_attention_backward": [
-        (check_attention_backward, "tl.max(tl.where(empty, rows + 1, 0), axis=0)", "high"),
+        (check_attention_backward, "tl.max(tl.where(empty, positions + 1, 0), axis=0)", "high"),
         (check_attention_backward, NOTHING_SEEN, "low"),
         (check_attention_backward, ALIKE, "p"),
+        (check_shared_keys_backward, "range(0, M, block)", "range(0, block, block)"),
     ],
     "_attention_combine": [
-        (check_cross_attention, ".to(tl.float32) * LOG2E)", ".to(tl.float32))"),
-        (check_cross_attention, "mask=part < parts, other", "mask=part < parts - 1, other"),
+        (check_split_keys, ".to(tl.float32) * LOG2E)", ".to(tl.float32))"),
+        (check_split_keys, "mask=part < parts, other", "mask=part < parts - 1, other"),
     ],
     "decode_attention": [
         (check_decode_attention, "seen = keys < end", "seen = keys <= end"),
@@ -253,7 +282,8 @@ CASES = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation
 
 
 def operator_of(check) -> str:
-    return check.__name__.removeprefix("check_").removesuffix("_backward")
+    name = check.__name__.removeprefix("check_").removesuffix("_backward")
+    return "attention" if name in ("shared_keys", "split_keys") else name
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(check for _, check, _, _ in CASES))

@@ -1,17 +1,14 @@
-"""What layers leave for each other is right or is not taken: modes, changes in place, threads."""
+"""The loops that carry norms from layer to layer: who looks in between gets the eager loop."""
 
 import copy
-import pickle
 import sys
 import threading
 
 import pytest
 import torch
-from torch import nn
 
 from internvl_engine import accelerate, kernels
 from internvl_engine.fused import FusedVisionLayer
-from internvl_engine.fused.sharing import Handoff, Shared, counted
 
 from models import VISION, model, pixels
 
@@ -21,58 +18,6 @@ MODES = [torch.no_grad, torch.inference_mode]
 
 def near(actual, expected):
     assert (actual - expected).norm() <= 1e-5 * expected.norm()
-
-
-@torch.no_grad()
-def test_what_layers_share_is_computed_once_a_pass_and_forgotten():
-    shared, x, made = Shared(), torch.randn(2, 5), []
-
-    def read(reader, x):
-        return shared.get(x, lambda: made.append(reader) or len(made), reader)
-
-    assert [read(name, x) for name in "abc"] == [1, 1, 1] and made == ["a"]
-    assert [read(name, x) for name in "bac"] == [2, 2, 2]  # the next pass
-    x.mul_(2)
-    assert read("d", x) == 3  # another tensor by now
-    assert read("e", x.clone()) == 4
-    assert read("f", x) == 5
-    with torch.enable_grad():
-        assert read("g", x) == 6
-    assert copy.deepcopy(shared)._known is None
-    read("h", x)
-    del x
-    assert shared._known is None
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_what_counts_no_changes_is_not_shared(mode):
-    shared, made = Shared(), []
-    with mode():
-        for x, once in ((torch.randn(2), mode is torch.no_grad), (counted(torch.randn, 2), True)):
-            made.clear()
-            for reader in "abc":
-                shared.get(x, lambda: made.append(1), reader)
-            assert len(made) == (1 if once else 3)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_handoff_serves_only_the_same_unchanged_tensor(mode):
-    handoff = Handoff(nn.Identity())
-    with mode():
-        hidden, normed = counted(torch.zeros, 2), torch.ones(2)
-        handoff.put(hidden, normed)
-        assert handoff.take(hidden) is normed and handoff.take(hidden) is None
-        handoff.put(hidden, normed)
-        assert handoff.take(hidden.clone()) is None
-        handoff.put(hidden, normed)
-        hidden[0].add_(1)
-        assert handoff.take(hidden) is None
-        handoff.put(hidden, normed)
-    with torch.enable_grad():
-        assert not handoff.is_open and handoff.take(hidden) is None
-    handoff.put(hidden, normed)
-    for copied in (copy.deepcopy(handoff), pickle.loads(pickle.dumps(handoff))):
-        assert copied._left is None
 
 
 # (what is computed, the module that gives its states to the next, which output, their width)
@@ -122,24 +67,46 @@ def test_who_calls_the_layers_himself_may_change_their_states(mode):
     near(*found)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_norms_are_handed_on_where_nobody_looks(mode, monkeypatch):
-    built, alone = model(vision_config=VISION | {"num_hidden_layers": 4}), []
-    normalize = kernels.rms_norm
-    accelerate(built)
+@pytest.fixture
+def norms(monkeypatch):
+    """The widths of the norms that are computed by themselves."""
+    alone, normalize = [], kernels.rms_norm
     monkeypatch.setattr(
         kernels, "rms_norm", lambda x, *rest: alone.append(x.shape[-1]) or normalize(x, *rest)
     )
+    return alone
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_norms_are_carried_where_nobody_looks(mode, norms):
+    built = model(vision_config=VISION | {"num_hidden_layers": 4})
+    accelerate(built)
     with mode():
-        states = built.vision_model(pixels(2)).last_hidden_state
-        assert alone == [48]  # the first layer's
-        alone.clear()
+        built.vision_model(pixels(2))
+        assert norms == [48]  # the first layer's
+        norms.clear()
         built.encode_text(IDS)
-        assert alone == [64]  # the last norm is the last layer's
-        built.get_image_features(pixels(2))
-    assert alone.count(48) == 1 + 1  # the image's, once for all layers that read it
-    assert not states.is_inference()
+        assert norms == [64]
     assert isinstance(built.vision_model.encoder.layers[0], FusedVisionLayer)
+
+
+WATCHED = {
+    "hidden states": lambda m: m.vision_model(pixels(2), output_hidden_states=True),
+    "gradients": lambda m: torch.enable_grad()(m.vision_model)(pixels(2)),
+    "a hook": lambda m: (
+        m.vision_model.encoder.layers[0].register_forward_hook(lambda *_: None)
+        and m.vision_model(pixels(2))
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WATCHED)
+@torch.no_grad()
+def test_whoever_looks_gets_every_layer_by_itself(how, norms):
+    built = model(vision_config=VISION | {"num_hidden_layers": 4})
+    accelerate(built)
+    WATCHED[how](built)
+    assert norms == [48] * 4
 
 
 @pytest.mark.parametrize("mode", MODES)

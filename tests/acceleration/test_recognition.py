@@ -3,11 +3,11 @@
 import copy
 from functools import wraps
 
-import published_code
 import pytest
 import torch
 import torch.nn.functional as F
 from foreign_decoders import published
+from published_model import modeling_intern_vit, modeling_internvl
 from torch import nn
 
 from internvl_engine import accelerate
@@ -42,7 +42,7 @@ class Clamped(MLP):  # as DeepseekV4MLP: only large activations show it
 class Normed(MLP):  # as BitNetMLP
     def __init__(self):
         super().__init__()
-        self.ffn_sub_norm = published_code.InternRMSNorm(96)
+        self.ffn_sub_norm = modeling_intern_vit.InternRMSNorm(96)
 
     def forward(self, x):
         return self.down_proj(self.ffn_sub_norm(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
@@ -107,7 +107,7 @@ def test_what_computes_something_else_is_kept(kind):
     assert LOOK_ALIKES[kind] in report.kept["one"]
     assert type(built["one"]) is kind
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="cannot be replaced; one: "):
+    with pytest.raises(ValueError, match="cannot be fused; one: "):
         accelerate(built, strict=True)
 
 
@@ -122,9 +122,8 @@ def test_what_computes_the_same_is_fused_and_left_untouched_by_the_trial(mode):
     accelerate(built, mode, strict=True)
     assert all(isinstance(each, FusedLlamaMLP) for each in built.values())
     assert not calls and all(each.training is (mode == "training") for each in built.modules())
-    if mode == "training":
-        assert all(built.get_parameter(key) is p for key, (p, _) in weights.items())
-        assert all(torch.equal(p, value) for p, value in weights.values())
+    assert all(built.get_parameter(key) is p for key, (p, _) in weights.items())
+    assert all(torch.equal(p.detach() * 1, value) for p, value in weights.values())
     torch.testing.assert_close([each(x) for each in built.values()], expected)
     assert calls
 
@@ -160,14 +159,15 @@ def test_dropout_is_drawn_in_training_and_costs_nothing_in_evaluation():
             torch.manual_seed(0)
             outputs.append(one.train(mode)["one"](x))
         torch.testing.assert_close(*outputs)
-        assert fused["one"].stays_eager is mode
 
 
 def halved(cls):
     return type(cls.__name__, (cls,), {"forward": lambda self, x: cls.forward(self, x.flip(1)) / 2})
 
 
-@pytest.mark.parametrize("build", [model, lambda: published_code.InternVLModel(decoder().config)])
+@pytest.mark.parametrize(
+    "build", [model, lambda: modeling_internvl.InternVLModel(decoder().config)]
+)
 @torch.no_grad()
 def test_layers_with_another_attention_inside_are_kept(build):
     built, x = build().eval(), torch.randn(2, 17, 48)
@@ -253,9 +253,8 @@ def test_wrappers_are_not_taken_for_the_layer(how):
         layers[index] = WRAPPERS[how](layer)
     expected = built.encode_image(x)
     report = accelerate(built)
-    inside = [name for name in report.replaced if "vision_model" in name]
-    assert len(inside) == (0 if how == "compiled" else 2)
-    assert how != "compiled" or "not the forward of OptimizedModule" in str(report)
+    inside = [name for name in report.replaced if "vision_model.encoder.layers" in name]
+    assert len(inside) == 2
     assert not isinstance(layers[0], FusedVisionLayer)
     torch.testing.assert_close(built.encode_image(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -276,7 +275,7 @@ def test_a_layer_in_several_places_is_fused_in_all():
     report = accelerate(whole, strict=True)
     assert whole["first"] is layers[0] is layers[1] and isinstance(layers[0], FusedVisionLayer)
     names = ["first", *(f"model.vision_model.encoder.layers.{index}" for index in range(2))]
-    assert set(names) <= set(report.replaced) and len(inner.replaced) == 8
+    assert set(names) <= set(report.replaced) and len(inner.replaced) == 10
     torch.testing.assert_close(built.encode_image(x), expected, rtol=1e-4, atol=1e-5)
     report.undo()
     inner.undo()
@@ -290,6 +289,6 @@ def test_a_fused_layer_is_of_both_classes():
     accelerate(built)
     first, second = built.vision_model.encoder.layers
     assert isinstance(first, eager) and isinstance(first, FusedVisionLayer)
-    assert type(first) is type(second) and type(first).__name__ == "FusedVisionLayer"
+    assert type(first) is type(second) and type(first).__name__ == eager.__name__
     assert type(copy.deepcopy(first)) is type(first)
     assert isinstance(first.attn, InternAttention)

@@ -1,15 +1,18 @@
 """QLLaMA named, shaped and called as the published remote code's, written from its description.
 
 Additive masks, pairs of tensors for a cache, a rotary table in every attention. Sizes that are
-literals there (96 queries, 3200 of the image) come from the configuration, so that it can be small.
-No class of internvl_engine is used.
+literals there (96 queries, 3200 of the image) come from the configuration, so that it can be small,
+and so does `norm_class`: what stands for LlamaRMSNorm (apex.py).
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
 
 
 @dataclass
@@ -17,6 +20,7 @@ class Output:
     last_hidden_state: torch.Tensor
     past_key_values: tuple | None
     attentions: tuple | None
+    hidden_states: tuple | None
     logits: torch.Tensor | None = None
 
 
@@ -30,6 +34,11 @@ class LlamaRMSNorm(nn.Module):
         variance = hidden_states.to(torch.float32).pow(2).mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
         return self.weight * hidden_states.to(self.weight.dtype)
+
+
+def norm_of(config, width=None):
+    cls = getattr(config, "norm_class", LlamaRMSNorm)
+    return cls(width or config.hidden_size, eps=config.rms_norm_eps)
 
 
 class LlamaRotaryEmbedding(nn.Module):
@@ -71,6 +80,8 @@ def apply_rotary_pos_emb(q, k, cos, sin, position_ids):
 def attend(q, k, v, attention_mask):
     weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
     if attention_mask is not None:
+        if attention_mask.shape != (len(q), 1, *weights.shape[2:]):
+            raise ValueError(f"Attention mask should be of size {weights.shape}")
         lowest = torch.tensor(torch.finfo(weights.dtype).min)
         weights = torch.max(weights + attention_mask, lowest)
     weights = weights.softmax(-1, dtype=torch.float32).to(q.dtype)
@@ -78,12 +89,12 @@ def attend(q, k, v, attention_mask):
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, hidden_size, intermediate_size):
+    def __init__(self, hidden_size, intermediate_size, hidden_act):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.act_fn = nn.SiLU()
+        self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -92,7 +103,8 @@ class LlamaMLP(nn.Module):
 class LlamaAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width = config.hidden_size
+        self.config = config
+        width = self.hidden_size = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.head_dim = width // self.num_heads
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -126,15 +138,17 @@ class LlamaAttention(nn.Module):
 class LlamaCrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width, vision = config.hidden_size, config.vision_hidden_size
+        self.config = config
+        width = self.hidden_size = config.hidden_size
+        vision = self.vision_hidden_size = config.vision_hidden_size
         self.num_heads = config.num_attention_heads
         self.head_dim = width // self.num_heads
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.norm1 = LlamaRMSNorm(width, config.rms_norm_eps)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.norm1 = norm_of(config)
         self.k_proj = nn.Linear(vision, width, bias=False)
         self.v_proj = nn.Linear(vision, width, bias=False)
-        self.norm2 = LlamaRMSNorm(vision, config.rms_norm_eps)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.norm2 = norm_of(config, vision)
 
     def forward(
         self,
@@ -142,7 +156,6 @@ class LlamaCrossAttention(nn.Module):
         vision_hidden_states,
         repeat_time=1,
         attention_mask=None,
-        position_ids=None,
         past_key_value=None,
         output_attentions=False,
         use_cache=False,
@@ -168,12 +181,12 @@ class LlamaCrossAttention(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     def __init__(self, config, use_cross_attn):
         super().__init__()
+        self.hidden_size = config.hidden_size
         self.num_query_token = config.num_query_token
         self.self_attn = LlamaAttention(config)
         self.cross_attn = LlamaCrossAttention(config) if use_cross_attn else None
-        self.mlp = LlamaMLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.input_layernorm, self.post_attention_layernorm = norm_of(config), norm_of(config)
 
     def forward(
         self,
@@ -210,7 +223,10 @@ class LlamaDecoderLayer(nn.Module):
             read = hidden_states[:, :queries] + read
             hidden_states = torch.cat((read, hidden_states[:, queries:]), dim=1)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, weights, present
+        outputs = (hidden_states,)
+        if output_attentions:
+            outputs += (weights,)
+        return outputs + ((present,) if use_cache else ())
 
 
 class LlamaModel(nn.Module):
@@ -222,7 +238,8 @@ class LlamaModel(nn.Module):
             LlamaDecoderLayer(config, index % config.cross_attention_frequency == 0)
             for index in range(config.num_hidden_layers)
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm_of(config)
+        self.gradient_checkpointing = False
 
     def mask(self, seen, queries, dtype, use_zero_attention_mask):
         """Padding (B, T) and causality, summed; then the block of the query tokens opened."""
@@ -237,43 +254,80 @@ class LlamaModel(nn.Module):
     def forward(
         self,
         input_ids=None,
-        inputs_embeds=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        inputs_embeds=None,
         vision_hidden_states=None,
+        repeat_time=1,
         use_cache=False,
         output_attentions=False,
+        output_hidden_states=False,
         use_zero_attention_mask=False,
-        repeat_time=1,
     ):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens = hidden.shape[:2]
         past = past_key_values[0][0].shape[2] if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(past, past + tokens)[None]
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + tokens)
         is_prefill = use_zero_attention_mask and past == 0
-        mask = self.mask(attention_mask, tokens, hidden.dtype, is_prefill)
-        presents, attentions = [], []
+        return self.forward_train(
+            attention_mask=self.mask(attention_mask, tokens, hidden.dtype, is_prefill),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=hidden,
+            vision_hidden_states=vision_hidden_states,
+            repeat_time=repeat_time,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+
+    def forward_train(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        vision_hidden_states=None,
+        repeat_time=1,
+        use_cache=False,
+        output_attentions=False,
+        output_hidden_states=False,
+    ):
+        """The loop, with the mask (B, 1, S, T) as it is given; may recompute its layers."""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past = past_key_values[0][0].shape[2] if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + hidden.shape[1])[None]
+        options = {"output_attentions": output_attentions, "use_cache": use_cache}
+        presents, attentions, states = (), (), ()
         for index, layer in enumerate(self.layers):
-            hidden, weights, present = layer(
-                hidden,
-                vision_hidden_states,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_value=past_key_values[index] if past_key_values is not None else None,
-                output_attentions=output_attentions,
-                use_cache=use_cache,
-                repeat_time=repeat_time,
-            )
-            presents.append(present)
-            attentions.append(weights)
+            states += (hidden,)
+            inputs = (hidden, vision_hidden_states, attention_mask, position_ids)
+            if self.gradient_checkpointing and self.training:
+                layer = partial(checkpoint, layer, use_reentrant=False)
+                outputs = layer(*inputs, None, output_attentions, None, repeat_time)
+            else:
+                outputs = layer(
+                    hidden,
+                    vision_hidden_states,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_value=past_key_values[index] if past_key_values is not None else None,
+                    repeat_time=repeat_time,
+                    **options,
+                )
+            hidden = outputs[0]
+            presents += outputs[-1:]
+            attentions += outputs[1:2]
+        hidden = self.norm(hidden)
         return Output(
-            last_hidden_state=self.norm(hidden),
-            past_key_values=tuple(presents) if use_cache else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            last_hidden_state=hidden,
+            past_key_values=presents if use_cache else None,
+            attentions=attentions if output_attentions else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
         )
 
 

@@ -6,13 +6,13 @@ import pickle
 
 import pytest
 import torch
+from tensor_bytes import tensor_bytes
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
-from weights import weight_bytes
 
 from internvl_engine import accelerate, kernels
-from internvl_engine.fused.packed import PackedLinear, Rows
+from internvl_engine.weights import WeightTensor
 
 from models import decoder, model, pixels
 
@@ -47,11 +47,11 @@ def assert_like_its_state(built, x):
 
 
 def num_packed(built):
-    return sum(type(m) is PackedLinear for m in built.modules())
+    return sum(isinstance(p, WeightTensor) for p in built.parameters())
 
 
 def packs(dtype):
-    return kernels.can_pack(torch.empty(64, 64, dtype=dtype))
+    return kernels.layout_of(torch.empty(64, 64, dtype=dtype)) is not None
 
 
 def new(parameter):
@@ -141,7 +141,7 @@ def test_compiled_code_sees_new_weights(built):
     k_proj.weight = new(k_proj.weight)
     check()
     mlp = built.model.layers[1].mlp
-    mlp.down_proj.weight.mul_(2)  # unpacks it, and nothing is packed in compiled code
+    mlp.down_proj.weight.mul_(2)
     check()
 
 
@@ -159,10 +159,11 @@ def test_compiled_layers_run_in_one_graph_after_a_load_and_with_one_new_weight(b
     packed, other = num_packed(tower), model().to(built.dtype).vision_model
     tower.load_state_dict(other.state_dict())
     assert num_packed(tower) == packed
-    for change in (lambda: None, lambda: tower.encoder.layers[0].mlp.fc1.weight):
-        change()
+    for _ in range(2):
         expected = other(x).last_hidden_state
         assert (compiled(x).last_hidden_state - expected).norm() <= 1e-5 * expected.norm()
+        for one in (tower, other):
+            one.encoder.layers[0].mlp.fc1.weight.mul_(2)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -183,16 +184,16 @@ def test_tied_weights_stay_tied(built, x, when):
     assert head.weight is fc1.weight is layers[1].mlp.fc1.weight
 
 
-def test_parameters_that_somebody_holds_keep_their_values(built, x):
-    held = dict(built.named_parameters())
+def test_parameters_that_somebody_holds_are_those_of_the_model(built, x):
+    held, values = dict(built.named_parameters()), copy.deepcopy(built.state_dict())
     report = accelerate(built)
-    run(built, x)
-    assert num_packed(built) == 0
-    assert all(torch.equal(held[name], t) for name, t in built.state_dict().items())
-    del held
-    run(built, x)
     assert bool(num_packed(built)) == packs(built.dtype)
-    report.undo()
+    run(built, x)
+    for when in ("fused", "undone"):
+        assert all(held[name] is p for name, p in built.named_parameters()), when
+        assert all(torch.equal(p.detach().clone() * 1, values[n]) for n, p in held.items()), when
+        report.undo()
+    assert all(type(p) is nn.Parameter for p in built.parameters())
 
 
 def test_functional_call_computes_with_the_weights_it_is_given(built, x):
@@ -203,7 +204,8 @@ def test_functional_call_computes_with_the_weights_it_is_given(built, x):
     state = {name: t.clone() for name, t in other.state_dict().items()}
     for weights in (state, {name: nn.Parameter(t) for name, t in state.items()}):
         for given in (weights, {n: t for n, t in weights.items() if "fc1" in n or "layers.1" in n}):
-            eager = copy.deepcopy(tower.cpu())
+            eager = model().to(built.dtype).vision_model
+            eager.load_state_dict(tower.state_dict())
             expected = functional_call(eager, given, (x,)).last_hidden_state
             found = functional_call(tower, given, (x,)).last_hidden_state
             assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -253,24 +255,29 @@ def test_an_optimizer_trains_what_is_evaluated_in_between(built, x):
         assert_like_its_state(built, x)
 
 
-def test_packed_weights_are_in_the_state_and_not_among_the_parameters():
-    built = model()
-    if not packs(built.dtype):
-        pytest.skip("this CPU has no packed layout for float32")
-    names, count = set(built.state_dict()), built.num_parameters()
+def test_every_weight_is_among_the_parameters(built):
+    names, count = list(dict(built.named_parameters())), built.num_parameters()
     accelerate(built)
-    packed = {f"{name}.weight" for name, m in built.named_modules() if type(m) is PackedLinear}
-    assert len(packed) == 2 * 4 + 3 * 7 + 2 * 4
-    assert (
-        set(dict(built.named_parameters())) == names - packed and set(built.state_dict()) == names
-    )
-    assert built.num_parameters() < count / 2
+    assert list(dict(built.named_parameters())) == names and built.num_parameters() == count
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in built.parameters())
     built.requires_grad_(False)
-    fc1 = built.get_submodule(FC1)
-    assert not fc1.bias.requires_grad and fc1.weight.requires_grad  # it was not reached
-    built.train().requires_grad_(False)
-    assert built.num_parameters() == count
-    assert not any(p.requires_grad for p in built.parameters())
+    assert not any(p.requires_grad for p in built.train().parameters())
+    assert not any(p.requires_grad for p in built.eval().parameters())
+
+
+@pytest.mark.parametrize("how", ["state_dict", "train", "undo"])
+def test_no_two_weights_share_memory(built, how):
+    report = accelerate(built)
+    if how == "train":
+        built.train()
+    elif how == "undo":
+        report.undo()
+    tensors = built.state_dict() if how == "state_dict" else dict(built.named_parameters())
+    assert all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors.values())
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    sizes = zip(storages, tensors.values(), strict=True)
+    assert all(storage.nbytes() == tensor.nbytes for storage, tensor in sizes)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
@@ -290,19 +297,6 @@ def test_copies_have_the_weights_once_and_of_their_own(built, x, way):
         built.get_submodule(FC1).weight.zero_()
     assert (run(copied, x) - expected).norm() <= 1e-6 * expected.norm()
     assert num_packed(copied) == packed
-    assert weight_bytes(copied) <= 1.1 * weight_bytes(built)
-
-
-def test_a_copy_takes_no_second_dense_weight(monkeypatch):
-    built, unpacked = model(), []
-    accelerate(built)
-
-    def dense(rows):
-        unpacked.append(read(rows))
-        return unpacked[-1]
-
-    read = Rows.dense
-    monkeypatch.setattr(Rows, "dense", dense)
-    places = {p.data_ptr() for p in copy.deepcopy(built).parameters()}
-    assert len(unpacked) == num_packed(built)
-    assert {tensor.data_ptr() for tensor in unpacked} <= places
+    before, weights = tensor_bytes(), sum(p.nbytes for p in built.parameters())
+    del copied
+    assert before - tensor_bytes() <= 1.1 * weights

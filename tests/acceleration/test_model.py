@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
+from tensor_bytes import tensor_bytes
 from torch import nn
-from weights import weight_bytes
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.configuration import InternVLConfig
@@ -56,8 +56,8 @@ def x(dtype):
 def test_everything_known_is_replaced_and_the_numbers_stay(built, x, dtype):
     expected = outputs(built, x)
     report = accelerate(built, strict=True)
-    assert len(report.replaced) == 2 + 3 + 2 + 1 and not report.kept
-    assert "8 modules fused for inference" in str(report)
+    assert len(report.replaced) == (2 + 1) + (3 + 1) + 2 + 1 and not report.kept
+    assert "10 modules fused for inference" in str(report)
     assert re.search(r"2 x InternVisionEncoderLayer -> FusedVisionLayer", str(report))
     assert_same(outputs(built, x), expected, dtype)
 
@@ -140,10 +140,12 @@ def test_every_weight_exists_once(dtype, mode):
     # Widths that fill the blocks of the packed layout, as the real ones do.
     wide = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
     built = model(vision_config=VISION | wide, qllama_config=QLLAMA | wide).to(dtype)
-    before = weight_bytes(built)
+    outputs(built, pixels(2).to(dtype))  # which makes the rotary tables
+    before = tensor_bytes()
+    weights = sum(parameter.nbytes for parameter in built.parameters())
     accelerate(built, mode)
     outputs(built, pixels(2).to(dtype))
-    assert weight_bytes(built) <= 1.01 * before
+    assert tensor_bytes() - before <= 0.01 * weights
 
 
 def test_hidden_states_and_attentions_are_still_there(built, x, dtype):
@@ -261,30 +263,23 @@ def test_generation_is_the_same(beams):
     assert torch.equal(built.generate(x, PROMPT, **arguments), expected)
 
 
-def test_constant_queries_are_computed_once_and_anew_when_they_change():
-    built, x = model(), pixels(2)
-    expected = outputs(built, x)
-    accelerate(built)
-    first = built.qllama.model.layers[0]
-    assert_same(outputs(built, x), expected)
-    kept = first.constants._known
-    with torch.inference_mode():
-        built.encode_image(pixels(5))
-    assert first.constants._known is kept is not None
-    eager = model()
-    eager.load_state_dict(built.state_dict())
-    for name in ("query_tokens", "qllama.model.layers.0.self_attn.v_proj.weight"):
-        with torch.no_grad():
-            for one in (built, eager):
-                owner, _, attribute = name.rpartition(".")
-                getattr(one.get_submodule(owner), attribute).mul_(1.5)
-        assert_same(outputs(built, x), outputs(eager, x))
+BF16_OUTPUTS = {
+    "text_bf16": lambda one, image, ids: one.get_text_features(ids, ids > 0),
+    "encode_image_G_bf16": lambda one, image, ids: one.get_image_features(image)[1],
+    "logits_C_bf16": lambda one, image, ids: one(image, ids, mode="InternVL-C")[0],
+}
 
 
-@pytest.mark.parametrize("case", ["text_bf16", "encode_image_G_bf16", "logits_C_bf16"])
+@pytest.mark.parametrize("case", BF16_OUTPUTS)
 @pytest.mark.golden
-def test_bf16_is_as_near_the_truth_as_the_published(case):
+def test_bf16_is_as_near_the_truth_as_eager(case):
+    """Eager bf16, which other tests compare with the published outputs, on 48 images and texts.
+
+    Over 12 inputs as few as the recorded ones the errors of logits had 0.4 to 2.5 times eager's
+    norm, whatever the kernels: a row of twelve values shares its roundings. Over 48 it is 0.8 to 1.
+    """
     golden = load_golden(case)
+    ids, image = torch.randint(3, 60, (48, 16)), torch.randn(48, 3, 28, 28).bfloat16()
 
     def run(dtype, fused=False):
         one = InternVL_G(InternVLConfig(**golden.config)).to(golden.dtype)
@@ -293,19 +288,11 @@ def test_bf16_is_as_near_the_truth_as_the_published(case):
         if fused:
             accelerate(one, strict=True)
         with torch.no_grad():
-            if case == "text_bf16":
-                ids = golden.inputs["text"]
-                return one.get_text_features(ids, ids > 0)
-            image = golden.inputs["image"].to(dtype)
-            if case == "logits_C_bf16":
-                return one(image, golden.inputs["text"], mode="InternVL-C")[0]
-            return one.get_image_features(image)[1]
+            return BF16_OUTPUTS[case](one, image.to(dtype), ids)
 
-    names = {"text_bf16": "text_features", "encode_image_G_bf16": "query_features"}
-    published = golden.outputs[names.get(case, "logits_per_image")]
-    truth = run(torch.float64)
+    truth, eager = run(torch.float64), run(torch.bfloat16)
     error = (run(torch.bfloat16, fused=True) - truth).norm()
-    assert error <= 1.25 * (published - truth).norm()
+    assert error <= 1.25 * (eager - truth).norm()
 
 
 def test_strict_changes_nothing_where_something_must_stay():
@@ -331,8 +318,17 @@ def test_what_hooks_move_is_left_alone():
     assert_same(outputs(built, x), expected)
 
 
-def test_wrong_modes_and_bare_layers_are_refused():
+def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="inference, training, got 'fast'"):
         accelerate(model(), "fast")
-    with pytest.raises(ValueError, match="InternVisionEncoderLayer"):
-        accelerate(model().vision_model.encoder.layers[0])
+
+
+def test_a_layer_alone_is_fused_and_undone():
+    layer, x = model().vision_model.encoder.layers[0], torch.randn(2, 17, 48)
+    with torch.no_grad():
+        expected = layer(x)
+        report = accelerate(layer)
+        assert report.replaced == [""] and isinstance(layer, FusedModule)
+        assert_same([layer(x)], [expected])
+        report.undo()
+        assert torch.equal(layer(x), expected)

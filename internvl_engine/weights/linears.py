@@ -1,0 +1,157 @@
+"""Linear submodules with the same input as one product, whatever their weights are."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from .. import kernels
+from .merged import Merged, merge
+from .tensor import WeightTensor, linear, make_plain
+
+Weights = list[Tensor]
+
+
+class Linears:
+    """One or several Linear submodules of a module.
+
+    Weights and biases are looked up at every call: what was replaced, wrapped (LoRA), quantized or
+    hooked since is called as the module it is, and a weight that was moved is computed by itself.
+    """
+
+    def __init__(self, owner: nn.Module, *names: str, tied: frozenset[int] = frozenset()) -> None:
+        """names: submodules of owner, in the order of their rows. tied: ids of parameters that
+        other modules use too, which stay as they are."""
+        self.owner = owner
+        self.names = names
+        self.tied = tied
+        self._weight: Merged | None = None
+        self._bias: Merged | None = None
+
+    def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
+        """residual + epilogue([linear(x), ...]): (..., C) to (..., F)."""
+        linears = self.linears()
+        if not all(map(is_plain_linear, linears)):
+            return self._finish([each(x) for each in linears], epilogue, residual)
+        weights, biases = [each.weight for each in linears], [each.bias for each in linears]
+        weight = _whole(self._weight, weights)
+        if weight is not None:
+            return linear(x, weight, _whole_bias(self._bias, biases, weights), epilogue, residual)
+        products = [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        return self._finish(products, epilogue, residual)
+
+    def linears(self) -> list[Any]:
+        """The modules as they are now."""
+        return [self.owner.get_submodule(name) for name in self.names]
+
+    def prepare(self) -> None:
+        """Packs the weights where the machine has a layout for them, else merges neighbours."""
+        linears = self.linears()
+        if not all(map(is_plain_linear, linears)):
+            return
+        weights, biases = [each.weight for each in linears], [each.bias for each in linears]
+        if any(id(each) in self.tied for each in weights):
+            return
+        packed = [isinstance(each, WeightTensor) for each in weights]
+        if not all(packed) and (self._weight is None or not self._weight.holds(weights)):
+            for weight in weights:
+                make_plain(weight)
+            self._weight = merge(weights)
+        if len(linears) > 1 and not any(bias is None for bias in biases):
+            if self._bias is None or not self._bias.holds(biases):
+                self._bias = merge(biases)
+
+    def restore(self) -> None:
+        """Makes every weight plain, in a storage of its own."""
+        for parameter in (p for module in self.linears() for p in module.parameters()):
+            make_plain(parameter)
+        for merged in (self._weight, self._bias):
+            if merged is not None:
+                merged.restore()
+        self._weight = self._bias = None
+
+    def called(self) -> list[str]:
+        """Linears that must be called as modules for what they or their weights are, and why."""
+        found = []
+        for name, module in zip(self.names, self.linears(), strict=True):
+            odd = module if type(module) is not nn.Linear else module.weight
+            if odd is module or not _is_plain(odd):
+                found.append(f"{name} is called, a {type(odd).__name__}")
+        return found
+
+    def shares(self, value: Tensor) -> bool:
+        """Whether a tensor lies in the storage of the merged weights or biases."""
+        return any(
+            merged is not None and merged.shares(value) for merged in (self._weight, self._bias)
+        )
+
+    def _finish(self, products: Weights, epilogue: str, residual: Tensor | None) -> Tensor:
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        return kernels.apply_epilogue(y, epilogue, residual)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copied parameters share no storage: the copy merges its own.
+        return {**self.__dict__, "_weight": None, "_bias": None}
+
+
+def _whole(merged: Merged | None, parts: Weights) -> Tensor | None:
+    """The one tensor of these rows; None where they are apart or each needs its own gradient."""
+    if len(parts) == 1:
+        return parts[0]
+    # Compiled code guards the objects that are compared: it would be compiled for every layer.
+    if merged is None or torch.compiler.is_compiling() or not merged.holds(parts):
+        return None
+    needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    return None if needs_gradient else merged.whole
+
+
+def _whole_bias(merged: Merged | None, biases: list[Any], weights: Weights) -> Tensor | None:
+    present = [bias for bias in biases if bias is not None]
+    if not present:
+        return None
+    whole = _whole(merged, biases) if len(present) == len(biases) else None
+    if whole is not None:
+        return whole
+    rows = zip(biases, weights, strict=True)
+    return torch.cat([present[0].new_zeros(w.shape[0]) if b is None else b for b, w in rows])
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether a module is a Linear whose product may be computed without calling it."""
+    return type(module) is nn.Linear and _is_plain(module.weight) and not is_hooked(module)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor or in one of our forms, and nobody else's subclass."""
+    return type(weight) in (nn.Parameter, Tensor) or isinstance(weight, WeightTensor)
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether somebody wants to see, or to change, what goes through a module."""
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if others or has_own_forward(module) or nn_module._has_any_global_hook():
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and not all(map(_is_idle, hooks.values()))
+
+
+def has_own_forward(module: Any) -> bool:
+    """Whether somebody put another forward into the very module, as device hooks do.
+
+    transformers 4 does while it records attentions, and then puts back the one of the class.
+    """
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one that transformers 5 leaves on a module once it recorded attentions,
+    and nobody asks for them now."""
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    if recording is None or torch.compiler.is_compiling():
+        return False
+    if getattr(hook, "__module__", None) != recording.__name__:
+        return False
+    return "attentions" not in (recording._active_collector.get() or ())

@@ -1,0 +1,55 @@
+"""Small arguments for every operator of the library."""
+
+import torch
+
+from internvl_engine import kernels, reference
+
+
+def heads(batch: int = 2, tokens: int = 9) -> torch.Tensor:
+    return torch.randn(batch, 2, tokens, 16)
+
+
+def _saved(operator: str, arguments: tuple, *last) -> tuple:
+    """The arguments of an attention's gradient: its own, in bfloat16, and what it returned.
+
+    Not float32: opcheck cannot see through torch.func, by which the reference computes it there.
+    """
+    arguments = tuple(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in arguments)
+    outputs = getattr(torch.ops.internvl, operator).default(*arguments, *last, True)
+    return torch.randn_like(outputs[0]), *arguments[:3], *outputs
+
+
+def examples() -> dict[str, tuple]:
+    """By name; without the packed ones where this machine has no packed layout for float32."""
+    x, weight, bias = torch.randn(3, 8), torch.randn(6, 8), torch.randn(6)
+    q, k = heads(), heads()
+    qkv, norms = torch.randn(2, 9, 3, 2, 16), (torch.randn(32), torch.randn(32))
+    table = reference.rotary_table(9, 16, 10000.0, torch.float32, "cpu")
+    positions, lengths = torch.arange(9)[None], torch.tensor([4, 9])
+    causal = ("causal", 0, torch.rand(2, 9) > -1, 0.25, False)
+    found = {
+        "rms_norm": (x, weight[0], 1e-6),
+        "rms_norm_backward": (x, x, weight[0], 1e-6),
+        "add_rms_norm": (x, x, weight[1], weight[0], 1e-6),
+        "add_rms_norm_backward": (x, x, x, x, weight[1], weight[0], 1e-6),
+        "swiglu": (x,),
+        "swiglu_backward": (x[:, :4], x),
+        "rotary": (q, k, *table, positions),
+        "rotary_append": (q, k, k, *table, positions, positions[0], heads(), heads()),
+        "linear": (x, weight, bias, "gelu", torch.randn(3, 6)),
+        "linear_backward": (torch.randn(3, 6), x, weight, bias, "none", [True, True, True]),
+        "attention": (q, k, k, *causal, True),
+        "attention_backward": (*_saved("attention", (q, k, k), *causal), *causal),
+        "decode_attention": (q[:, :, :1], k, k, lengths, None, 0.25),
+        "qk_norm_attention": (qkv, *norms, 1e-6, 0.25, True),
+        "qk_norm_attention_backward": (
+            *_saved("qk_norm_attention", (qkv, *norms), 1e-6, 0.25), 1e-6, 0.25,
+        ),
+        "pooling_attention": (torch.randn(2, 4, 16), torch.randn(2, 9, 16), 1e-5),
+    }  # fmt: skip
+    if kernels.layout_of(weight):
+        packed = kernels.pack(weight)
+        found["linear_packed"] = (x, packed, 6, bias, "gelu", torch.randn(3, 6))
+        backward = (torch.randn(3, 6), x, packed, 6, bias, "none", [True, True])
+        found["linear_packed_backward"] = backward
+    return found
