@@ -8,12 +8,16 @@ going back is to set the class again.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..weights import Linears, WeightTensor, is_hooked
+
+
+# Of norms and activations: what their class leaves open.
+SETTINGS = ("approximate", "variance_epsilon", "eps")
 
 
 class FusedModule(nn.Module):
@@ -34,6 +38,11 @@ class FusedModule(nn.Module):
     fused_class: Any
     _fusion: "Fusion"
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The eager module's own attributes, whatever its class."""
+
     @classmethod
     def fuse(cls, module: Any, inference: bool = True, tied: frozenset[int] = frozenset()) -> None:
         """Turns an eager module into a fused one, in place.
@@ -44,7 +53,8 @@ class FusedModule(nn.Module):
             tied: ids of parameters that several modules use.
         """
         vars(module).pop("forward", None)  # of its class: see has_own_forward
-        module.__class__ = _derived(cls, type(module))
+        classes: Any = cls, type(module)
+        module.__class__ = _derived(*classes)
         module._fusion = Fusion(module, inference, tied)
         module.prepare()
 
@@ -203,12 +213,11 @@ class Fusion:
 
     @staticmethod
     def contract_of(module: FusedModule) -> tuple:
-        """The classes of the submodules that are computed without being called."""
+        """The classes and settings of the submodules that are computed without being called."""
         parts = [submodule(module, name) for name in type(module).COMPUTED]
-        return tuple(
-            (vars(type(part)).get("eager_class", type(part)), getattr(part, "approximate", None))
-            for part in parts
-        )
+        kinds = [vars(type(part)).get("eager_class", type(part)) for part in parts]
+        settings = [tuple(getattr(part, name, None) for name in SETTINGS) for part in parts]
+        return tuple(zip(kinds, settings, strict=True))
 
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of merged weights."""
@@ -216,7 +225,7 @@ class Fusion:
 
 
 @cache
-def _derived(fused: type, eager: type) -> Any:
+def _derived(fused: Any, eager: Any) -> Any:
     """The class of fused modules of an eager class, by whose name others still find it."""
     namespace = {
         "__module__": eager.__module__,

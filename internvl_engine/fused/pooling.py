@@ -55,8 +55,7 @@ class FusedAttentionPooling(FusedModule):
 
     def compute(self, x: Tensor) -> Tensor:
         attention = self.cross_attn
-        projections = (attention.q, attention.k, attention.v)
-        is_plain = all(map(is_plain_linear, projections)) and self.norm1_k.eps == self.norm1_v.eps
+        is_plain = all(map(is_plain_linear, (attention.q, attention.k, attention.v)))
         if self.training or torch.is_grad_enabled() or not is_plain:
             return NotImplemented
         heads = attention.num_heads
