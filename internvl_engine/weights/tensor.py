@@ -74,6 +74,10 @@ class WeightTensor(_OnDense):
         """residual + epilogue(x @ self.T + bias), without a gradient of this weight."""
         raise NotImplementedError
 
+    def take(self, places: Tensor) -> Tensor:  # type: ignore[override]
+        """The values at some places of the flat weight, as `torch.take`; samples stay cheap so."""
+        return torch.take(self.dense(), places)
+
     def alias(self) -> "WeightTensor":
         """Another tensor with the same inner ones."""
         raise NotImplementedError
@@ -92,6 +96,8 @@ class WeightTensor(_OnDense):
             x, weight, *rest = args
             bias, epilogue, residual = [*rest, *(None, "none", None)[len(rest) :]]
             return weight.linear(x, bias, epilogue, residual)
+        if func is aten.take.default and isinstance(args[0], WeightTensor):
+            return args[0].take(args[1])
         if func is aten.copy_.default and type(args[1]) is Tensor:
             weight, values = args[:2]
             weight.write(values.expand(weight.shape).to(weight.device, weight.dtype))
