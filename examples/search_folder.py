@@ -21,6 +21,6 @@ with tempfile.TemporaryDirectory() as folder:  # of copies: an installed package
     index = engine.index(photos, progress=lambda done, total: print(f"{done} of {total}"))
     print(index.report)
     for hit in engine.search(query, 3):
-        print(f"{hit.score:.3f}  {hit.path}")
-    best = Path(photos, engine.search(query, 1)[0].path)
-    print("like", best.name, [hit.path for hit in engine.search(best, 3)])
+        print(f"{hit.score:.3f}  {hit.name}")
+    best = engine.search(query, 1)[0]
+    print("like", best.name, [hit.name for hit in engine.search(Path(best.path), 3)])

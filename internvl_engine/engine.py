@@ -5,34 +5,38 @@
     engine.caption(["one.jpg", "two.jpg"])
     engine.index("photos/"); engine.search("a red panda")
 
-Each task is a file of tasks/, opened at its first use.
+What it does with single images says tasks/methods.py.
 
     B images, T texts
 """
 
+import io
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .embedding import Mode
 from .memory import memory
-from .tasks.embedder import Embedder, Mode
+from .tasks.methods import Tasks
 
 if TYPE_CHECKING:
+    from .index import FolderIndex, Hit
     from .modeling.internvl import InternVLModel
     from .processing import InternVLProcessor
-    from .tasks.classify import Prediction
-    from .tasks.index import FolderIndex, Hit
-
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
-class InternVL(Embedder):
+class InternVL(Tasks):
     """InternVL-14B with its processor: `encode_image` and `encode_text`, and every task.
+
+    Everything runs under `torch.inference_mode`, and what comes back are ordinary tensors without
+    gradients. An engine may be used by several threads. A process that is forked after the first
+    use hangs, as with PyTorch itself: `multiprocessing.get_context("spawn")` passes the engine on.
 
     Args:
         model: an InternVLModel, InternVL_C or InternVL_G.
@@ -52,7 +56,7 @@ class InternVL(Embedder):
         accelerate: bool = True,
     ) -> None:
         super().__init__(model, processor, name=name, parts=parts)
-        self.report = _accelerated(model) if accelerate else None
+        self.report = _accelerated(model, self.parts) if accelerate else None
         self.last_index: FolderIndex | None = None
 
     @classmethod
@@ -80,22 +84,25 @@ class InternVL(Embedder):
             options: further ones of `InternVLModel.from_pretrained`: device_map, revision ...
 
         Raises:
-            FileNotFoundError, ValueError: no checkpoint there, or a damaged one; the message names
-                file and weight.
+            FileNotFoundError, ValueError: no checkpoint there, one of another kind, or a damaged
+                one; the message names file and weight.
         """
+        from .checkpoint import check_takes, hub_options
         from .modeling.internvl import InternVLModel
         from .processing import InternVLProcessor
 
-        folder = Path(source)
+        folder, given = Path(source), processor
+        check_takes(folder if folder.exists() else os.fspath(source), InternVLModel, **options)
         if processor is None:
             place = folder.parent if folder.is_file() else source
-            hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-            processor = InternVLProcessor.from_pretrained(place, **hub)
+            processor = InternVLProcessor.from_pretrained(place, **hub_options(options))
         if device is None and options.get("device_map") is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = InternVLModel.from_pretrained(
             source, dtype=dtype, device=device, parts=parts, **options
         )
+        if given is None:  # force_image_size, or a position table of another size
+            processor.image_processor.size = model.config.image_size
         name = str(folder.resolve()) if folder.exists() else os.fspath(source)
         return cls(model, processor, name=name, accelerate=accelerate)
 
@@ -117,40 +124,49 @@ class InternVL(Embedder):
         scale = self.model.logit_scale.detach().float().exp().to(self.device)
         return scale * self.similarity(images, texts, mode)
 
-    def classify(
-        self,
-        images: Any,
-        labels: Sequence[str],
-        *,
-        templates: Sequence[str] | None = None,
-        mode: Mode = "c",
-        top_k: int | None = None,
-        batch_size: int = 32,
-    ) -> "list[list[Prediction]]":
-        """Zero-shot classification; see `tasks.classify.classify`."""
-        from .tasks.classify import classify
-
-        return classify(self, images, labels, templates, mode, top_k, batch_size)
-
-    def caption(self, images: Any, prompt: Any = None, **options: Any) -> Any:
-        """Describes images; see `tasks.caption.caption`."""
-        from .tasks.caption import caption
-
-        return caption(self, images, prompt, **options)
-
-    def answer(self, images: Any, questions: Any, **options: Any) -> Any:
-        """Answers questions about images; see `tasks.caption.answer`."""
-        from .tasks.caption import answer
-
-        return answer(self, images, questions, **options)
-
     def index(
-        self, folder: str | os.PathLike, output: str | os.PathLike | None = None, **options: Any
+        self,
+        folder: str | os.PathLike,
+        output: str | os.PathLike | None = None,
+        *,
+        mode: Mode = "c",
+        recursive: bool = True,
+        extensions: Collection[str] | None = None,
+        batch_size: int = 32,
+        shard_size: int = 512,
+        progress: Callable[[int, int], object] | None = None,
     ) -> "FolderIndex":
-        """Embeds the images of a folder, once, and keeps them on disk; see `tasks.index`."""
-        from .tasks.index import FolderIndex
+        """Embeds the images of a folder, once, and keeps them on disk for `search`.
 
-        self.last_index = FolderIndex.build(self, Path(folder), output, **options)
+        Run again, it embeds what is new and drops what is gone.
+
+        Args:
+            folder: its images, sorted; names that begin with a dot are left out.
+            output: folder of the index, which holds one folder; None is `.internvl_index` in it.
+            mode: "c" or "g".
+            recursive: also the folders in it (links to folders are not followed).
+            extensions: endings of the names, as "png"; None is `index.folder.EXTENSIONS`.
+            batch_size: images at a time.
+            shard_size: images between two writes, which come every 30 seconds at the latest.
+            progress: called with (files done, files in all).
+
+        Returns:
+            The index; its `report` tells what was added, unchanged, removed, kept and broken.
+
+        Raises:
+            NotADirectoryError: there is no such folder.
+            ValueError: the index there was made by another model (or this one before training), in
+                another mode or of another folder; or the model gives no finite embeddings.
+            BlockingIOError: another process is writing it.
+        """
+        from .index import FolderIndex
+        from .index.folder import EXTENSIONS
+
+        self.last_index = FolderIndex.build(
+            self, folder, output, mode=mode, recursive=recursive,
+            extensions=EXTENSIONS if extensions is None else extensions, batch_size=batch_size,
+            shard_size=shard_size, progress=progress,
+        )  # fmt: skip
         return self.last_index
 
     def search(
@@ -160,15 +176,23 @@ class InternVL(Embedder):
 
         Args:
             query: a text; or an image that is not a string (a Path, a PIL image, an array); or an
-                embedding (E,).
+                embedding (E,), as tensor, array or numbers.
             k: how many.
             index: a FolderIndex, or the folder of one; None is the last that `index` made.
+
+        Returns:
+            Hits of path, score and name, the nearest first.
+
+        Raises:
+            FileNotFoundError: there is no such index.
+            ValueError: k is below 1, the query is not one text, image or embedding, or the index is
+                of another model (or of this one before training).
         """
-        from .tasks.index import FolderIndex
+        from .index import FolderIndex
 
         if index is not None and not isinstance(index, FolderIndex):
             index = FolderIndex.open(index)
-        index = index or self.last_index
+        index = self.last_index if index is None else index
         if index is None:
             raise ValueError("InternVL.search: there is no index yet; make one with index(folder)")
         return index.search(self, query, k)
@@ -177,22 +201,42 @@ class InternVL(Embedder):
         return f"InternVL({self.name}, parts={self.parts!r}, {self.dtype}, {self.device})"
 
 
-def _accelerated(model: "InternVLModel") -> Any:
+def _accelerated(model: "InternVLModel", parts: str) -> Any:
     """Swaps in the fused modules and returns the report; None where memory does not suffice."""
     from .acceleration import accelerate
 
-    weights = sum(
-        parameter.numel() * parameter.element_size()
-        for parameter in model.parameters()
-        if parameter.device.type == "cpu"
-    )
+    held = {n: p for n, p in model.named_parameters() if p.device.type == "cpu"}
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
     available = memory()["available"]
     if weights > available:
         # On the CPU fused weights are packed, which takes memory; mapped ones stay in their file.
+        from .checkpoint.fitting import BYTES, advice, parameters_by_parts
+
+        dtype = str(next(iter(held.values())).dtype).removeprefix("torch.")
+        sizes = parameters_by_parts({name: p.numel() for name, p in held.items()}, parts)
+        less = advice(available, parts, dtype, sizes) if dtype in BYTES else None
         warnings.warn(
             f"InternVL: {weights / 1e9:.1f} GB of weights stay mapped and eager, because only "
-            f"{available / 1e9:.1f} GB of memory are available; parts= loads less",
+            f"{available / 1e9:.1f} GB of memory are available; {less or 'parts= loads less'}",
             stacklevel=4,
         )
         return None
     return accelerate(model)
+
+
+def _restored(content: bytes) -> InternVL:
+    return torch.load(io.BytesIO(content), weights_only=False)
+
+
+def _reduced(engine: InternVL) -> tuple[Any, ...]:
+    """An engine for another process, as bytes.
+
+    PyTorch's own way, a file descriptor for every tensor, fails where two weights lie in one
+    storage, as merged ones do.
+    """
+    buffer = io.BytesIO()
+    torch.save(engine, buffer)
+    return _restored, (buffer.getvalue(),)
+
+
+ForkingPickler.register(InternVL, _reduced)

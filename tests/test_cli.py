@@ -1,12 +1,9 @@
 """The command line: what comes out, on which stream, with which exit code."""
 
+import io
 import json
-import os
-import pty
 import re
 import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +15,6 @@ from tiny_engine import pictures, saved, tiny_engine
 from internvl_engine.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "internvl_engine.cli"]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 COMMANDS = "demo classify caption ask embed index search doctor verify convert bench".split()
 
 
@@ -66,30 +61,6 @@ def from_json(result: tuple[int, str, str]) -> dict:
     return json.loads(out)
 
 
-def test_help_is_quick_and_light():
-    code = (
-        "import sys; from internvl_engine.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print({'torch', 'transformers', 'numpy', 'PIL', 'tqdm'} & set(sys.modules))"
-    )
-    before = os.times()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    after = os.times()
-    assert done.stdout.rstrip().endswith("set()"), done.stderr
-    user, system = (after[i] - before[i] for i in (2, 3))  # of children
-    assert user + system < 1
-    for name in COMMANDS:
-        assert f"│ {name} " in done.stdout or f"\n  {name} " in done.stdout
-
-
-def test_without_typer_it_says_so():
-    code = "import sys; sys.modules['typer'] = None; from internvl_engine.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "internvl: the command line needs typer: pip install typer\n"
-
-
 @pytest.mark.parametrize("name", COMMANDS[:-1])
 def test_every_command_has_help_json_and_debug(run, name):
     code, out, _ = run(name, "--help")
@@ -118,18 +89,93 @@ def test_classify(run, photos, engine, mode):
     assert out.splitlines()[1].split("%")[1].strip() == expected[0][0].label
 
 
-def test_labels_from_a_file_and_templates(run, photos, engine, tmp_path):
-    (tmp_path / "labels.txt").write_text("cat\n\nred panda, small\n")
-    found = from_json(
-        run(
-            "classify", photos[0], "-l", f"@{tmp_path / 'labels.txt'}", "--template", "{}", "--json"
+def test_labels_of_a_file_keep_their_places(run, photos, engine, tmp_path):
+    """Published class lists have empty and equal lines, and their numbers are the classes."""
+    (tmp_path / "labels.txt").write_bytes("cat\n\nred panda, small\ncat\n".encode("utf-8-sig"))
+    labels = ["cat", "", "red panda, small", "cat"]
+    options = ("-l", f"@{tmp_path / 'labels.txt'}", "--template", "{} it is")
+    found = from_json(run("classify", photos[0], *options, "--json"))
+    expected = engine.classify(photos[0], labels, templates=["{} it is"])[0]
+    rows = found["results"][0]["predictions"]
+    assert [row["label"] for row in rows] == [row.label for row in expected]
+    assert sorted(row["label"] for row in rows) == sorted(labels)
+    assert rows[0]["probability"] == pytest.approx(expected[0].probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", ["classify", "caption", "embed"])
+def test_one_bad_picture_costs_no_result(run, photos, tmp_path, command, as_json):
+    bad = str(tmp_path / "bad\x1b[2J.jpg")
+    Path(bad).write_text("no image")
+    names = [photos[0], bad, photos[1], "nothing.jpg", photos[2]]
+    options = {"classify": ["-l", "a,b"], "caption": ["--max-new-tokens", 2], "embed": []}[command]
+    options += ["--batch-size", 2]
+    code, out, err = run(command, *names, *options, *["--json"] * as_json)
+    assert code == 1
+    lines = err.splitlines()
+    assert len(lines) == 2 and r"bad\x1b[2J.jpg: not a readable image: " in lines[0]
+    assert lines[1] == "internvl: nothing.jpg: no such image file"
+    good = [photos[0], photos[1], photos[2]]
+    if not as_json:
+        assert [name for name in names if name in out] == good and "\x1b" not in out
+        return
+    document = json.loads(out)
+    assert document["error"] == "2 of 5 images could not be used"
+    if command == "embed":
+        alone = from_json(run("embed", *good, "--json"))
+        assert document["images"] == good
+        torch.testing.assert_close(
+            torch.tensor(document["embeddings"]["c"]), torch.tensor(alone["embeddings"]["c"])
         )
-    )
-    labels = {p["label"] for p in found["results"][0]["predictions"]}
-    assert labels == {"cat", "red panda, small"}
-    expected = engine.classify(photos[0], ["cat", "red panda, small"], templates=["{}"])[0][0]
-    best = found["results"][0]["predictions"][0]
-    assert best["probability"] == pytest.approx(expected.probability, abs=1e-4)
+    else:
+        assert [row["image"] for row in document["results"]] == names
+        assert ["error" in row for row in document["results"]] == [0, 1, 0, 1, 0]
+
+
+def test_results_come_one_after_another(run, photos, engine, monkeypatch):
+    """What is known is printed before the next batch is computed."""
+    from internvl_engine import InternVL
+
+    shown = []
+
+    def caption_each(self, images, prompts, **options):
+        for number in range(len(images)):
+            shown.append(sys.stdout.getvalue().splitlines())
+            yield (number, [f"text {number}"], None)
+
+    monkeypatch.setattr(InternVL, "caption_each", caption_each)
+    code, out, _ = run("caption", *photos[:3])
+    assert code == 0 and out.splitlines()[1::2] == ["text 0", "text 1", "text 2"]
+    assert [lines[1::2] for lines in shown] == [[], ["text 0"], ["text 0", "text 1"]]
+
+
+def test_a_picture_comes_through_a_pipe(run, photos, engine, monkeypatch):
+    def pipe(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    text = engine.caption(photos[0], max_new_tokens=4)[0]
+    for name in ("-", "/dev/stdin"):
+        pipe(Path(photos[0]).read_bytes())
+        assert run("caption", name, "--max-new-tokens", 4) == (0, f"{text}\n", "")
+    pipe(Path(photos[0]).read_bytes())
+    found = from_json(run("embed", "-", photos[0], "-", "--json"))["embeddings"]["c"]
+    assert found[0] == found[2] == pytest.approx(found[1], abs=1e-5)
+    pipe(b"")
+    code, _, err = run("ask", "-", "what?")
+    assert code == 1 and "standard input: not a readable image: it is empty" in err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run("ask", "-", "what?")[0] == 2
+
+
+def test_an_output_that_cannot_be_written_fails_first(run, photos, tmp_path, monkeypatch):
+    from internvl_engine import InternVL
+
+    monkeypatch.setattr(InternVL, "from_pretrained", None)  # nothing is loaded
+    code, _, err = run("embed", *photos, "-o", tmp_path / "missing" / "x.safetensors")
+    assert code == 1 and "there is no folder" in err and "missing" in err
+    (tmp_path / "folder.safetensors").mkdir()
+    code, _, err = run("embed", *photos, "-o", tmp_path / "folder.safetensors")
+    assert code == 1 and "cannot be written" in err
 
 
 def test_caption_and_ask(run, photos, engine):
@@ -185,9 +231,9 @@ def test_index_and_search(run, photos, engine):
     found = from_json(run("search", folder, "a dog", "-k", 3, "--json"))
     scores = engine.similarity(photos, "a dog")[:, 0]
     order = scores.argsort(descending=True)[:3].tolist()
-    assert [hit["path"] for hit in found["results"]] == [Path(photos[i]).name for i in order]
+    assert [hit["path"] for hit in found["results"]] == [photos[i] for i in order]
     found = from_json(run("search", folder, "--image", photos[3], "--json"))
-    assert found["results"][0]["path"] == "d.png"
+    assert found["results"][0]["path"] == photos[3] and found["results"][0]["name"] == "d.png"
     assert run("search", folder, "a dog")[1].split()[:2] == ["score", "image"]
 
 
@@ -215,31 +261,6 @@ def test_verify_and_convert(run, checkpoint, tmp_path):
     assert code == 1 and "holds weights already" in err
 
 
-def test_doctor(run):
-    found = from_json(run("doctor", "--json"))
-    assert found["packages"]["torch"] == torch.__version__
-    assert set(found["dtype_auto"]) >= {"cpu"} and found["operators"]["rms_norm"]
-    sizes = {row["parts"]: row["parameters"] for row in found["internvl_14b"]}
-    assert sizes["all"] == 13_834_975_747 and sizes["image"] == 5_936_000_768
-    assert sizes["c"] == 12_620_029_697
-    assert 0 < found["memory_gb"]["available"] <= found["memory_gb"]["total"]
-    code, out, err = run("doctor")
-    assert (code, err) == (0, "") and "InternVL-14B here" in out and "rms_norm" in out
-
-
-def test_doctor_says_what_to_do(monkeypatch):
-    from internvl_engine.cli import doctor
-
-    monkeypatch.setattr(doctor, "_native", lambda name: {
-        "built": name == "_native_cuda", "instruction_set": None, "error": "no libcuda.so",
-    })  # fmt: skip
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "tqdm" else "1")
-    problems = {problem["what"]: problem["do"] for problem in doctor.examine()["problems"]}
-    assert problems["tqdm is not installed"] == "pip install tqdm"
-    assert any("kernels were not built" in what for what in problems)
-    assert any("no libcuda.so" in what for what in problems)
-
-
 def documented_commands() -> list[str]:
     """Every `internvl ...` that the documents tell people to type."""
     files = [
@@ -264,8 +285,7 @@ def test_every_documented_command_and_option_exists(run, line):
         (["embed", "nothing.jpg"], "no such image file"),
         (["index", "nowhere"], "nowhere is not a folder"),
         (["search", "nowhere", "a"], "there is no index in nowhere"),
-        (["classify", "{photo}", "-l", "a,a"], "'a' comes twice"),
-        (["classify", "{photo}", "-l", "@nothing.txt"], "No such file"),
+        (["classify", "{photo}", "-l", "@nothing.txt"], "no such file: nothing.txt"),
         (["classify", "{photo}", "-l", "a,b", "--model", "{folder}"], "tokenizer.model"),
         (["caption", "{photo}", "--dtype", "int3"], "dtype"),
         (["caption", "{photo}", "--min-new-tokens", "40"], "min_new_tokens between"),
@@ -278,10 +298,15 @@ def test_a_failure_is_one_line_and_exit_code_1(run, photos, tmp_path, arguments,
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty").mkdir()
     names = {"photo": photos[0], "text": tmp_path / "text.jpg", "folder": tmp_path / "empty"}
-    code, out, err = run(*(argument.format(**names) for argument in arguments))
+    arguments = [argument.format(**names) for argument in arguments]
+    code, out, err = run(*arguments)
     assert code == 1 and message.format() in err
     assert len(err.splitlines()) == 1 and err.startswith("internvl: ")
-    assert arguments[0] == "verify" or not out
+    assert arguments[0] in ("verify", "embed") or not out
+    code, out, _ = run(*arguments, "--json")
+    assert code == 1
+    if arguments[0] != "verify":
+        assert message.format() in json.loads(out)["error"]
 
 
 @pytest.mark.parametrize(
@@ -305,12 +330,19 @@ def test_a_failure_is_one_line_and_exit_code_1(run, photos, tmp_path, arguments,
 )
 def test_wrong_usage_is_exit_code_2(run, arguments):
     code, out, err = run(*arguments)
-    assert code == 2 and not out and "Usage" in err
+    assert code == 2 and (not out or "--json" in arguments) and "Usage" in err
+
+
+def test_wrong_usage_is_an_object_too(run, photos):
+    code, out, err = run("classify", photos[0], "-l", "a", "--mode", "x", "--json")
+    assert code == 2 and json.loads(out) == {
+        "error": "Invalid value for --mode: 'x' is not one of c, g"
+    }
 
 
 def test_debug_shows_where(run, capsys):
-    with pytest.raises(FileNotFoundError):
-        main(["embed", "nothing.jpg", "--debug"])
+    with pytest.raises(NotADirectoryError):
+        main(["index", "nowhere", "--debug"])
 
 
 def test_an_error_of_ours_names_itself(run, photos, monkeypatch):
@@ -319,7 +351,7 @@ def test_an_error_of_ours_names_itself(run, photos, monkeypatch):
     def fail(*arguments, **options):
         raise KeyError("broken")
 
-    monkeypatch.setattr(InternVL, "caption", fail)
+    monkeypatch.setattr(InternVL, "caption_each", fail)
     code, _, err = run("caption", photos[0])
     assert (code, err) == (1, "internvl: KeyError: 'broken' (--debug shows where)\n")
 
@@ -330,7 +362,7 @@ def test_interruption_is_quiet(run, photos, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(InternVL, "caption", interrupt)
+    monkeypatch.setattr(InternVL, "caption_each", interrupt)
     assert run("caption", photos[0]) == (130, "", "internvl: interrupted\n")
 
 
@@ -345,43 +377,3 @@ def test_without_a_model_it_says_that_nano_serves(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nano").mkdir()  # is ./nano, never meant by "nano"
     assert from_json(run("embed", "--text", "a", "--json", "-m", "nano"))["model"] == "tiny-0"
-
-
-def test_a_broken_pipe_is_quiet(checkpoint, tmp_path):
-    """Far more output than a pipe holds, to a reader that leaves at once."""
-    texts = [part for number in range(400) for part in ("--text", f"a {number}")]
-    with subprocess.Popen(
-        [*COMMAND, "embed", *texts, "--model", checkpoint],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        err = process.stderr.read()
-    assert process.returncode == 141
-    assert err == ""
-
-
-def test_a_terminal_has_a_bar_and_ctrl_c_ends_it(checkpoint, tmp_path):
-    """On a pseudo-terminal, interrupted as Ctrl-C does, while the bar of a long index moves."""
-    picture = Image.fromarray(pictures(1)[0])
-    for number in range(600):
-        picture.putpixel((0, 0), (number % 256, number // 256, 0))
-        picture.save(tmp_path / f"{number}.bmp")
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [*COMMAND, "index", tmp_path, "--model", checkpoint, "--batch-size", "1"],
-        stdout=subprocess.PIPE, stderr=theirs, text=True, env=ONE_THREAD,
-    ) as process:  # fmt: skip
-        os.close(theirs)
-        shown = b""
-        while b" images" not in shown:
-            shown += os.read(ours, 1000)
-        process.send_signal(signal.SIGINT)
-        try:
-            while part := os.read(ours, 1000):
-                shown += part
-        except OSError:  # the terminal's other end is closed
-            pass
-    os.close(ours)
-    assert process.returncode == 130
-    assert b"interrupted" in shown and b"Traceback" not in shown

@@ -1,41 +1,38 @@
 """`internvl demo`: offline, quick, right, and a picture that shows it; and the examples."""
 
+import contextlib
+import io
 import json
-import os
 import runpy
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from internvl_engine.assets import nano_directory
-from internvl_engine.cli import sheet
+from internvl_engine.cli import main, sheet
 from internvl_engine.cli.demo import Demo, Picture, _accuracy, _more
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-OFFLINE = """
-import socket, sys
-def refuse(*arguments): raise AssertionError("the demo asked for the network")
-socket.socket.connect = socket.getaddrinfo = refuse
-from internvl_engine.cli import main
-main(["demo", *sys.argv[1:]])
-"""
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     """A run as a user's, from an empty folder, without network: (document, picture, seconds)."""
     folder = tmp_path_factory.mktemp("demo")
-    before = os.times()
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, "--json"], cwd=folder, capture_output=True, text=True
-    )
-    after = os.times()
-    assert done.returncode == 0, done.stderr
-    seconds = sum(after[i] - before[i] for i in (2, 3))  # of the processor: others may be busy
-    return json.loads(done.stdout), folder / "internvl_demo.png", seconds
+    printed = io.StringIO()
+    before = time.process_time()  # others may be busy
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        for name in ("socket.connect", "getaddrinfo"):
+            patch.setattr(f"socket.{name}", None)  # whoever asks for the network fails
+        with pytest.raises(SystemExit) as exit:
+            main(["demo", "--json"])
+    assert not exit.value.code
+    seconds = time.process_time() - before
+    return json.loads(printed.getvalue()), folder / "internvl_demo.png", seconds
 
 
 def test_the_embedded_model_is_right(shown):

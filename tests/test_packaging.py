@@ -114,6 +114,20 @@ def requirements(*extras: str) -> set[str]:
     return names - {"internvl-engine"}
 
 
+IMPORTED_AS = {"flash-attn": "flash_attn"}
+
+
+def test_every_extra_has_code_that_uses_it():
+    folders = ("internvl_engine", "kernels", "benchmarks")
+    code = "\n".join(p.read_text() for folder in folders for p in (ROOT / folder).rglob("*.py"))
+    extras = PROJECT["project"]["optional-dependencies"]
+    for extra in set(extras) - {"test"}:
+        for name in requirements(extra) - requirements():
+            module = IMPORTED_AS.get(name, name)
+            used = rf'(?:from|import) {module}\b|find_spec\("{module}"\)'
+            assert re.search(used, code), f"[{extra}] asks for {name}, which nothing imports"
+
+
 def test_everything_that_make_installs_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]

@@ -1,16 +1,19 @@
 """A checkpoint's tensors by their published names, whatever the layout."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import CheckpointError, listed
+from .families import Layout
 from .files import WeightFile, open_weights
-from .locate import Location
-from .names import LORA, is_standalone, translate
+from .locate import Needed, Source, Weights
+from .names import LORA, translate
 
 
 @dataclass(frozen=True)
@@ -30,88 +33,185 @@ class Stored:
         return f"{self.name} in {self.file.path}"
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """Several stored tensors as one, row after row."""
+
+    pieces: tuple[Stored, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.pieces[0].shape
+        return (sum(piece.shape[0] if piece.shape else 0 for piece in self.pieces), *first[1:])
+
+    @property
+    def dtype(self) -> Any:
+        return self.pieces[0].dtype
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        return torch.cat([piece.read() for piece in self.pieces])
+
+    def __str__(self) -> str:
+        return f"{self.pieces[0]} and {len(self.pieces) - 1} more"
+
+
+Entry = Stored | Stacked
+
+
+@dataclass
 class Contents:
     """What a checkpoint holds.
 
-    Attributes:
-        tensors: published name to tensor, LoRA's aside; only what `needed` asked for.
+    Args:
+        path: what messages call it.
+        tensors: published name to tensor, LoRA's aside; only what was needed.
         lora: linear's published name to {"A": ..., "B": ...}.
         names: all published names, whether needed or not, LoRA's aside.
         leftovers: stored names that are known and of no use.
-        standalone: whether the names were those of the standalone InternVL-C file.
-        path: what messages call it.
+        layout: the layout of the stored names; None is the published one.
+        opened: the weight files that were opened.
         parts: the parts it says it holds, where it says so.
     """
 
-    def __init__(self, location: Location, needed: Callable[[str], bool] | None = None) -> None:
-        self.path: Path = location.path
-        self.parts: str | None = None
-        self._files: dict[Path, WeightFile] = {}
-        where = self._where(location)
-        stored, self.leftovers, doubled = translate(where)
-        if doubled:
+    path: Path
+    tensors: dict[str, Entry]
+    lora: dict[str, dict[str, Entry]]
+    names: set[str]
+    leftovers: list[str]
+    layout: Layout | None
+    opened: list[WeightFile]
+    parts: str | None = None
+
+    @classmethod
+    def read(cls, source: Source, weights: Weights, needed: Needed | None = None) -> "Contents":
+        """Reads the headers of a checkpoint's files.
+
+        Args:
+            needed: whether a tensor is wanted, by its published name; None wants all.
+
+        Raises:
+            CheckpointError: a file is damaged, or the names contradict each other.
+        """
+        return _Reading(source, weights).contents(needed)
+
+    @classmethod
+    def join(cls, contents: Mapping[str, "Contents"]) -> "Contents":
+        """Several checkpoints as one: the names of each below its prefix. Undoes `under`.
+
+        Args:
+            contents: prefix ("vision_model.", or "" for none) to the checkpoint below it.
+
+        Raises:
+            ValueError: there is none, or two of them have the same name.
+        """
+        if not contents:
+            raise ValueError("Contents.join: needed at least one checkpoint, got none")
+        below = list(contents.items())
+        counts = Counter(prefix + name for prefix, each in below for name in each.tensors)
+        if doubled := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"Contents.join: {listed(doubled)} come from two of the checkpoints")
+        return cls(
+            path=Path(" and ".join(dict.fromkeys(str(each.path) for _, each in below))),
+            tensors={p + n: entry for p, each in below for n, entry in each.tensors.items()},
+            lora={p + n: sides for p, each in below for n, sides in each.lora.items()},
+            names={p + name for p, each in below for name in each.names},
+            leftovers=[name for _, each in below for name in each.leftovers],
+            layout=None,
+            opened=list(dict.fromkeys(file for _, each in below for file in each.opened)),
+        )
+
+    def under(self, prefix: str) -> "Contents":
+        """The tensors below a prefix, by the names that follow it."""
+        cut = len(prefix)
+        return Contents(
+            path=self.path,
+            tensors={n[cut:]: t for n, t in self.tensors.items() if n.startswith(prefix)},
+            lora={n[cut:]: t for n, t in self.lora.items() if n.startswith(prefix)},
+            names={name[cut:] for name in self.names if name.startswith(prefix)},
+            leftovers=self.leftovers,
+            layout=self.layout,
+            opened=self.opened,
+            parts=self.parts,
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files that were opened."""
+        return [file.path for file in self.opened]
+
+    def entry(self, name: str) -> Entry:
+        """The tensor of a published name, LoRA's included."""
+        adapter = LORA.match(name)
+        if adapter and adapter["linear"] in self.lora:
+            return self.lora[adapter["linear"]][adapter["side"]]
+        return self.tensors[name]
+
+
+class _Reading:
+    """The headers of a checkpoint on their way into Contents."""
+
+    def __init__(self, source: Source, weights: Weights) -> None:
+        self.path, self.index = source.path, weights.index
+        self.files: dict[Path, WeightFile] = {}
+        if weights.shards is not None:
+            self.where = {name: source.folder / file for name, file in weights.shards.items()}
+        else:
+            assert weights.file is not None
+            self.where = dict.fromkeys(self._open(weights.file).names(), weights.file)
+
+    def contents(self, needed: Needed | None) -> Contents:
+        names = translate(self.where)
+        if names.rivals:
             raise CheckpointError(
-                f"{self.path}: {doubled[0][0]} and {doubled[0][1]} are the same weight"
+                f"{self.path}: it holds the model twice, below {listed(map(repr, names.rivals))}; "
+                "save the one alone"
             )
-        self.standalone = is_standalone(where)
-        self.names = {name for name in stored if not LORA.match(name)}
-        self.tensors: dict[str, Stored] = {}
-        self.lora: dict[str, dict[str, Stored]] = {}
-        for name, original in stored.items():
+        if names.doubled:
+            first, second = names.doubled[0]
+            raise CheckpointError(f"{self.path}: {first} and {second} are the same weight")
+        tensors: dict[str, Entry] = {}
+        lora: dict[str, dict[str, Entry]] = {}
+        for name, stored in names.stored.items():
             if needed is not None and not needed(name):
                 continue
-            entry = self._entry(where[original], original, location)
             adapter = LORA.match(name)
             if adapter:
-                self.lora.setdefault(adapter["linear"], {})[adapter["side"]] = entry
+                lora.setdefault(adapter["linear"], {})[adapter["side"]] = self._entry(stored)
             else:
-                self.tensors[name] = entry
-        self._check_pairs()
-
-    def _where(self, location: Location) -> dict[str, Path]:
-        """The file of every stored name."""
-        if location.shards is not None:
-            return {name: location.folder / file for name, file in location.shards.items()}
-        assert location.file is not None
-        return dict.fromkeys(self._open(location.file).names(), location.file)
+                tensors[name] = self._entry(stored)
+        self._check_pairs(lora)
+        return Contents(
+            path=self.path,
+            tensors=tensors,
+            lora=lora,
+            names={name for name in names.stored if not LORA.match(name)},
+            leftovers=names.leftovers,
+            layout=names.layout,
+            opened=list(self.files.values()),
+        )
 
     def _open(self, path: Path) -> WeightFile:
-        if path not in self._files:
-            self._files[path] = open_weights(path)
-        return self._files[path]
+        if path not in self.files:
+            self.files[path] = open_weights(path)
+        return self.files[path]
 
-    def _entry(self, path: Path, name: str, location: Location) -> Stored:
+    def _entry(self, names: tuple[str, ...]) -> Entry:
+        pieces = tuple(map(self._piece, names))
+        return pieces[0] if len(pieces) == 1 else Stacked(pieces)
+
+    def _piece(self, name: str) -> Stored:
+        path = self.where[name]
         file = self._open(path)
         if name not in file.names():
-            raise CheckpointError(f"{path}: lacks {name}, which {location.index} says is there")
+            raise CheckpointError(f"{path}: lacks {name}, which {self.index} says is there")
         shape, dtype = file.describe(name)
         return Stored(file, name, shape, dtype)
 
-    def _check_pairs(self) -> None:
-        single = [linear for linear, sides in self.lora.items() if set(sides) != {"A", "B"}]
+    def _check_pairs(self, lora: dict[str, dict[str, Entry]]) -> None:
+        single = [linear for linear, sides in lora.items() if set(sides) != {"A", "B"}]
         if single:
             raise CheckpointError(
                 f"{self.path}: LoRA needs lora_A and lora_B of a linear; one of them is missing "
                 f"for {listed(single)}"
             )
-
-    @property
-    def files(self) -> list[Path]:
-        """The weight files that were opened."""
-        return list(self._files)
-
-    @property
-    def opened(self) -> list[WeightFile]:
-        """The same, open."""
-        return list(self._files.values())
-
-    def under(self, prefix: str) -> "Contents":
-        """The tensors below a prefix, by the names that follow it."""
-        view = Contents.__new__(Contents)
-        view.path, view._files, view.leftovers = self.path, self._files, self.leftovers
-        view.standalone, view.parts = self.standalone, self.parts
-        cut = len(prefix)
-        view.names = {name[cut:] for name in self.names if name.startswith(prefix)}
-        view.tensors = {n[cut:]: t for n, t in self.tensors.items() if n.startswith(prefix)}
-        view.lora = {n[cut:]: t for n, t in self.lora.items() if n.startswith(prefix)}
-        return view

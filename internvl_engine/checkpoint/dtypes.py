@@ -1,32 +1,68 @@
 """The dtype a model is loaded in."""
 
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+_UNITS = {  # what it takes to multiply bfloat16
+    "cpu": "AVX512-BF16, AMX, or bf16 on Arm",
+    "cuda": "compute capability 8.0",
+}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
-    """A torch dtype from one, its name, or "auto".
+class DtypeChoice(NamedTuple):
+    """The dtype of a model's weights, and why it is that one."""
 
-    "auto" (or None) is bfloat16 where the processor of the device computes in it, else float32.
+    dtype: torch.dtype
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}: {self.reason}"
+
+
+def choose_dtype(dtype: Any, device: torch.device) -> DtypeChoice:
+    """The dtype that a model is loaded in, with the reason in words.
+
+    Args:
+        dtype: a torch dtype or its name. "auto", or None, is bfloat16 where the processor of the
+            device computes in it, else float32.
 
     Raises:
         ValueError: it is no floating-point dtype.
     """
     if dtype is None or dtype == "auto":
-        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if computes_in_bfloat16(device):
+            return DtypeChoice(torch.bfloat16, f"the {_kind(device)} multiplies it in hardware")
+        units = _UNITS.get(device.type, "another kind of device")
+        return DtypeChoice(
+            torch.float32,
+            f"the {_kind(device)} does not multiply bfloat16 in hardware, which takes {units}; "
+            "dtype='bfloat16' takes half the memory",
+        )
+    found = dtype
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        found = getattr(torch, _SHORT.get(name, name), None)
     if found not in FLOATS:
         raise ValueError(f"dtype must be auto, {', '.join(map(dtype_name, FLOATS))}, got {dtype!r}")
-    return found
+    return DtypeChoice(found, "asked for")
+
+
+def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    """As `choose_dtype`, without the reason."""
+    return choose_dtype(dtype, device).dtype
 
 
 def dtype_name(dtype: Any) -> str:
     """A dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
+
+
+def _kind(device: torch.device) -> str:
+    return {"cpu": "processor", "cuda": "GPU"}.get(device.type, f"{device.type} device")
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

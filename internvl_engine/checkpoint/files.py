@@ -8,10 +8,9 @@ place while tensors of it are in use (replace it by renaming instead, as safeten
 import json
 import math
 import mmap
-import pickle
 import sys
 import zipfile
-from collections.abc import Iterator, KeysView
+from collections.abc import KeysView
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError, CheckpointNotFoundError
+from .pickles import TorchFile
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -28,7 +28,8 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 # Writable pages are accounted for when they are written; Python knows the name from 3.13 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-_NESTED = ("module", "model", "state_dict")  # what trainers wrap a state dict in
+# How every file of https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md begins.
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class WeightFile(Protocol):
@@ -46,6 +47,21 @@ class WeightFile(Protocol):
         """One tensor, mapped where the format allows."""
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises where a file is what git leaves in place of a large one.
+
+    Raises:
+        CheckpointError: it is a Git-LFS pointer.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path}: a Git-LFS pointer, not the file itself, because the repository was "
+                f"cloned without git-lfs. Run `git lfs pull` in {path.parent}, or download the "
+                "checkpoint with `hf download`"
+            )
+
+
 def size_of(file: WeightFile, name: str) -> int:
     """The bytes of one tensor."""
     shape, dtype = file.describe(name)
@@ -53,7 +69,7 @@ def size_of(file: WeightFile, name: str) -> int:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Opens a file by its contents' format, which its ending tells.
+    """Opens a file by its contents' format, which its ending tells, or its beginning.
 
     Raises:
         CheckpointNotFoundError: the file is not there.
@@ -61,7 +77,19 @@ def open_weights(path: Path) -> WeightFile:
     """
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: this weight file of the checkpoint is missing")
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    refuse_pointer(path)
+    if path.suffix == ".safetensors" and zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: one of PyTorch's own files; rename it to end in .bin")
+    if path.suffix == ".safetensors" or _has_safetensors_header(path):
+        return SafetensorsFile(path)
+    return TorchFile(path)
+
+
+def _has_safetensors_header(path: Path) -> bool:
+    """Whether a file begins with the length of a JSON object and one."""
+    with path.open("rb") as file:
+        length, start = int.from_bytes(file.read(8), "little"), file.read(1)
+    return start == b"{" and 8 + length <= path.stat().st_size
 
 
 class SafetensorsFile:
@@ -98,7 +126,7 @@ class SafetensorsFile:
         shape, dtype = self.describe(name)
         count = math.prod(shape)
         if count == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         tensor = torch.frombuffer(
             self._map, dtype=dtype, count=count, offset=self._starts[name]
         ).view(shape)
@@ -124,67 +152,18 @@ def _map(path: Path) -> tuple[mmap.mmap, dict[str, int]]:
     }
 
 
-class TorchFile:
-    """A .pth, .pt or .bin file: tensors alone, no code is run (`weights_only`).
-
-    Files older than PyTorch 1.6 cannot be mapped and are read whole.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-            reason = str(error).strip().split("\n")[0]
-            if "unable to mmap" in reason:
-                raise CheckpointError(
-                    f"{path}: too large to be mapped here ({reason}). Convert it to safetensors on "
-                    "a machine with more memory (`internvl convert`), or allow overcommitting"
-                ) from error
-            raise CheckpointError(
-                f"{path}: not a complete file of tensors ({reason}); it has "
-                f"{path.stat().st_size:,} bytes. Download it again, or, where it holds other "
-                "objects than tensors, save its state dict as safetensors"
-            ) from error
-        self._tensors = dict(_tensors(loaded, path))
-
-    def names(self) -> KeysView[str]:
-        return self._tensors.keys()
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], Any]:
-        tensor = self._tensors[name]
-        return tuple(tensor.shape), tensor.dtype
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].contiguous()
-
-
-def _tensors(loaded: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state dict, out of what a trainer may have wrapped it in."""
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: needed a dict of tensors, got {type(loaded).__name__}")
-    for key in _NESTED:
-        if isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    found = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-    if not found:
-        raise CheckpointError(f"{path}: needed a dict of tensors, it holds none")
-    yield from found.items()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint.
 
     Raises:
         CheckpointNotFoundError: the file is not there.
-        CheckpointError: it is not JSON, or not an object.
+        CheckpointError: it is not JSON, not an object, or a Git-LFS pointer.
     """
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: this file of the checkpoint is missing")
+    refuse_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # of JSON and of UTF-8
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):

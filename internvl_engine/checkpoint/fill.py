@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .contents import Contents
+from .building import place_buffers
 from .files import open_weights
-from .merge import Reader
-from .names import LORA
 from .offload import attach
 from .placement import DISK, Placement
-from .plan import stored
-
-
-@dataclass
-class Plan:
-    """Where the weights of a model come from.
-
-    Args:
-        names: name in the model to published name.
-        contents: the checkpoint.
-        reader: reads it.
-        patch_size: side of a patch in pixels; None for a decoder.
-        resize: side in pixels to which the position table is resized once it is there.
-    """
-
-    names: dict[str, str]
-    contents: Contents
-    reader: Reader
-    patch_size: int | None = None
-    resize: int | None = None
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A weight by its name in the model; mapped where it is stored in that dtype."""
-        published = self.names[name]
-        if LORA.match(published):
-            return stored(self.contents, published).read().to(dtype)
-        return self.reader.read(published, dtype)
+from .plan import Plan
 
 
 def fill(
@@ -64,12 +35,15 @@ def fill(
         tensor = plan.read(name, dtype)
         if storage is None:
             _assign(model, name, tensor.to(device))
-        elif storage == DISK and not _is_mapped(plan, name, dtype):
+        elif storage == DISK and not plan.is_mapped(name, dtype):
             kept[name] = _on_disk(tensor, name, offload_folder)
         else:
             kept[name] = tensor
     if plan.resize:
         _resize(model, plan.resize)
+    for head, embedding in plan.tied.items():
+        _tie(model, placement, head, embedding, kept)
+    place_buffers(model, placement)
     left = [name for name, p in model.state_dict().items() if p.is_meta and name not in kept]
     assert not left, f"nothing was loaded into {left}"
     attach(model, placement, kept)
@@ -85,11 +59,18 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def _is_mapped(plan: Plan, name: str, dtype: torch.dtype) -> bool:
-    published = plan.names[name]
-    return stored(plan.contents, published).dtype == dtype and not plan.reader.is_computed(
-        published
-    )
+def _tie(
+    model: nn.Module, placement: Placement, head: str, embedding: str, kept: dict[str, Tensor]
+) -> None:
+    """Gives a head the weight of the embedding: the same one, where both lie on one device."""
+    device, storage = placement.of(head)
+    weight = model.get_parameter(embedding)
+    if storage is not None:
+        kept[head] = kept.get(embedding, weight.detach())
+    elif embedding in kept or weight.device != device:
+        _assign(model, head, kept.get(embedding, weight.detach()).to(device))
+    else:
+        model.get_submodule(head.rpartition(".")[0]).weight = weight
 
 
 def _on_disk(tensor: Tensor, name: str, folder: str | Path | None) -> Tensor:

@@ -1,9 +1,23 @@
 """Downloads from the Hugging Face hub, with errors that say what to do."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointNotFoundError
+
+# Keywords of every `from_pretrained` that say where on the hub, and how, to look for files.
+HUB_OPTIONS = (
+    "revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder",
+)  # fmt: skip
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some keywords that are about the hub; `use_auth_token` is an older `token`."""
+    found = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+    if options.get("use_auth_token") is not None:
+        found.setdefault("token", options["use_auth_token"])
+    return found
 
 
 def download(repository: str, patterns: list[str], **options: Any) -> Path:

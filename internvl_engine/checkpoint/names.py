@@ -3,45 +3,54 @@
 published     vision_model.encoder.layers.0.attn.qkv.weight
 LoRA (peft)   vision_model.base_model.model.encoder.layers.0.attn.qkv.base_layer.weight
               vision_model.base_model.model.encoder.layers.0.attn.qkv.lora_A.default.weight
+trainers      module._orig_mod.vision_model.encoder.layers.0._fsdp_wrapped_module.attn.qkv.weight
 standalone C  blocks.0.attn.qkv.weight      (internvl_c_13b_224px.pth)
 one tower     encoder.layers.0.attn.qkv.weight
+
+The rules themselves are in families.py.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .families import LAYOUTS, LEFTOVERS, ROOTS, Layout
 
 LORA = re.compile(r"^(?P<linear>.*)\.lora_(?P<side>[AB])\.weight$")
-CROSS_ATTENTION = re.compile(r"(?:^|\.)layers\.(\d+)\.cross_attn\.")
-POSITIONS = "embeddings.position_embedding"
 
-# Where a part's own names begin in a larger checkpoint: a vision tower, the decoder with and
-# without its head, in the composite; the decoder in a checkpoint with a head.
-PREFIXES = ("", "vision_model.", "qllama.", "qllama.model.", "model.")
-
-# Weights of the composite that a tower loaded alone never needs; the vision tower's, the decoder's.
-_HEADS = ("clip_projector", "itm_head.", "query_tokens", "text_projection", "logit_scale")
-BESIDE_VISION = ("qllama.", *_HEADS)
-BESIDE_DECODER = ("vision_model.", *_HEADS)
-
-_WRAPPER = "module."  # of DistributedDataParallel and DeepSpeed, where every name has it
+# What wrappers of modules put into names: torch.compile, FSDP, activation checkpointing, and
+# DistributedDataParallel, DeepSpeed and AveragedModel. No published name has such a step.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
+)
 _PEFT = (
     (re.compile(r"(^|\.)base_model\.model\."), r"\1"),
     (re.compile(r"\.base_layer\.(weight|bias)$"), r".\1"),
-    (re.compile(r"\.(lora_[AB])\.default\.weight$"), r".\1.weight"),
+    (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
+    (re.compile(r"\.modules_to_save\.[^.]+\."), "."),
 )
-_STANDALONE = (
-    (re.compile(r"^cls_token$"), "vision_model.embeddings.class_embedding"),
-    (re.compile(r"^pos_embed$"), f"vision_model.{POSITIONS}"),
-    (re.compile(r"^patch_embed\.proj\."), "vision_model.embeddings.patch_embedding."),
-    (re.compile(r"^blocks\.(.*?)(?:\.gamma)?$"), r"vision_model.encoder.layers.\1"),
-    (re.compile(r"^transformer\."), "qllama.model."),
-)
-# Tables that old LLaMA code saved, and what stage-1 training left behind in the standalone file.
-# Its LoRA matrices among them: the published inference never applies them.
-_LEFTOVERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_STANDALONE_LEFTOVERS = re.compile(
-    r"^(target_pos_embed|mask_token|grad_norm_square_momentum_(clip|sim))$|^norm3\.|\.lora_[AB]\."
-)
+# What a module of `modules_to_save` was before training; its copy is the weight.
+_REPLACED = re.compile(r"\.original_module\.")
+
+
+@dataclass
+class Names:
+    """The stored names of a checkpoint, translated.
+
+    Args:
+        stored: published name to the stored names whose tensors, row after row, are it.
+        leftovers: stored names that are known and of no use.
+        doubled: pairs of stored names that mean the same tensor.
+        layout: the layout the names are in; None is the published one.
+        rivals: trainers' prefixes that as many names have: which is the model, nobody can tell.
+    """
+
+    stored: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    leftovers: list[str] = field(default_factory=list)
+    doubled: list[tuple[str, str]] = field(default_factory=list)
+    layout: Layout | None = None
+    rivals: tuple[str, ...] = ()
 
 
 def canonical(name: str) -> str:
@@ -51,37 +60,73 @@ def canonical(name: str) -> str:
     return name
 
 
-def is_standalone(names: Iterable[str]) -> bool:
-    """Whether the names are those of the standalone InternVL-C file."""
-    unwrapped = {name.removeprefix(_WRAPPER) for name in names}
-    return bool(unwrapped & {"cls_token", "pos_embed"}) or any(
-        name.startswith("blocks.0.") for name in unwrapped
-    )
-
-
-def translate(names: Iterable[str]) -> tuple[dict[str, str], list[str], list[tuple[str, str]]]:
-    """Stored names by published name, known leftovers, and pairs that mean the same tensor."""
-    names = list(names)
-    wrapped = bool(names) and all(name.startswith(_WRAPPER) for name in names)
-    standalone = is_standalone(names)
-    stored: dict[str, str] = {}
-    leftovers, doubled = [], []
-    for name in names:
-        plain = name.removeprefix(_WRAPPER) if wrapped else name
-        if _LEFTOVERS.search(plain) or (standalone and _STANDALONE_LEFTOVERS.search(plain)):
-            leftovers.append(name)
+def translate(names: Iterable[str]) -> Names:
+    """Stored names by published name."""
+    unwrapped = {name: canonical(_WRAPPERS.sub("", name)) for name in names}
+    prefix, rivals = _prefix(unwrapped.values())
+    plain = {name: short.removeprefix(prefix) for name, short in unwrapped.items()}
+    layout = next((each for each in LAYOUTS if _is_in(each, plain.values())), None)
+    result = Names(layout=layout, rivals=rivals)
+    unused = LEFTOVERS if layout is None or layout.leftovers is None else (
+        f"{LEFTOVERS}|{layout.leftovers}"
+    )  # fmt: skip
+    pieces: dict[str, dict[int, str]] = {}
+    for name, short in plain.items():
+        if re.search(unused, short) or _REPLACED.search(name):
+            result.leftovers.append(name)
             continue
-        published = canonical(plain)
-        if standalone:
-            for pattern, replacement in _STANDALONE:
-                published = pattern.sub(replacement, published)
-        if published in stored:
-            doubled.append((stored[published], name))
-        stored[published] = name
-    return stored, leftovers, doubled
+        published, place = _publish(short, layout)
+        taken = pieces.setdefault(published, {})
+        if place in taken:
+            result.doubled.append((taken[place], name))
+        taken[place] = name
+    result.stored = {
+        published: tuple(found[place] for place in sorted(found))
+        for published, found in pieces.items()
+    }
+    return result
+
+
+def _is_in(layout: Layout, names: Iterable[str]) -> bool:
+    marks = re.compile(layout.marks)
+    return any(marks.search(name) for name in names)
+
+
+def _publish(name: str, layout: Layout | None) -> tuple[str, int]:
+    """The published name, and which piece of that tensor it is."""
+    if layout is None:
+        return name, 0
+    for pattern, replacement in layout.renames:
+        name = re.sub(pattern, replacement, name)
+    for pattern, whole, order in layout.stacks:
+        if found := re.match(pattern, name):
+            return found.expand(whole), order.index(found["piece"])
+    return name, 0
+
+
+def _prefix(names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """What a trainer put before the names of a composite (Lightning: "model."), and its rivals."""
+    found: Counter[str] = Counter()
+    for name in names:
+        steps = name.split(".")
+        root = next((i for i, step in enumerate(steps) if step in ROOTS), None)
+        if root is not None:
+            found[".".join((*steps[:root], ""))] += 1
+    if not found:
+        return "", ()
+    prefix, votes = found.most_common(1)[0]
+    rivals = tuple(sorted(each for each in found if found[each] == votes))
+    return prefix, rivals if len(rivals) > 1 else ()
 
 
 def prefix_of(wanted: Iterable[str], available: Iterable[str]) -> str:
     """The prefix under which most of the wanted names are among the available ones."""
-    wanted, available = set(wanted), set(available)
-    return max(PREFIXES, key=lambda prefix: sum(prefix + name in available for name in wanted))
+    wanted = set(wanted)
+    found: Counter[str] = Counter()
+    for name in available:
+        steps = name.split(".")
+        for start in range(len(steps)):
+            if ".".join(steps[start:]) in wanted:
+                found[".".join((*steps[:start], ""))] += 1
+    # The shorter of two that serve alike: max takes the first.
+    return max(sorted(found, key=len), key=lambda prefix: found[prefix], default="")

@@ -1,11 +1,6 @@
-"""Parts of the composite: which weights each use needs, and what stands in place of the rest.
+"""Parts of a composite: which weights each use needs, and what stands in place of the rest.
 
-image     vision tower and its pooler: the C embedding of images
-text      QLLaMA as a plain LLaMA, without head and cross-attention: embeddings of texts
-c         image, text and the logit scale: everything of InternVL-C
-g         c, query tokens, cross-attention and the second pooler: everything of InternVL-G
-caption   vision tower, query tokens and all of QLLaMA: captions and answers
-all       the whole model
+The table of them is in families.py.
 """
 
 import re
@@ -14,33 +9,21 @@ from typing import Any
 
 from torch import nn
 
+from .families import INTERNVL_14B, Family
 from .names import canonical
 
-_VISION = r"vision_model\."
-_POOLER = r"clip_projector\."
-_TEXT = r"qllama\.model\.(?!layers\.\d+\.cross_attn\.)"
-_PROJECTION = r"text_projection$"
-_C = (_VISION, _POOLER, _TEXT, _PROJECTION, r"logit_scale$")
-_PATTERNS = {
-    "image": (_VISION, _POOLER),
-    "text": (_TEXT, _PROJECTION),
-    "c": _C,
-    "g": (*_C, r"qllama\.model\.", r"query_tokens$", r"clip_projector2\."),
-    "caption": (_VISION, r"qllama\.", r"query_tokens$"),
-    "all": ("",),
-}
-PARTS = tuple(_PATTERNS)  # the smallest first
+PARTS = tuple(INTERNVL_14B.parts)  # the smallest first
 
 
-def needs(parts: str) -> Callable[[str], bool]:
+def needs(parts: str, family: Family = INTERNVL_14B) -> Callable[[str], bool]:
     """Whether the parts need a weight, by its published name.
 
     Raises:
         ValueError: there are no such parts.
     """
-    if parts not in _PATTERNS:
-        raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
-    pattern = re.compile("|".join(_PATTERNS[parts]))
+    if parts not in family.parts:
+        raise ValueError(f"parts must be one of {', '.join(family.parts)}, got {parts!r}")
+    pattern = re.compile("|".join(family.parts[parts]))
     return lambda name: pattern.match(name) is not None
 
 

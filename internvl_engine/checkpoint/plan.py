@@ -3,16 +3,107 @@
 Only headers have been read by now, so that a damaged 28 GB checkpoint is refused at once.
 """
 
-from torch import nn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from .contents import Contents, Stored
+import torch
+from torch import Tensor, nn
+
+from .contents import Contents, Entry, Stored
 from .dtypes import FLOATS, dtype_name
 from .errors import CheckpointError, listed
-from .names import LORA, canonical
+from .names import canonical
+from .ties import heads
 
 
-def match(model: nn.Module, contents: Contents, strict: bool, merged: bool) -> dict[str, str]:
-    """The published name of every parameter and stored buffer of the model.
+class Reader:
+    """Reads weights by their published names, merging LoRA where asked to.
+
+        merged = W + alpha / r * B A        in float32, rounded once
+
+    Args:
+        contents: the checkpoint.
+        merge: whether LoRA is folded into the weights it adapts.
+        alphas: beginning of a name to alpha; None is 2 * r.
+    """
+
+    def __init__(
+        self,
+        contents: Contents,
+        merge: bool = False,
+        alphas: Mapping[str, float | None] | None = None,
+    ) -> None:
+        self.contents = contents
+        self.merge = merge
+        self.alphas = dict(alphas or {})
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, cast to dtype; mapped from its file where nothing had to be computed."""
+        entry = self.contents.entry(name)
+        tensor = entry.read()
+        sides = self._adapter(name)
+        if sides is not None:
+            tensor = self._merged(name, tensor, sides)
+            dtype = dtype or entry.dtype
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def is_mapped(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the weight in that dtype is pages of its file, and takes no memory."""
+        entry = self.contents.entry(name)
+        return isinstance(entry, Stored) and entry.dtype == dtype and self._adapter(name) is None
+
+    def _adapter(self, name: str) -> dict[str, Entry] | None:
+        if not self.merge or not name.endswith(".weight"):
+            return None
+        return self.contents.lora.get(name.removesuffix(".weight"))
+
+    def _merged(self, name: str, weight: Tensor, sides: dict[str, Entry]) -> Tensor:
+        a, b = sides["A"].read().float(), sides["B"].read().float()
+        alpha = next((v for start, v in self.alphas.items() if name.startswith(start)), None)
+        rank = a.shape[0]
+        scale = (2 * rank if alpha is None else alpha) / rank
+        # Into the product, so that no third matrix of this size exists.
+        return torch.addmm(weight.float(), b, a, alpha=scale)
+
+
+@dataclass
+class Plan:
+    """Where the weights of a model come from.
+
+    Args:
+        names: name in the model to published name.
+        contents: the checkpoint.
+        reader: reads it.
+        patch_size: side of a patch in pixels; None for a decoder.
+        resize: side in pixels to which the position table is resized once it is there.
+        tied: name of an output embedding to that of the input embedding whose weight it takes,
+            because the checkpoint has one tensor for both.
+    """
+
+    names: dict[str, str]
+    contents: Contents
+    reader: Reader
+    patch_size: int | None = None
+    resize: int | None = None
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def entry(self, name: str) -> Entry:
+        """The stored tensor of a weight, by its name in the model."""
+        return self.contents.entry(self.names[name])
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight by its name in the model; mapped where it is stored in that dtype."""
+        return self.reader.read(self.names[name], dtype)
+
+    def is_mapped(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether `read` gives pages of the checkpoint's file."""
+        return self.reader.is_mapped(self.names[name], dtype)
+
+
+def match(
+    model: nn.Module, contents: Contents, strict: bool, merged: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Finds every parameter and stored buffer of the model in the checkpoint.
 
     Args:
         model: built on the meta device.
@@ -20,51 +111,60 @@ def match(model: nn.Module, contents: Contents, strict: bool, merged: bool) -> d
         strict: whether a tensor that the model has no place for is an error.
         merged: whether LoRA goes into the weights that it adapts.
 
+    Returns:
+        Name in the model to published name, and `tied` as in `Plan`.
+
     Raises:
         CheckpointError: a weight is missing, has another shape or is not of floating point, or
             there are weights of something else.
     """
-    wanted = {name: canonical(name) for name in model.state_dict()}
+    state = model.state_dict()
+    wanted = {name: canonical(name) for name in state}
     available = set(contents.tensors)
-    for linear in contents.lora:
-        available |= {f"{linear}.lora_A.weight", f"{linear}.lora_B.weight"}
-    missing = [name for name in wanted.values() if name not in available]
+    tied = {
+        each.head: each.embedding
+        for each in heads(model)
+        if wanted[each.head] not in available and wanted[each.embedding] in available
+    }
+    for head in tied:
+        del wanted[head]
+    adapted = {f"{linear}.lora_{side}.weight" for linear in contents.lora for side in "AB"}
+    missing = [name for name in wanted.values() if name not in available | adapted]
     if missing:
         raise CheckpointError(_missing(contents, missing))
-    if merged:
-        available = set(contents.tensors)
+    if not merged:
+        available |= adapted
     if strict and (unexpected := available - set(wanted.values())):
         raise CheckpointError(
             f"{contents.path}: {len(unexpected)} weights have no place in {type(model).__name__}: "
             f"{listed(unexpected)}; strict=False leaves them out"
         )
-    _check_adapters(contents)
-    problems = []
-    for name, target in model.state_dict().items():
-        problems += _problems(stored(contents, wanted[name]), tuple(target.shape))
+    problems = _adapter_problems(contents)
+    if not problems:
+        for name, published in wanted.items():
+            problems += _problems(contents.entry(published), tuple(state[name].shape))
     if problems:
         raise CheckpointError("\n".join(problems[:5]) + _beyond(len(problems) - 5))
-    return wanted
-
-
-def stored(contents: Contents, name: str) -> Stored:
-    """The tensor of a published name, LoRA's included."""
-    adapter = LORA.match(name)
-    if adapter and adapter["linear"] in contents.lora:
-        return contents.lora[adapter["linear"]][adapter["side"]]
-    return contents.tensors[name]
+    return wanted, tied
 
 
 def _missing(contents: Contents, missing: list[str]) -> str:
     text = f"{contents.path}: {len(missing)} weights are missing: {listed(missing)}"
+    if contents.layout is not None:
+        text += f"; its names are those of {contents.layout.name}"
     if any(".lora_" in name for name in missing):
         text += "; its LoRA adapts other linears than the published ones: pass merge_lora=True"
+    if any("_flat_param" in name for name in contents.names):
+        text += (
+            "; it holds FSDP's flattened parameters: save a full state dict (StateDictType."
+            "FULL_STATE_DICT)"
+        )
     if contents.parts:
         text += f"; the checkpoint holds parts {contents.parts!r}"
     return text
 
 
-def _problems(entry: Stored, shape: tuple[int, ...]) -> list[str]:
+def _problems(entry: Entry, shape: tuple[int, ...]) -> list[str]:
     if entry.shape != shape:
         return [f"{entry}: needed shape {shape}, got {entry.shape}"]
     if entry.dtype not in FLOATS:
@@ -73,7 +173,7 @@ def _problems(entry: Stored, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _check_adapters(contents: Contents) -> None:
+def _adapter_problems(contents: Contents) -> list[str]:
     """B A must have the shape of the weight it is added to."""
     problems = []
     for linear, sides in contents.lora.items():
@@ -84,8 +184,7 @@ def _check_adapters(contents: Contents) -> None:
         rank = sides["A"].shape[0] if sides["A"].shape else 0
         rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
         problems += _problems(sides["A"], (rank, columns)) + _problems(sides["B"], (rows, rank))
-    if problems:
-        raise CheckpointError("\n".join(problems[:5]) + _beyond(len(problems) - 5))
+    return problems
 
 
 def _beyond(count: int) -> str:

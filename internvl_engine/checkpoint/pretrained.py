@@ -5,30 +5,29 @@ the files, and only then are weights read, one at a time, mapped where nothing h
 Nothing is initialised at random and nothing is left out: what is missing is an error.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..configuration import InternVisionConfig, InternVLConfig
-from .configs import Reading, adopt, read_config
+from . import ties
+from .adoption import adopt
+from .building import build
+from .configs import Reading, fields_of, read_config
 from .contents import Contents
 from .dtypes import resolve_dtype
-from .fill import Plan, fill
-from .locate import Location, locate
-from .merge import Reader
-from .names import BESIDE_DECODER, BESIDE_VISION, canonical, prefix_of
-from .parts import drop_absent, needs
+from .fill import fill
+from .hub import hub_options
+from .identify import built_by, needed_by, own_fields, refuse_adapter
+from .locate import Source
+from .names import canonical, prefix_of
+from .parts import drop_absent
 from .placement import Placement, place
-from .plan import match
-
-# What transformers and published examples pass, and what changes nothing here.
-IGNORED = {
-    "_commit_hash", "_from_auto", "adapter_kwargs", "attn_implementation", "code_revision",
-    "low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only",
-}  # fmt: skip
+from .plan import Plan, Reader, match
+from .quantized import refuse_quantized
 
 
 def load_pretrained(
@@ -46,21 +45,16 @@ def load_pretrained(
     merge_lora: bool = False,
     lora_alpha: float | None = None,
     strict: bool = True,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = None,
-    subfolder: str | None = None,
     progress: bool | None = None,
     output_loading_info: bool = False,
-    **overrides: Any,
+    **options: Any,
 ) -> Any:
     """Loads a model, in eval mode, from any layout of the family's checkpoints.
 
     Args:
         model_class: what to build; a tower finds its weights and configuration in a composite.
         source: directory, weight file or hub id.
-        config: in place of the checkpoint's config.json.
+        config: in place of the checkpoint's config.json: an object, a dict, or a path.
         dtype: a torch dtype or its name; "auto" is bfloat16 where the processor computes in it,
             else float32. Weights stored in that dtype stay mapped in their file and occupy no
             memory of their own. torch_dtype is the older name.
@@ -75,30 +69,39 @@ def load_pretrained(
             configuration's, else twice the rank.
         strict: False leaves out weights the model has no place for. Missing ones are always an
             error.
-        revision, token, cache_dir, local_files_only, subfolder: as huggingface_hub.
         progress: a bar on stderr; None shows one on a terminal.
         output_loading_info: also return which stored names were left out.
-        overrides: fields of the configuration. force_image_size resizes the position table.
+        options: revision, token, cache_dir, local_files_only, force_download and subfolder, as
+            huggingface_hub takes them; fields of the configuration (force_image_size resizes the
+            position table); and keywords of transformers' from_pretrained, which are ignored
+            where they change nothing here.
 
     Raises:
         CheckpointError: a file is damaged, or its weights do not fit (a ValueError).
         CheckpointNotFoundError: something is missing (a FileNotFoundError also).
-        TypeError, ValueError: an argument is unknown or contradicts another.
+        TypeError, ValueError: an argument is unknown, not supported, or contradicts another.
     """
-    model, plan, location = prepare(
-        model_class, source, config=config, parts=parts, merge_lora=merge_lora,
-        lora_alpha=lora_alpha, strict=strict, revision=revision, token=token, cache_dir=cache_dir,
-        local_files_only=local_files_only, subfolder=subfolder, **overrides,
-    )  # fmt: skip
-    dtype = dtype if torch_dtype is None else torch_dtype
-    placement = place(model, device, device_map, max_memory, dtype)
-    dtype = resolve_dtype(dtype, placement.main)
-    fill(model, plan, placement, dtype, offload_folder, progress)
-    _finish(model, location, placement, dtype)
+    with _own_settings():
+        model, plan, found = prepare(
+            model_class, source, config=config, parts=parts, merge_lora=merge_lora,
+            lora_alpha=lora_alpha, strict=strict, **options,
+        )  # fmt: skip
+        dtype = dtype if torch_dtype is None else torch_dtype
+        placement = place(model, device, device_map, max_memory, dtype)
+        dtype = resolve_dtype(dtype, placement.main)
+        fill(model, plan, placement, dtype, offload_folder, progress)
+        _finish(model, found, placement, dtype)
     if not output_loading_info:
         return model
     info: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return model, info | {"unexpected_keys": set(plan.contents.leftovers)}
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Loads the same model inside the caller's inference_mode or autocast."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def prepare(
@@ -110,61 +113,44 @@ def prepare(
     merge_lora: bool = False,
     lora_alpha: float | None = None,
     strict: bool = True,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = None,
-    subfolder: str | None = None,
-    **overrides: Any,
-) -> tuple[Any, Plan, Location]:
+    **options: Any,
+) -> tuple[Any, Plan, Source]:
     """All of `load_pretrained` that comes before the first weight is read, and all its checks.
 
     Args, Raises: as `load_pretrained`.
 
     Returns:
-        The model on the meta device, the plan of its weights, and where they are.
+        The model on the meta device, the plan of its weights, and the checkpoint.
     """
-    composite = issubclass(model_class.config_class, InternVLConfig)
-    if parts not in (None, "all") and not composite:
+    family = built_by(model_class.config_class)
+    if parts not in (None, "all") and family is None:
         raise ValueError(f"{model_class.__name__} is one part: parts must be None, got {parts!r}")
-    hub = {
-        "revision": revision, "token": token, "cache_dir": cache_dir,
-        "local_files_only": local_files_only, "subfolder": subfolder,
-    }  # fmt: skip
-    location = locate(source, _needed(model_class, parts), **hub)
-    if composite and parts is None:
-        parts = getattr(config, "parts", None) or _stated_parts(location)
-    contents = Contents(location, _needed(model_class, parts))
-    overrides = {name: value for name, value in overrides.items() if name not in IGNORED}
-    reading = read_config(
-        model_class.config_class, location, config, overrides, contents.standalone
-    )
+    needed_by(model_class, parts)  # before anything is downloaded: are there such parts?
+    given = fields_of(config, model_class.config_class)
+    found = Source.find(source, **hub_options(options))
+    refuse_adapter(found)
+    if family is not None and parts is None:
+        parts = (given or {}).get("parts") or (found.config or {}).get("parts")
+    needed = needed_by(model_class, parts)
+    contents = Contents.read(found, found.weights(needed), needed)
+    reading = read_config(model_class.config_class, found, given, options, contents)
+    if config is None and "quantization_config" not in options and found.config is not None:
+        refuse_quantized(contents, own_fields(found.config, model_class.config_class))
+    else:
+        refuse_quantized(contents, {})
     if lora_alpha is not None:
         if not contents.lora:
-            raise ValueError(f"{location.path}: lora_alpha came, but the checkpoint has no LoRA")
+            raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")
         reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
     contents.parts = reading.parts
-    own = getattr(config, "force_image_size", None)
-    asked = overrides.get("force_image_size", overrides.get("image_size", own))
-    resize = adopt(reading, contents, merge_lora, asked)
-    with torch.device("meta"):
-        model = model_class(reading.config)
-    plan = _plan(model, reading, contents, parts, merge_lora, strict, composite)
+    asked = {"force_image_size": (given or {}).get("force_image_size")} | reading.overrides
+    resize = adopt(
+        reading, contents, merge_lora, asked.get("image_size") or asked["force_image_size"]
+    )
+    model = build(model_class, reading.config)
+    plan = _plan(model, reading, contents, parts, merge_lora, strict)
     plan.resize = resize
-    return model, plan, location
-
-
-def _stated_parts(location: Location) -> str | None:
-    return (location.json("config.json") or {}).get("parts")
-
-
-def _needed(model_class: Any, parts: str | None) -> Callable[[str], bool] | None:
-    """Which published names the model will ask for; None where it is everything."""
-    config_class = model_class.config_class
-    if issubclass(config_class, InternVLConfig):
-        return None if parts is None else needs(parts)
-    beside = BESIDE_VISION if issubclass(config_class, InternVisionConfig) else BESIDE_DECODER
-    return lambda name: not name.startswith(beside)
+    return model, plan, found
 
 
 def _plan(
@@ -174,11 +160,10 @@ def _plan(
     parts: str | None,
     merge: bool,
     strict: bool,
-    composite: bool,
 ) -> Plan:
     """Finds every weight of the model, which is cut to the parts first."""
     alphas = reading.alphas
-    if composite:
+    if built_by(type(model.config)) is not None:
         parts = parts or reading.parts or "all"
         drop_absent(model, parts)
         model.config.parts = None if parts == "all" else parts
@@ -186,14 +171,14 @@ def _plan(
         prefix = prefix_of(map(canonical, model.state_dict()), contents.names)
         contents = contents.under(prefix)
         alphas = {"": next((a for tower, a in alphas.items() if prefix.startswith(tower)), None)}
-    names = match(model, contents, strict, merge)
+    names, tied = match(model, contents, strict, merge)
+    ties.record(model, tied, contents.path)
     vision = getattr(model.config, "vision_config", model.config)
-    return Plan(
-        names, contents, Reader(contents, merge, alphas), getattr(vision, "patch_size", None)
-    )
+    patch_size = getattr(vision, "patch_size", None)
+    return Plan(names, contents, Reader(contents, merge, alphas), patch_size, tied=tied)
 
 
-def _finish(model: Any, location: Location, placement: Placement, dtype: torch.dtype) -> None:
+def _finish(model: Any, source: Source, placement: Placement, dtype: torch.dtype) -> None:
     """What a loaded model has beside its weights."""
     model.eval()
     model.config.dtype = dtype
@@ -202,7 +187,7 @@ def _finish(model: Any, location: Location, placement: Placement, dtype: torch.d
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.placement = placement
-    if location.json("generation_config.json") is not None:
+    if source.json("generation_config.json") is not None:
         generator: Any = model if model.can_generate() else getattr(model, "language_model", None)
         if hasattr(generator, "generation_config"):
-            generator.generation_config = GenerationConfig.from_pretrained(location.folder)
+            generator.generation_config = GenerationConfig.from_pretrained(source.folder)

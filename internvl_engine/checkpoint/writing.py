@@ -7,7 +7,8 @@ then the tensors' bytes one after another. Source: huggingface/safetensors, READ
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,24 @@ class Planned:
     def size(self) -> int:
         """Its bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def replaced_weights(folder: str | Path) -> Iterator[None]:
+    """Removes the index, or the single file, that a save in the body leaves from an earlier one."""
+    paths = [Path(folder, name) for name in (SINGLE, INDEX)]
+    before = {path: _mark(path) for path in paths if path.is_file()}
+    yield
+    written = [path for path in paths if path.is_file() and before.get(path) != _mark(path)]
+    for path in before:
+        if written and path not in written:
+            path.unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    """Another one after the file was replaced or written to."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def write_shards(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..embedding import Mode
     from ..engine import InternVL
-    from ..tasks.embedder import Mode
 
 
 QUESTIONS = {"colour": "what colour is it?", "digit": "what digit is it?"}
@@ -100,7 +100,7 @@ def run(device: str | None = None, dtype: str | None = None) -> Demo:
     for mode in MODES:
         _classify(engine, pictures, mode)
         clock.lap(f"classify_{mode}")
-    options = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH}
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH}
     for picture, text in zip(pictures, engine.caption(images, **options), strict=True):
         picture.caption = text
     clock.lap("caption")

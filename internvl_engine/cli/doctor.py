@@ -1,4 +1,7 @@
-"""`internvl doctor`: what this machine is, what it will run, why, and what would make it better."""
+"""`internvl doctor`: what this machine is, what it will run, why, and what would make it better.
+
+It imports torch and the kernels, and nothing that may be broken itself: see trial.py for the rest.
+"""
 
 import os
 import platform
@@ -8,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..memory import memory
+from ..printable import printable
+from .trial import PATIENCE, Trials
 
 if TYPE_CHECKING:
-    from ..tasks.embedder import Embedder
+    from ..embedding import Embedder
 
 NEEDED = (
     "torch", "transformers", "safetensors", "sentencepiece", "pillow", "numpy", "huggingface-hub",
@@ -20,28 +25,29 @@ OPTIONAL = {  # package: what for
     "triton": "GPU kernels",
     "flash-attn": "attention on NVIDIA GPUs (extra: flash)",
     "peft": "LoRA (extra: train)",
-    "accelerate": "training on several devices (extra: train)",
-    "torchao": "quantised weights (extra: quant)",
-    "faiss-cpu": "approximate search (extra: index)",
-    "fastapi": "serving (extra: serve)",
-    "pyarrow": "data sets in Parquet (extra: data)",
-    "ray": "embedding on a cluster (extra: ray)",
-    "gradio": "a page to try the model (extra: demo)",
     "matplotlib": "plots of benchmarks (extra: bench)",
+    "pillow-heif": "HEIC photos",
 }
-BYTES = {"float32": 4, "bfloat16": 2}
-ACTIVATIONS = 1.1  # of the weights, roughly, for a small batch
+# What loading a model imports where it is there, and what else may fail with it.
+TRIED = ("transformers", "torchvision", "flash_attn", "peft", "accelerate", "triton")
+LIMITS = ("INTERNVL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # of instruction sets
 
 
-def examine() -> dict[str, Any]:
-    """Everything that `internvl doctor --json` prints; `problems` have `what` and `do`."""
+def examine(patience: float | None = PATIENCE) -> dict[str, Any]:
+    """Everything that `internvl doctor --json` prints; `problems` have `what` and `do`.
+
+    Args:
+        patience: seconds to wait for packages that take long to import; None waits for all.
+    """
     import torch
 
     from .. import __version__
-    from ..checkpoint import computes_in_bfloat16, resolve_dtype
+    from ..checkpoint import choose_dtype
 
+    trials = Trials(TRIED)  # each in a copy of this process, which has torch
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
+    chosen = {str(device): choose_dtype("auto", device) for device in devices}
     found: dict[str, Any] = {
         "internvl_engine": __version__,
         "python": platform.python_version(),
@@ -53,19 +59,18 @@ def examine() -> dict[str, Any]:
             "cores": _cores(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "limits": {name: os.environ[name] for name in LIMITS if os.environ.get(name)},
         },
         "memory_gb": {name: round(size / 1e9, 1) for name, size in memory().items()},
         "native": _native("_native"),
         "native_cuda": _native("_native_cuda"),
         "gpus": [_gpu(device) for device in devices[1:]],
-        "dtype_auto": {
-            str(device): str(resolve_dtype("auto", device)).removeprefix("torch.")
-            for device in devices
-        },
-        "bfloat16_in_hardware": {str(d): bool(computes_in_bfloat16(d)) for d in devices},
+        "dtype_auto": {name: _name(choice.dtype) for name, choice in chosen.items()},
+        "dtype_reasons": {name: choice.reason for name, choice in chosen.items()},
         "operators": _operators(),
     }
-    found["internvl_14b"] = _needs_of_14b(found)
+    found["internvl_14b"], found["advice"] = _needs_of_14b(found)
+    found["broken"] = trials.errors(patience)
     found["problems"] = list(_problems(found))
     return found
 
@@ -79,7 +84,7 @@ def machine(engine: "Embedder") -> dict[str, Any]:
     cpu = f"{processor_name()}, {threads} thread{'s' * (threads > 1)}"
     return {
         "device": torch.cuda.get_device_name(engine.device) if kind == "cuda" else cpu,
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": _name(engine.dtype),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": _version("transformers"),
@@ -99,6 +104,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -112,16 +121,20 @@ def _native(name: str) -> dict[str, Any]:
         return {"built": False, "instruction_set": None, "error": None}
     try:
         module = import_module(f"internvl_engine.{name}")
-    except ImportError as error:
-        return {"built": True, "instruction_set": None, "error": str(error)}
-    describe = getattr(module, "instruction_set", None)
-    return {"built": True, "instruction_set": describe() if describe else None, "error": None}
+        describe = getattr(module, "instruction_set", None)
+        running = describe() if describe else None
+    except Exception as error:  # noqa: BLE001  whatever it is, the page says it
+        return {"built": True, "instruction_set": None, "error": printable(error, 300)}
+    return {"built": True, "instruction_set": running, "error": None}
 
 
-def _operators() -> dict[str, dict[str, str]]:
-    from .. import kernels
+def _operators() -> dict[str, Any]:
+    try:
+        from .. import kernels
 
-    return kernels.implementations()
+        return kernels.implementations()
+    except Exception as error:  # noqa: BLE001  whatever it is, the page says it
+        return {"error": f"{type(error).__name__}: {printable(error, 300)}"}
 
 
 def _gpu(device: Any) -> dict[str, Any]:
@@ -137,30 +150,24 @@ def _gpu(device: Any) -> dict[str, Any]:
     }
 
 
-def _needs_of_14b(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The memory that InternVL-14B takes here, by parts, in the dtype of each device."""
-    import torch
+def _needs_of_14b(found: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
+    """The memory that InternVL-14B takes here by parts, device and dtype, and what to load."""
+    from ..checkpoint.fitting import advice, fitting
 
-    from ..checkpoint import PARTS, needs
-    from ..configuration import InternVLConfig
-    from ..modeling.internvl import InternVLModel
-
-    with torch.device("meta"):
-        model = InternVLModel(InternVLConfig())
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     free = {"cpu": found["memory_gb"]["available"]}
     free |= {f"cuda:{n}": gpu["free_gb"] for n, gpu in enumerate(found["gpus"])}
-    rows = []
-    for parts in PARTS:
-        needed = needs(parts)
-        count = sum(size for name, size in sizes.items() if needed(name))
-        for device, dtype in found["dtype_auto"].items():
-            weights = count * BYTES[dtype] / 1e9
-            rows.append({
-                "parts": parts, "parameters": count, "device": device, "dtype": dtype,
-                "weights_gb": round(weights, 1), "fits": weights * ACTIVATIONS < free[device],
-            })  # fmt: skip
-    return rows
+    rows, instead = [], {}
+    for device, gigabytes in free.items():
+        available, auto = int(gigabytes * 1e9), found["dtype_auto"][device]
+        rows += [
+            {
+                "parts": fit.parts, "parameters": fit.parameters, "device": device,
+                "dtype": fit.dtype, "weights_gb": round(fit.nbytes / 1e9, 1), "fits": fit.fits,
+            }
+            for fit in fitting(available)
+        ]  # fmt: skip
+        instead[device] = advice(available, "all", auto)
+    return rows, instead
 
 
 def _problems(found: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -170,6 +177,17 @@ def _problems(found: dict[str, Any]) -> Iterator[dict[str, str]]:
     for name, version in found["packages"].items():
         if version is None:
             yield {"what": f"{name} is not installed", "do": f"pip install {name}"}
+    for module, error in found["broken"].items():
+        yield {
+            "what": f"{module} is installed and does not import: {printable(error, 300)}",
+            "do": f"install the version of {module} that fits torch {torch.__version__}, or "
+            f"pip uninstall {module.replace('_', '-')}",
+        }
+    if "error" in found["operators"]:
+        yield {
+            "what": f"the kernels do not import: {found['operators']['error']}",
+            "do": "reinstall internvl-engine, and the package that the message names",
+        }
     if not found["native"]["built"]:
         yield {
             "what": "the native CPU kernels were not built: plain PyTorch serves the CPU",

@@ -2,68 +2,75 @@
 
 from typing import Any
 
-import typer
-
-from .console import print_table, print_title
+from .console import print_table, print_title, show
 from .doctor import OPTIONAL
 
 
-def show(found: dict[str, Any]) -> None:
+def show_page(found: dict[str, Any]) -> None:
     """Prints what `examine` found."""
-    typer.echo(f"internvl_engine {found['internvl_engine']}, Python {found['python']}")
-    typer.echo(", ".join(f"{name} {version}" for name, version in found["packages"].items()))
+    show(f"internvl_engine {found['internvl_engine']}, Python {found['python']}")
+    show(", ".join(f"{name} {version}" for name, version in found["packages"].items()))
     _show_machine(found)
     _show_what_runs(found)
-    print_title("\nInternVL-14B here")
-    print_table(
-        ("parts", "parameters", "on", "dtype", "weights", "fit in memory"),
-        [
-            (row["parts"], f"{row['parameters'] / 1e9:.1f}e9", row["device"], row["dtype"],
-             f"{row['weights_gb']} GB", "yes" if row["fits"] else _instead(row["device"]))
-            for row in found["internvl_14b"]
-        ],
-        indent="  ",
-    )  # fmt: skip
+    print_title("\nInternVL-14B here: gigabytes of weights, * where they do not fit in memory")
+    _show_14b(found["internvl_14b"])
+    for device, advice in found["advice"].items():
+        if advice is not None:
+            instead = "read from disk in every pass" if device == "cpu" else "takes device_map"
+            show(f"  {device}: {advice} (what does not fit is {instead})")
     print_title("\nOptional packages")
     print_table(
         ("package", "version", "for"),
-        [(name, version or "-", OPTIONAL[name]) for name, version in found["optional"].items()],
+        [(name, _state(found, name), OPTIONAL[name]) for name in found["optional"]],
         indent="  ",
     )
     print_title("\nProblems" if found["problems"] else "\nNo problems")
     for problem in found["problems"]:
-        typer.echo(f"  {problem['what']}\n    -> {problem['do']}")
+        show(f"  {problem['what']}\n    -> {problem['do']}")
 
 
-def _instead(device: str) -> str:
-    return "no: read from disk in every pass" if device == "cpu" else "no: needs device_map"
+def _state(found: dict[str, Any], package: str) -> str:
+    """The version of a package; - where it is not there."""
+    version = found["optional"][package] or "-"
+    return "broken" if package.replace("-", "_") in found["broken"] else version
+
+
+def _show_14b(rows: list[dict[str, Any]]) -> None:
+    """A line for every part, a column for every dtype on every device."""
+    columns = list(dict.fromkeys((row["device"], row["dtype"]) for row in rows))
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        line = lines.setdefault(row["parts"], [row["parts"], f"{row['parameters'] / 1e9:.1f}e9"])
+        line.append(f"{row['weights_gb']}{'' if row['fits'] else ' *'}")
+    head = ["parts", "parameters", *(f"{dtype} on {device}" for device, dtype in columns)]
+    print_table(head, lines.values(), indent="  ")
 
 
 def _show_machine(found: dict[str, Any]) -> None:
     cpu, memory_gb = found["cpu"], found["memory_gb"]
     print_title("\nMachine")
-    typer.echo(
-        f"  {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}"
-    )
-    typer.echo(f"  memory {memory_gb['total']} GB, {memory_gb['available']} GB available")
+    show(f"  {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}")
+    show(f"  memory {memory_gb['total']} GB, {memory_gb['available']} GB available")
     for gpu in found["gpus"]:
-        typer.echo(
+        show(
             f"  {gpu['name']} (sm_{gpu['capability'].replace('.', '')}), {gpu['memory_gb']} GB, "
             f"{gpu['free_gb']} GB free"
         )
     if not found["gpus"]:
-        typer.echo("  no GPU")
+        show("  no GPU")
 
 
 def _show_what_runs(found: dict[str, Any]) -> None:
     print_title("\nWhat runs")
-    native, cuda = found["native"], found["native_cuda"]
+    native, cuda, limits = found["native"], found["native_cuda"], found["cpu"]["limits"]
     built = f"built, running {native['instruction_set']}" if native["built"] else "not built"
-    typer.echo(f"  native CPU kernels: {built}")
-    typer.echo(f"  native CUDA kernels: {'built' if cuda['built'] else 'not built'}")
+    show(f"  native CPU kernels: {built}; PyTorch: {found['cpu']['capability']}")
+    if limits:
+        show("  held back by " + ", ".join(f"{name}={value}" for name, value in limits.items()))
+    show(f"  native CUDA kernels: {'built' if cuda['built'] else 'not built'}")
     for device, dtype in found["dtype_auto"].items():
-        why = "computes" if found["bfloat16_in_hardware"][device] else "does not compute"
-        typer.echo(f"  dtype=auto on {device} is {dtype}: it {why} in bfloat16")
-    kinds = ["CPU", "CUDA"] if found["gpus"] else ["CPU"]
-    rows = [(name, *(on.get(k, "") for k in kinds)) for name, on in found["operators"].items()]
-    print_table(("operator", *kinds), rows, indent="  ")
+        show(f"  dtype=auto on {device} is {dtype}: {found['dtype_reasons'][device]}")
+    if "error" not in found["operators"]:
+        kinds = ["CPU", "CUDA"] if found["gpus"] else ["CPU"]
+        rows = [(name, *(on.get(k, "") for k in kinds)) for name, on in found["operators"].items()]
+        print_table(("operator", *kinds), rows, indent="  ")

@@ -1,14 +1,24 @@
 """Commands on single images: classify, caption, ask, embed."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Debug, Json, command, print_json, print_table, print_title, progress
-from .model import BatchSize, Device, Dtype, Mode, Model, check_mode, load
+from ..printable import printable
+from .console import Json, command, print_json, print_table, print_title, show
+from .labels import read_labels
+from .model import BatchSize, Mode, ModelOptions, check_mode
+from .pictures import Results, sources
 
-Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_MODEL = ModelOptions()
+Images = Annotated[
+    list[str], typer.Argument(metavar="IMAGE...", help="Image files; - is standard input.")
+]
 Beams = Annotated[int, typer.Option("--beams", min=1, help="1 is greedy; published: 5.")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Published: 30.")]
 MinTokens = Annotated[int, typer.Option("--min-new-tokens", min=0, help="Published: 8.")]
@@ -34,35 +44,28 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 5,
     mode: Mode = "c",
     batch_size: BatchSize = 32,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    model: ModelOptions = NO_MODEL,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Say which of some labels fits each image best.
 
     internvl classify photo.jpg --labels "cat,dog,red panda"
     """
-    names = _labels(labels)
-    engine = load(model, device, dtype, check_mode(mode))
+    names, pictures = read_labels(labels), sources(images)
+    engine = model.load(check_mode(mode))
     options: dict[str, Any] = {"templates": template, "mode": mode, "top_k": top}
-    found: list[list[Any]] = []
-    with progress(len(images), "images") as bar:
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            found += engine.classify(part, names, **options)
-            bar.update(len(part))
-    if as_json:
-        results = [
-            {"image": image, "predictions": [row._asdict() for row in rows]}
-            for image, rows in zip(images, found, strict=True)
-        ]
-        print_json({"model": engine.name, "mode": mode, "results": results})
-        return
-    for image, rows in zip(images, found, strict=True):
+
+    def show_labels(image: str, rows: Any) -> None:
         print_title(image)
         print_table(("", ""), [(f"{100 * p:.2f}%", label) for label, p in rows], indent="  ")
+
+    results = Results(images, None if as_json else show_labels)
+    results.take(engine.classify_each(pictures, names, batch_size=batch_size, **options))
+    if as_json:
+        rows = results.rows(lambda found: {"predictions": [row._asdict() for row in found]})
+        document = {"model": engine.name, "mode": mode, "results": list(rows)}
+        print_json(document | results.failure())
+    results.finish()
 
 
 def caption(
@@ -76,11 +79,8 @@ def caption(
     min_new_tokens: MinTokens = 0,
     stream: Stream = False,
     batch_size: BatchSize = 8,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    model: ModelOptions = NO_MODEL,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Describe images in words.
 
@@ -91,55 +91,49 @@ def caption(
         raise typer.BadParameter(
             "one image with one prompt, one beam and no --json", param_hint="--stream"
         )
-    engine = load(model, device, dtype, "caption")
-    lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    pictures = sources(images)
+    engine = model.load("caption")
+    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     if stream:
-        for piece in engine.caption(images[0], prompts[0], stream=True, **lengths):
-            typer.echo(piece, nl=False)
-        typer.echo()
+        for piece in engine.caption(pictures[0], prompts[0], stream=True, **lengths):
+            show(piece, end="")
+        show("")
         return
-    texts: list[list[str]] = []
-    with progress(len(images), "images") as bar:
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            options = {"num_beams": beams, "batch_size": batch_size, **lengths}
-            texts += engine.caption(part, prompts, **options)
-            bar.update(len(part))
-    if as_json:
-        results = [
-            {"image": image, "captions": dict(zip(prompts, row, strict=True))}
-            for image, row in zip(images, texts, strict=True)
-        ]
-        print_json({"model": engine.name, "results": results})
-        return
-    for image, row in zip(images, texts, strict=True):
+
+    def show_texts(image: str, texts: list[str]) -> None:
         if len(images) > 1 or len(prompts) > 1:
             print_title(image)
-        for text in row:
-            typer.echo(text)
+        for text in texts:
+            show(text)
+
+    results = Results(images, None if as_json else show_texts)
+    options: dict[str, Any] = {"num_beams": beams, "batch_size": batch_size, **lengths}
+    results.take(engine.caption_each(pictures, prompts, **options))
+    if as_json:
+        rows = results.rows(lambda texts: {"captions": dict(zip(prompts, texts, strict=True))})
+        print_json({"model": engine.name, "results": list(rows)} | results.failure())
+    results.finish()
 
 
 def ask(
-    image: Annotated[str, typer.Argument(help="Image file.")],
+    image: Annotated[str, typer.Argument(help="Image file; - is standard input.")],
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION...")],
     template: Annotated[
         str, typer.Option(help="Prompt with {} for the question.")
     ] = "Question: {} Answer:",
     beams: Beams = 1,
     max_new_tokens: MaxTokens = 30,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    model: ModelOptions = NO_MODEL,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Answer questions about an image.
 
     internvl ask photo.jpg "What colour is the car?"
     """
-    engine = load(model, device, dtype, "caption")
-    options = {"num_beams": beams, "max_new_tokens": max_new_tokens}
-    answers = engine.answer(image, questions, template=template, **options)
+    (picture,) = sources([image])
+    engine = model.load("caption")
+    options: dict[str, Any] = {"num_beams": beams, "max_new_tokens": max_new_tokens}
+    answers = engine.answer(picture, questions, template=template, **options)
     if as_json:
         pairs = [
             {"question": question, "answer": answer}
@@ -150,12 +144,13 @@ def ask(
     for question, answer in zip(questions, answers, strict=True):
         if len(questions) > 1:
             print_title(question)
-        typer.echo(answer)
+        show(answer)
 
 
 def embed(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE...]", help="Image files.")
+        list[str] | None,
+        typer.Argument(metavar="[IMAGE...]", help="Image files; - is standard input."),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
     output: Annotated[
@@ -164,11 +159,8 @@ def embed(
     mode: Annotated[str, typer.Option(help="c, g or both.")] = "c",
     normalize: Annotated[bool, typer.Option(help="Give vectors unit length.")] = True,
     batch_size: BatchSize = 32,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    model: ModelOptions = NO_MODEL,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Turn images and texts into vectors: cosines between them tell how well they fit.
 
@@ -177,68 +169,75 @@ def embed(
     images, texts = images or [], text or []
     if not images and not texts:
         raise typer.BadParameter("give images, or texts with --text", param_hint="IMAGE...")
-    if output is not None and output.suffix != ".safetensors":
-        raise typer.BadParameter("needs the ending .safetensors", param_hint="--output")
     check_mode(mode, "both")
+    if output is not None:
+        _check_writable(output)
+    pictures = sources(images)
     tower = "image" if mode == "c" else "g"
     parts = "text" if not images else tower if not texts else "c" if mode == "c" else "g"
-    engine = load(model, device, dtype, parts)
-    vectors: dict[str, Any] = {}
-    with progress(len(images), "images") as bar:
-        if images:
-            options: dict[str, Any] = {"mode": mode, "normalize": normalize}
-            options |= {"batch_size": batch_size, "progress": bar.update}
-            found = engine.encode_image(images, **options)
-            vectors |= found._asdict() if mode == "both" else {mode: found}
+    engine = model.load(parts)
+    results = Results(images, None)
+    vectors: dict[str, Tensor] = {}
+    if images:
+        options: dict[str, Any] = {"normalize": normalize, "batch_size": batch_size, "mode": mode}
+        results.take(engine.each_image(pictures, **options))
+        vectors |= _columns(list(results.values.values()), mode, engine.model.config.clip_embed_dim)
     if texts:
         vectors["text"] = engine.encode_text(texts, normalize=normalize)
-    _show_vectors(engine.name, images, texts, vectors, output, as_json)
+    document = {
+        "model": engine.name,
+        "images": [images[number] for number in results.values],
+        "texts": texts,
+    }
+    _give(document | results.failure(), vectors, output, as_json)
+    results.finish()
 
 
-def _show_vectors(
-    name: str,
-    images: list[str],
-    texts: list[str],
-    vectors: dict[str, Any],
-    output: Path | None,
-    as_json: bool,
+def _columns(rows: list[Any], mode: str, width: int) -> "dict[str, Tensor]":
+    """The embeddings (n, E) of every kind, of rows that have one or both."""
+    import torch
+
+    kinds = {"c": 0, "g": 1} if mode == "both" else {mode: None}
+    of = {k: [row if i is None else row[i] for row in rows] for k, i in kinds.items()}
+    return {k: torch.stack(found) if found else torch.empty(0, width) for k, found in of.items()}
+
+
+def _check_writable(output: Path) -> None:
+    """Raises before anything is computed for a file that could not be written in the end."""
+    if output.suffix != ".safetensors":
+        raise typer.BadParameter("needs the ending .safetensors", param_hint="--output")
+    folder = output.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--output: there is no folder {folder} to write {output.name} in")
+    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+        raise PermissionError(f"--output: {output} cannot be written")
+
+
+def _give(
+    document: dict[str, Any], vectors: "dict[str, Tensor]", output: Path | None, as_json: bool
 ) -> None:
-    of = {kind: texts if kind == "text" else images for kind in vectors}
-    document: dict[str, Any] = {"model": name, "images": images, "texts": texts}
+    """Writes or prints the vectors of the images and texts that a document names."""
     if output is not None:
         import json
 
         from safetensors.torch import save_file
 
-        names = {"model": name, "images": json.dumps(images), "texts": json.dumps(texts)}
+        names = {k: v if isinstance(v, str) else json.dumps(v) for k, v in document.items()}
         save_file({kind: v.cpu().contiguous() for kind, v in vectors.items()}, output, names)
-        document |= {
-            "output": str(output),
-            "shapes": {k: list(v.shape) for k, v in vectors.items()},
-        }
+        shapes = {kind: list(v.shape) for kind, v in vectors.items()}
+        document = document | {"output": str(output), "shapes": shapes}
+        text = f"{output}: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in vectors.items())
     else:
-        document["embeddings"] = {kind: v.tolist() for kind, v in vectors.items()}
+        rows = {kind: v.tolist() for kind, v in vectors.items()}
+        document = document | {"embeddings": rows}
+        text = "\n".join(
+            "\t".join([kind, printable(name, None), *(f"{value:.6f}" for value in row)])
+            for kind, of_kind in rows.items()
+            for name, row in zip(
+                document["texts" if kind == "text" else "images"], of_kind, strict=True
+            )
+        )
     if as_json:
         print_json(document)
-    elif output is not None:
-        shapes = ", ".join(f"{kind} {tuple(v.shape)}" for kind, v in vectors.items())
-        typer.echo(f"{output}: {shapes}")
-    else:
-        for kind, values in vectors.items():
-            for item, row in zip(of[kind], values.tolist(), strict=True):
-                typer.echo("\t".join([kind, item, *(f"{value:.6f}" for value in row)]))
-
-
-def _labels(given: list[str]) -> list[str]:
-    """The labels of all --labels, files read."""
-    found: list[str] = []
-    for value in given:
-        parts = (
-            Path(value[1:]).read_text("utf-8").splitlines()
-            if value.startswith("@")
-            else value.split(",")
-        )
-        found += [part.strip() for part in parts if part.strip()]
-    if not found:
-        raise typer.BadParameter("no label in it", param_hint="--labels")
-    return found
+    elif text:
+        typer.echo(text)

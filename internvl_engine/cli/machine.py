@@ -3,11 +3,11 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from .console import Debug, Json, command, notice, print_json, print_table
+from .console import Json, command, notice, print_json, print_table, show
 from .model import Device
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def demo(
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="[default: float32]")] = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Run the embedded model on held-out pictures: no network, a few seconds.
 
@@ -61,7 +60,7 @@ def demo(
     examples = seen.pictures[:84:21]
     rows = [(p.caption, p.label["c"], _percent(p.probability["c"]), p.truth) for p in examples]
     print_table(("it says", "digit", "sure", "it is"), rows)
-    typer.echo(f"\n{len(seen.pictures)} pictures in {seen.seconds['all']:.1f} s; see {out}")
+    show(f"\n{len(seen.pictures)} pictures in {seen.seconds['all']:.1f} s; see {out}")
 
 
 def _results(seen: "Demo") -> list[tuple[str, str, float]]:
@@ -76,16 +75,21 @@ def _results(seen: "Demo") -> list[tuple[str, str, float]]:
     ]
 
 
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Wait for packages that take seconds to import.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what this machine will run, why, and what to do about problems."""
-    from .doctor import examine
-    from .doctor_page import show
+    from .doctor import PATIENCE, examine
+    from .doctor_page import show_page
 
-    found = examine()
+    found = examine(None if thorough else PATIENCE)
     if as_json:
         print_json(found)
     else:
-        show(found)
+        show_page(found)
 
 
 def verify(
@@ -96,16 +100,15 @@ def verify(
     ] = None,
     hashes: Annotated[bool, typer.Option(help="Read every byte for its SHA-256.")] = True,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Check a checkpoint: names, shapes, finite values, hashes, and the published example."""
-    from ..loading import verify as check
+    from ..verification import verify as check
 
     report = check(directory, images or None, hashes=hashes)
     if as_json:
         print_json(report.as_dict())
     else:
-        typer.echo(str(report))
+        show(report)
     if not report.ok:
         notice(f"{directory}: the checkpoint is damaged or not one of InternVL-14B")
         raise typer.Exit(1)
@@ -120,10 +123,9 @@ def convert(
     ] = None,
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Fold LoRA in.")] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write a checkpoint again: another dtype, fewer parts, LoRA merged, safetensors."""
-    from ..loading import convert as rewrite
+    from ..conversion import convert as rewrite
 
     files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora)
     if as_json:
@@ -134,53 +136,74 @@ def convert(
     print_table(("file", "bytes"), rows)
 
 
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="DIR", help="Draw pictures here.")]
-Compare = Annotated[
-    Path | None,
-    typer.Option("--compare", metavar="FILE", help="Say what got slower than in this result."),
-]
-Store = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the rows to this file; - prints them."),
-]
-Quick = Annotated[bool, typer.Option("--quick", help="Few samples: does everything run?")]
-Rounds = Annotated[int, typer.Option("--rounds", min=2, help="Samples of each, at least.")]
-ProcessorTime = Annotated[
-    bool, typer.Option("--cpu-time", help="Processor time of one thread: for a busy machine.")
-]
+class BenchOptions(NamedTuple):
+    """How long to measure, and where the results go."""
+
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Samples of each, at least.")] = 10
+    quick: Annotated[bool, typer.Option("--quick", help="Few samples: does everything run?")] = (
+        False
+    )
+    cpu_time: Annotated[
+        bool,
+        typer.Option("--cpu-time", help="Processor time of one thread: for a busy machine."),
+    ] = False
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the rows to this file; - prints them."),
+    ] = None
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="DIR", help="Draw pictures here.")
+    ] = None
+    compare: Annotated[
+        Path | None,
+        typer.Option("--compare", metavar="FILE", help="Say what got slower than in this result."),
+    ] = None
+
+    def run(self, suites: "Suites") -> None:
+        """Measures, prints and stores; exit code 1 where a benchmark failed."""
+        from ..benchmarks.report import measure
+        from ..benchmarks.timing import Effort
+
+        effort = (
+            Effort(30.0, 3, self.cpu_time)
+            if self.quick
+            else Effort(300.0, self.rounds, self.cpu_time)
+        )
+        printed = self.json == Path("-")
+        with contextlib.redirect_stdout(sys.stderr if printed else sys.stdout):
+            report = measure(
+                suites, effort=effort, json_file=None if printed else self.json, plot=self.plot,
+                compare=self.compare,
+            )  # fmt: skip
+        if printed:
+            print_json(report.document())
+        if report.failed:
+            notice(f"{len(report.failed)} of the benchmarks failed")
+            raise typer.Exit(1)
+
+
+USUAL = BenchOptions()
 
 
 def kernels(
     operators: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None,
-    rounds: Rounds = 10,
-    quick: Quick = False,
-    cpu_time: ProcessorTime = False,
-    json: Store = None,
-    plot: Plot = None,
-    compare: Compare = None,
-    debug: Debug = False,
+    options: BenchOptions = USUAL,
 ) -> None:
     """Every operator against its rivals on this machine."""
     from ..benchmarks.kernels import suites
 
-    _bench(suites(operators or ()), rounds, quick, cpu_time, json, plot, compare)
+    options.run(suites(operators or ()))
 
 
 def layers(
     which: Annotated[list[str] | None, typer.Argument(help="vision, qllama, or both.")] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="In a batch.")] = 4,
-    rounds: Rounds = 10,
-    quick: Quick = False,
-    cpu_time: ProcessorTime = False,
-    json: Store = None,
-    plot: Plot = None,
-    compare: Compare = None,
-    debug: Debug = False,
+    options: BenchOptions = USUAL,
 ) -> None:
     """One layer of each tower at real width, against transformers', compiled and bare products."""
     from ..benchmarks.layers import suites
 
-    _bench(suites(which or (), images), rounds, quick, cpu_time, json, plot, compare)
+    options.run(suites(which or (), images))
 
 
 def encoder(
@@ -194,39 +217,12 @@ def encoder(
     compiles: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Time torch.compile, too.")
     ] = True,
-    rounds: Rounds = 10,
-    quick: Quick = False,
-    cpu_time: ProcessorTime = False,
-    json: Store = None,
-    plot: Plot = None,
-    compare: Compare = None,
-    debug: Debug = False,
+    options: BenchOptions = USUAL,
 ) -> None:
     """InternViT-6B with random weights, from images to features, against its rivals."""
     from ..benchmarks.encoder import cases
 
-    suites = {"encoder": lambda device: cases(device, images or (), depth, compiles=compiles)}
-    _bench(suites, rounds, quick, cpu_time, json, plot, compare)
-
-
-def _bench(
-    suites: "Suites", rounds: int, quick: bool, cpu_time: bool, json: Path | None,
-    plot: Path | None, compare: Path | None,
-) -> None:  # fmt: skip
-    from ..benchmarks.report import measure
-    from ..benchmarks.timing import Effort
-
-    effort = Effort(30.0, 3, cpu_time) if quick else Effort(300.0, rounds, cpu_time)
-    printed = json == Path("-")
-    with contextlib.redirect_stdout(sys.stderr if printed else sys.stdout):
-        report = measure(
-            suites, effort=effort, json_file=None if printed else json, plot=plot, compare=compare
-        )
-    if printed:
-        print_json(report.document())
-    if report.failed:
-        notice(f"{len(report.failed)} of the benchmarks failed")
-        raise typer.Exit(1)
+    options.run({"encoder": lambda device: cases(device, images or (), depth, compiles=compiles)})
 
 
 def _percent(share: float) -> str:

@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import Debug, Json, command, notice, print_json, print_table, progress
-from .model import BatchSize, Device, Dtype, Mode, Model, check_mode, load
+from .console import Json, command, notice, print_json, print_table, progress, show
+from .model import BatchSize, Mode, ModelOptions, check_mode
+
+NO_MODEL = ModelOptions()
 
 
 def register(app: typer.Typer) -> None:
@@ -23,25 +25,22 @@ def index(
     recursive: Annotated[bool, typer.Option(help="Look into folders of the folder.")] = True,
     mode: Mode = "c",
     batch_size: BatchSize = 32,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    model: ModelOptions = NO_MODEL,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Embed the images of a folder, once, for search; new and changed ones when run again.
 
     May be interrupted at any time: the next run goes on from there.
     """
-    engine = load(model, device, dtype, "image" if check_mode(mode) == "c" else "g")
+    engine = model.load("image" if check_mode(mode) == "c" else "g")
     with progress(None, "images") as bar:
 
-        def show(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         options: dict[str, Any] = {"mode": mode, "recursive": recursive}
-        found = engine.index(folder, output, batch_size=batch_size, progress=show, **options)
+        found = engine.index(folder, output, batch_size=batch_size, progress=advance, **options)
     report = found.report
     assert report is not None
     if as_json:
@@ -50,7 +49,7 @@ def index(
         return
     for path, reason in report.broken.items():
         notice(f"left out {path}: {reason}")
-    typer.echo(
+    show(
         f"{len(found)} images in {found.shards.folder}: {report.added} new, {report.unchanged} "
         f"known, {report.removed} gone, {len(report.broken)} broken ({report.seconds:.1f} s)"
     )
@@ -63,11 +62,8 @@ def search(
         Path | None, typer.Option(help="Search by the likeness to this image instead.")
     ] = None,
     count: Annotated[int, typer.Option("-k", min=1, help="How many to show.")] = 10,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    model: ModelOptions = NO_MODEL,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Find the images of an indexed folder that fit a text or an image best.
 
@@ -75,12 +71,12 @@ def search(
     """
     if (query is None) == (image is None):
         raise typer.BadParameter("give a text, or --image", param_hint="QUERY")
-    from ..tasks.index import FolderIndex
+    from ..index import FolderIndex
 
     found = FolderIndex.open(folder)
     mode = found.shards.identity["mode"]
     parts = "text" if image is None else "image" if mode == "c" else "g"
-    engine = load(model, device, dtype, parts)
+    engine = model.load(parts)
     hits = found.search(engine, query if image is None else image, count)
     if as_json:
         asked = {"query": query} if image is None else {"image": str(image)}

@@ -8,24 +8,39 @@ going back is to set the class again.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..weights import Linears, WeightTensor, is_hooked
 
+# Of norms and activations: what their class leaves open.
+SETTINGS = ("approximate", "variance_epsilon", "eps")
+
 
 class FusedModule(nn.Module):
-    """Base of the fused classes. A module becomes one by `fuse` and itself again by `restore`."""
+    """Base of the fused classes. A module becomes one by `fuse` and itself again by `restore`.
+
+    A fused class says what it `matches`, and gives `compute` with the arguments of the eager
+    `forward`, which runs in its place where the module was changed or is watched, and where
+    `compute` returns NotImplemented.
+    """
 
     # Names of the groups of linears below the module that become one product each.
     LINEARS: dict[str, tuple[str, ...]] = {}
     # Submodules that `forward` computes without calling them: another class there goes to eager.
     COMPUTED: tuple[str, ...] = ()
+    # The method that `accelerate(compile=True)` compiles: of values only, without a look at hooks.
+    COMPILED = "compute"
     eager_class: Any
     fused_class: Any
     _fusion: "Fusion"
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The eager module's own attributes, whatever its class."""
 
     @classmethod
     def fuse(cls, module: Any, inference: bool = True, tied: frozenset[int] = frozenset()) -> None:
@@ -37,7 +52,8 @@ class FusedModule(nn.Module):
             tied: ids of parameters that several modules use.
         """
         vars(module).pop("forward", None)  # of its class: see has_own_forward
-        module.__class__ = _derived(cls, type(module))
+        classes: Any = cls, type(module)
+        module.__class__ = _derived(*classes)
         module._fusion = Fusion(module, inference, tied)
         module.prepare()
 
@@ -56,36 +72,55 @@ class FusedModule(nn.Module):
         """Arguments of `forward` to compare both computations with, by draw(*shape)."""
         raise NotImplementedError
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The eager module's result."""
+        found = NotImplemented
+        if not self.stays_eager:
+            found = self.run("compute", *args, **kwargs)
+        return super().forward(*args, **kwargs) if found is NotImplemented else found
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """What the eager `forward` computes, on the fused operators."""
+        raise NotImplementedError
+
+    def run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method, compiled where that was asked for."""
+        compiled = self._fusion.compiled if name == self.COMPILED else None
+        return (compiled or getattr(self, name))(*args, **kwargs)
+
+    def compile_fused(self, **options: Any) -> None:
+        """Compiles what the module computes, with the options of `torch.compile`."""
+        self._fusion.compiled = torch.compile(getattr(self, self.COMPILED), **options)
+
     def product(self, group: str) -> Linears:
         """The linears of a group as one product."""
         return self._fusion.linears[group]
 
     def prepare(self) -> None:
-        """Merges and packs weights, where they are for inference and the module is not training."""
-        if self._fusion.inference and not self.training:
-            for linears in self._fusion.linears.values():
+        """Gives the weights their form: packed or merged for inference, while it does not train."""
+        for linears in self._fusion.linears.values():
+            if self._fusion.inference and not self.training:
                 linears.prepare()
+            else:
+                linears.restore()
 
     def set_inference(self, inference: bool) -> bool:
         """Changes what the module is fused for; whether that is a change."""
         before, self._fusion.inference = self._fusion.inference, inference
-        self._settle()
+        self.prepare()
         return before != inference
 
     def restore(self) -> None:
         """Makes it the eager module again, with plain weights in storage of their own."""
         self._make_plain()
+        if "eager_class" not in vars(type(self)):
+            raise ValueError(
+                f"undo: the class of a fused {self.eager_class.__name__} was changed since, to "
+                f"{type(self).__name__}; take that back first"
+            )
         self._fusion.after_load.remove()
-        self._compiled_call_impl = None
         del self._fusion
         self.__class__ = self.eager_class
-
-    def _settle(self) -> None:
-        """Gives the weights the form that mode and use ask for."""
-        if self._fusion.inference and not self.training:
-            self.prepare()
-        else:
-            self._make_plain()
 
     def _make_plain(self) -> None:
         for linears in self._fusion.linears.values():
@@ -94,7 +129,7 @@ class FusedModule(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """Weights are packed in evaluation only."""
         super().train(mode)
-        self._settle()
+        self.prepare()
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
@@ -107,15 +142,14 @@ class FusedModule(nn.Module):
         self.prepare()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """As ever: plain tensors, no two of which share memory."""
-        state = super().state_dict(*args, **kwargs)
-        for name, value in state.items():
-            if isinstance(value, nn.Parameter):  # keep_vars
-                continue
-            if isinstance(value, WeightTensor):
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in (f"{prefix}{name}" for name, _ in self.named_parameters()):
+            value = state.get(name)
+            if isinstance(value, WeightTensor) and not isinstance(value, nn.Parameter):
                 state[name] = value.dense()
-            elif self._fusion.shares(value):
+            elif type(value) is Tensor and self._fusion.shares(value):  # no Parameter: keep_vars
                 state[name] = value.clone()
         return state
 
@@ -126,10 +160,13 @@ class FusedModule(nn.Module):
     @property
     def stays_eager(self) -> bool:
         """Whether the eager module must compute this call: it drops, or was changed or hooked."""
-        fusion = self._fusion
-        if self.training and self.drops():
-            return True
-        return fusion.contract != fusion.contract_of(self) or any(map(is_hooked, fusion.inner))
+        drops = self.training and self.drops()
+        return drops or self.is_changed or any(map(is_hooked, self._fusion.inner))
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a part that is computed without being called is not of the class it was."""
+        return self._fusion.contract != self._fusion.contract_of(self)
 
     def drops(self) -> bool:
         """Whether dropout changes an output while training."""
@@ -157,20 +194,25 @@ class Fusion:
         self.linears = {
             group: Linears(module, *names, tied=tied)
             for group, names in type(module).LINEARS.items()
-            if all(holds_submodule(module, name) for name in names)
+            if all(submodule(module, name) is not None for name in names)
         }
         self.inner = tuple(inner for inner in module.modules() if inner is not module)
         self.contract = self.contract_of(module)
+        self.compiled: Callable | None = None
         self.after_load = module.register_load_state_dict_post_hook(_prepare)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": None}
 
     @staticmethod
     def contract_of(module: FusedModule) -> tuple:
-        """The classes of the submodules that are computed without being called."""
-        parts = [submodule(module, name) for name in type(module).COMPUTED]
-        return tuple(
-            (getattr(part, "eager_class", type(part)), getattr(part, "approximate", None))
-            for part in parts
-        )
+        """The classes and settings of the submodules that are computed without being called."""
+        if not module.COMPUTED:
+            return ()
+        parts = [submodule(module, name) for name in module.COMPUTED]
+        kinds = [vars(type(part)).get("eager_class", type(part)) for part in parts]
+        settings = [tuple(getattr(part, name, None) for name in SETTINGS) for part in parts]
+        return tuple(zip(kinds, settings, strict=True))
 
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of merged weights."""
@@ -178,7 +220,7 @@ class Fusion:
 
 
 @cache
-def _derived(fused: type, eager: type) -> Any:
+def _derived(fused: Any, eager: Any) -> Any:
     """The class of fused modules of an eager class, by whose name others still find it."""
     namespace = {
         "__module__": eager.__module__,
@@ -199,11 +241,6 @@ def submodule(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = None if module is None else module._modules.get(name)
     return module
-
-
-def holds_submodule(module: Any, path: str) -> bool:
-    """Whether there is a module of a dotted name."""
-    return isinstance(submodule(module, path), nn.Module)
 
 
 def holds(module: Any, *names: str) -> bool:

@@ -62,23 +62,22 @@ class FusedLlamaAttention(FusedModule):
             return f"its forward takes {', '.join(more)}, which is unknown here"
         return None
 
-    def forward(
+    def compute(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, C) to (B, S, C) and, from "eager" attention, the probabilities (B, H, S, T)."""
-        if self.stays_eager or not self._is_whole(position_embeddings):
-            if past_key_values is not None:
-                kwargs[_cache_name(self.eager_class)] = past_key_values
-            if cache_position is not None:
-                kwargs["cache_position"] = cache_position
-            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
-        cos, sin = position_embeddings  # type: ignore[misc]
+    ) -> Any:
+        """(B, S, C) to (B, S, C) and, from "eager" attention, the probabilities (B, H, S, T).
+
+        Where every channel of a head is rotated.
+        """
+        if position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
+            return NotImplemented
+        cos, sin = position_embeddings
         told: dict[str, Any] = {}
         if _cache_name(self.eager_class) == "cache":
             past_key_values = kwargs.pop("cache", past_key_values)
@@ -92,12 +91,6 @@ class FusedLlamaAttention(FusedModule):
         heads = rotate(heads, angles, past_key_values, self.layer_idx, **told)
         output, probabilities = self._attend(heads, attention_mask, kwargs)
         return self.product("o")(output.flatten(2)), probabilities
-
-    def _is_whole(self, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether every channel of a head is rotated."""
-        return position_embeddings is not None and (
-            position_embeddings[0].shape[-1] == self.head_dim
-        )
 
     def _project(self, hidden_states: Tensor) -> Heads:
         """Views of one product."""
@@ -170,22 +163,19 @@ class FusedPublishedAttention(FusedModule):
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return draw(2, 17, module.q_proj.in_features), None, torch.arange(17).expand(2, 17)
 
-    def forward(
+    def compute(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Any = None,
         past_key_value: tuple[Tensor, Tensor] | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """As the eager module, which runs where probabilities are asked for: (B, S, C) to the same,
-        None, and the keys and values (B, H, T, D) of all positions where use_cache."""
-        if output_attentions or position_ids is None or self.stays_eager:
-            return super().forward(
-                hidden_states, attention_mask, position_ids, past_key_value, output_attentions,
-                use_cache,
-            )  # fmt: skip
+    ) -> Any:
+        """(B, S, C) to the same, None, and the keys and values (B, H, T, D) of all positions where
+        use_cache."""
+        if output_attentions or position_ids is None:
+            return NotImplemented
         qkv = self.product("qkv")(hidden_states).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.transpose(1, 3).unbind(2)
         past = 0 if past_key_value is None else past_key_value[0].shape[2]
@@ -221,9 +211,7 @@ class FusedLlamaMLP(FusedModule):
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return (draw(2, 17, module.gate_proj.in_features),)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stays_eager:
-            return super().forward(x)
+    def compute(self, x: Tensor) -> Tensor:
         return self.product("down")(self.product("gate_up")(x, "swiglu"))
 
 

@@ -26,7 +26,7 @@ from .attention import Angles, Heads, attend, rotate
 from .base import FusedModule
 from .cross_attention import attend_image, read_image
 from .llama import is_silu
-from .norm import FusedRMSNorm, add_normalize, normalize
+from .norm import add_normalize, normalize
 from .vision import carries
 
 Tables = tuple[Tensor, Tensor]
@@ -35,9 +35,18 @@ Tables = tuple[Tensor, Tensor]
 class FusedDecoder(FusedModule):
     """The loop of our LlamaModel, where nobody looks in between."""
 
+    COMPUTED = ("norm",)
+
     @classmethod
     def matches(cls, module: Any) -> bool:
         return isinstance(module, LlamaModel)
+
+    @property
+    def stays_eager(self) -> bool:
+        watched = self.is_changed or is_hooked(self.norm)
+        return watched or torch.is_grad_enabled() or not all(map(carries, self.layers))
+
+    forward = LlamaModel.forward  # whose loop is `_decode`
 
     def _decode(
         self,
@@ -54,8 +63,7 @@ class FusedDecoder(FusedModule):
         """As LlamaModel._decode, which runs under gradients and where states are asked for."""
         asks = self._asked(output_attentions, "output_attentions")
         asks = asks or self._asked(output_hidden_states, "output_hidden_states")
-        watched = is_hooked(self.norm) or not isinstance(self.norm, FusedRMSNorm)
-        if asks or watched or torch.is_grad_enabled() or not all(map(carries, self.layers)):
+        if asks or self.stays_eager:
             return super()._decode(  # type: ignore[misc]
                 hidden, mask, position_ids, cache, vision, repeat_time, output_attentions,
                 output_hidden_states, recompute,
@@ -65,8 +73,8 @@ class FusedDecoder(FusedModule):
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         normed = normalize(norms[0], hidden)
         for layer, norm in zip(self.layers, norms[1:], strict=True):
-            normed, hidden = layer.step(
-                normed, hidden, mask, positions, cache, vision, tables, norm
+            normed, hidden = layer.run(
+                "step", normed, hidden, mask, positions, cache, vision, tables, norm
             )
         return BaseModelOutputWithPast(last_hidden_state=normed)
 
@@ -74,6 +82,7 @@ class FusedDecoder(FusedModule):
 class FusedDecoderLayer(FusedModule):
     """Our LlamaDecoderLayer, with or without cross-attention: (B, S, C) to (B, S, C)."""
 
+    COMPILED = "step"
     LINEARS = {
         "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "o": ("self_attn.o_proj",),
@@ -106,7 +115,7 @@ class FusedDecoderLayer(FusedModule):
         positions, tables = module.self_attn.rotary_emb.at(None, 0, hidden)
         return hidden, None, positions, None, False, image, 1, tables
 
-    def forward(
+    def compute(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | AttentionMask | None = None,
@@ -115,17 +124,14 @@ class FusedDecoderLayer(FusedModule):
         output_attentions: bool = False,
         vision_hidden_states: Any = None,
         repeat_time: int = 1,
-        position_embeddings: Tables | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As LlamaDecoderLayer.forward, which runs where probabilities are asked for."""
-        if output_attentions or self.stays_eager or position_embeddings is None:
-            return super().forward(
-                hidden_states, attention_mask, position_ids, past_key_value, output_attentions,
-                vision_hidden_states, repeat_time, position_embeddings,
-            )  # fmt: skip
+        position_embeddings: Any = None,
+    ) -> Any:
+        """As LlamaDecoderLayer.forward, without probabilities."""
+        if output_attentions or position_embeddings is None:
+            return NotImplemented
         normed = normalize(self.input_layernorm, hidden_states)
-        hidden = self.step(
-            normed, hidden_states, attention_mask, position_ids, past_key_value,
+        hidden = self.run(
+            "step", normed, hidden_states, attention_mask, position_ids, past_key_value,
             vision_hidden_states, position_embeddings, None,
         )[1]  # fmt: skip
         return hidden, None

@@ -32,40 +32,43 @@ class FusedVisionEncoder(FusedModule):
 
     @classmethod
     def matches(cls, module: Any) -> bool:
-        return holds(module, "layers") and isinstance(module.layers, nn.ModuleList)
+        return holds(module, "layers", "config") and isinstance(module.layers, nn.ModuleList)
 
-    def forward(
+    @property
+    def stays_eager(self) -> bool:
+        return torch.is_grad_enabled() or not all(map(carries, self.layers))
+
+    def compute(
         self,
         inputs_embeds: Tensor,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """(B, N, C) to the last state, as the eager encoder gives it."""
-        config = getattr(self, "config", None)
-        asks = getattr(config, "output_hidden_states", False)
-        asks = asks if output_hidden_states is None else output_hidden_states
-        if asks or torch.is_grad_enabled() or not all(map(carries, self.layers)):
-            return super().forward(inputs_embeds, output_hidden_states, return_dict)
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        if output_hidden_states:
+            return NotImplemented
         hidden = inputs_embeds
         normed = normalize(self.layers[0].first_norm, hidden) if self.layers else None
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
             norm = None if following is None else following.first_norm
-            normed, hidden = layer.step(normed, hidden, norm)
+            normed, hidden = layer.run("step", normed, hidden, norm)
         if return_dict is None:
-            return_dict = getattr(config, "return_dict", True)
+            return_dict = getattr(self.config, "return_dict", True)
         return BaseModelOutput(last_hidden_state=hidden) if return_dict else (hidden,)
 
 
 def carries(layer: Any) -> bool:
     """Whether a loop may run a layer by its `step`: it is fused, and nobody watches it."""
-    if not isinstance(layer, FusedModule) or not hasattr(layer, "step"):
-        return False
-    return not (is_hooked(layer) or layer.stays_eager or layer._compiled_call_impl is not None)
+    steps = isinstance(layer, FusedModule) and layer.COMPILED == "step"
+    return steps and not is_hooked(layer) and not layer.stays_eager
 
 
 class FusedVisionLayer(FusedModule):
     """InternVisionEncoderLayer, ours or the published one: (B, N, C) to (B, N, C)."""
 
+    COMPILED = "step"
     NORMS: tuple[str, str] = ("norm1", "norm2")
     SCALES: tuple[str, str] = ("ls1", "ls2")
     ATTENTION = "attn"
@@ -77,8 +80,10 @@ class FusedVisionLayer(FusedModule):
         "fc1": ("mlp.fc1",),
         "fc2": ("mlp.fc2",),
     }
-    COMPUTED = ("norm1", "norm2", "attn", "attn.q_norm", "attn.k_norm", "mlp", "mlp.act",
-                "drop_path1", "drop_path2")  # fmt: skip
+    COMPUTED: tuple[str, ...] = (
+        "norm1", "norm2", "attn", "attn.q_norm", "attn.k_norm", "mlp", "mlp.act", "drop_path1",
+        "drop_path2",
+    )  # fmt: skip
 
     @classmethod
     def matches(cls, module: Any) -> bool:
@@ -95,6 +100,9 @@ class FusedVisionLayer(FusedModule):
     def unsupported_reason(cls, module: Any) -> str | None:
         if not all(is_rms_norm(getattr(module, name)) for name in cls.NORMS):
             return "its norms are not RMSNorm"
+        q_norm, k_norm = (submodule(module, name) for name in cls.QK_NORMS)
+        if is_rms_norm(q_norm) and not (is_rms_norm(k_norm) and epsilon(q_norm) == epsilon(k_norm)):
+            return "the norms of its queries and keys are not alike"
         activation = submodule(module, cls.ACTIVATION)
         exact = getattr(activation, "approximate", "none") == "none"
         if type(activation).__name__ not in EXACT_GELU or not exact:
@@ -125,10 +133,9 @@ class FusedVisionLayer(FusedModule):
             bool(getattr(getattr(self, self.ATTENTION), "attention_dropout", 0)) or super().drops()
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.stays_eager:
-            return super().forward(hidden_states)
-        return self.step(normalize(self.first_norm, hidden_states), hidden_states, None)[1]
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        normed = normalize(self.first_norm, hidden_states)
+        return self.run("step", normed, hidden_states, None)[1]
 
     def step(
         self, normed: Tensor, hidden: Tensor, next_norm: nn.Module | None
@@ -155,10 +162,11 @@ class FusedVisionLayer(FusedModule):
         attention = getattr(self, self.ATTENTION)
         qkv = self.product("qkv")(normed).unflatten(-1, (3, attention.num_heads, -1))
         q_norm, k_norm = (submodule(self, name) for name in self.QK_NORMS)
-        weights, eps = (None, None), 0.0
+        q_weight = k_weight = None
+        eps = 0.0
         if is_rms_norm(q_norm):
-            weights, eps = (q_norm.weight, k_norm.weight), epsilon(q_norm)
-        output = kernels.qk_norm_attention(qkv, *weights, eps, attention.scale)
+            q_weight, k_weight, eps = q_norm.weight, k_norm.weight, epsilon(q_norm) or 0.0
+        output = kernels.qk_norm_attention(qkv, q_weight, k_weight, eps, attention.scale)
         return self.product("proj")(output.flatten(2))
 
 

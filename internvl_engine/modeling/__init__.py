@@ -1,6 +1,6 @@
 """The eager model: plain, readable PyTorch, and the reference of everything faster."""
 
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForZeroShotImageClassification
 
 from ..configuration import InternVisionConfig, InternVLConfig
 from .internvl import InternVL_C, InternVL_G, InternVLModel
@@ -8,6 +8,8 @@ from .vision import InternVisionModel
 
 __all__ = ["InternVL_C", "InternVL_G", "InternVLModel", "InternVisionModel"]
 
-# AutoModel takes the class that a configuration names in `architectures`, or else the first.
-AutoModel.register(InternVLConfig, (InternVLModel, InternVL_C, InternVL_G), exist_ok=True)
+# The class that a configuration names in `architectures`, or else the first.
+COMPOSITES = (InternVLModel, InternVL_C, InternVL_G)
+AutoModel.register(InternVLConfig, COMPOSITES, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(InternVLConfig, COMPOSITES, exist_ok=True)
 AutoModel.register(InternVisionConfig, InternVisionModel, exist_ok=True)

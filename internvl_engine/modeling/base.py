@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import Placement, load_pretrained
+from ..checkpoint import Placement, load_pretrained, replaced_weights
 from ..configuration import InternVLConfig
 
 
@@ -65,3 +65,11 @@ class InternVLPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Loads a checkpoint; see `internvl_engine.checkpoint.load_pretrained`."""
         return load_pretrained(cls, pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As transformers', which leaves the index of an earlier save in shards beside one file.
+
+        Who reads the folder could not tell which of the two is the model.
+        """
+        with replaced_weights(save_directory):
+            super().save_pretrained(save_directory, **kwargs)

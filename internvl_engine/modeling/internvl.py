@@ -11,7 +11,6 @@ Source: OpenGVLab/InternVL, modeling_internvl.py; Chen et al., InternVL, CVPR 20
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
+from transformers.utils.versions import require_version
 
 from ..configuration import InternVLConfig
 from .base import InternVLPreTrainedModel
@@ -28,9 +28,10 @@ from .masks import AttentionMask
 from .pooling import AttentionPoolingBlock
 from .prompting import align_left, copies_asked, lengths_in_new_tokens, prompt_inputs
 from .qllama import LlamaForCausalLM, LlamaModel
+from .text_inputs import last_tokens
 from .vision import InternVisionModel
 
-__all__ = ["InternVLModel", "InternVLPreTrainedModel", "InternVL_C", "InternVL_G"]
+__all__ = ["InternVLModel", "InternVLPreTrainedModel", "InternVL_C", "InternVL_G", "unit"]
 
 
 @dataclass
@@ -99,6 +100,8 @@ class InternVLModel(InternVLPreTrainedModel):
         mode: str | None = None,
         *,
         image: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = True,
         return_dict: bool | None = None,
     ) -> Any:
@@ -108,21 +111,28 @@ class InternVLModel(InternVLPreTrainedModel):
             pixel_values: (B, 3, height, width); `image` is the published name for it.
             text: (texts, L) ids as `encode_text` takes; None asks for features.
             mode: "InternVL-C" or "InternVL-G"; only with text.
+            input_ids: the name that processors and transformers have for `text`.
+            attention_mask: (texts, L) of them.
             output_hidden_states: of the vision tower; only without text.
-            return_dict: True returns a ContrastiveOutput or ImageFeatures.
+            return_dict: True returns a ContrastiveOutput or ImageFeatures; None does so where
+                texts came as `input_ids`.
 
         Returns:
             With text (logits_per_image (B, texts), logits_per_text); without, (vision_outputs,
             query_outputs) whose first entries are (B, N, C_v) and (B, Q, C).
         """
         pixel_values = image if pixel_values is None else pixel_values
+        if input_ids is not None:
+            if text is not None:
+                raise ValueError("InternVLModel: text and input_ids are two names for one argument")
+            text, return_dict = input_ids, True if return_dict is None else return_dict
         if text is None:
             features = self._image_features(pixel_values, output_hidden_states)
             return features if return_dict else (features.vision_outputs, features.query_outputs)
         if pixel_values is None:
             raise ValueError("InternVLModel: texts came without pixel_values to compare with")
-        image_embeds = _unit(self.encode_image(pixel_values, mode or self.default_mode))
-        text_embeds = _unit(self.encode_text(text))
+        image_embeds = unit(self.encode_image(pixel_values, mode or self.default_mode))
+        text_embeds = unit(self.encode_text(text, attention_mask))
         logits = self.logit_scale.exp() * image_embeds @ text_embeds.t()
         output = ContrastiveOutput(logits, logits.t(), image_embeds, text_embeds)
         return output if return_dict else output.to_tuple()[:2]
@@ -131,7 +141,8 @@ class InternVLModel(InternVLPreTrainedModel):
         """Embeds images; not normalised, and the G embedding has lengths from 0 to 2.
 
         Args:
-            image: (B, 3, height, width). mode: "InternVL-C" or "InternVL-G".
+            image: (B, 3, height, width), normalised; cast to the dtype of the weights.
+            mode: "InternVL-C" or "InternVL-G".
 
         Returns:
             (B, E).
@@ -140,34 +151,44 @@ class InternVLModel(InternVLPreTrainedModel):
             NotImplementedError: mode is neither.
         """
         mode = mode or self.default_mode
+        image = image.to(self.vision_model.dtype)
         if mode == "InternVL-C":
             return self.clip_projector(self.vision_model(pixel_values=image)[0])
         if mode == "InternVL-G":
             backbone_embeds, query_embeds = self.get_image_features(image)
-            image_embeds = self.clip_projector(backbone_embeds)
-            return _unit(self.clip_projector2(query_embeds)) + _unit(image_embeds)
+            return self.g_embedding(self.clip_projector(backbone_embeds), query_embeds)
         raise NotImplementedError(f"mode must be 'InternVL-C' or 'InternVL-G', got {mode!r}")
 
-    def encode_text(self, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def g_embedding(self, image_embeds: Tensor, query_embeds: Tensor) -> Tensor:
+        """The G embedding (B, E) of C embeddings (B, E) and the queries' states (B, Q, C)."""
+        return unit(self.clip_projector2(query_embeds)) + unit(image_embeds)
+
+    def encode_text(
+        self,
+        text: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
         """Embeds texts by the state of their last token; not normalised.
 
         Args:
             text: (B, L) ids of "summarize:" + text with BOS and EOS, padded on the right with 0.
+                Ids that do not end so are warned of.
             attention_mask: (B, L), 1 for tokens; the last token is then the last 1, whatever the
                 padding. None takes ids > 0 and, as published, their count for the place of the
                 last.
+            input_ids: the name that processors and transformers have for `text`.
 
         Returns:
             (B, E).
         """
-        if attention_mask is None:
-            attention_mask = (text > 0).long()
-            last = attention_mask.sum(1) - 1
-            _warn_of_inner_padding(attention_mask)
-        else:
-            places = torch.arange(text.shape[1], device=text.device)
-            last = (attention_mask.to(text.device) * places).argmax(1)
-        features = self.get_text_features(input_ids=text, attention_mask=attention_mask)
+        ids = input_ids if text is None else text
+        if ids is None or (text is not None and input_ids is not None):
+            raise ValueError("encode_text: give ids, as text or as input_ids")
+        eos = self.config.qllama_config.eos_token_id
+        attention_mask, last = last_tokens(ids, attention_mask, eos)
+        features = self.get_text_features(input_ids=ids, attention_mask=attention_mask)
         rows = torch.arange(features.shape[0], device=features.device)
         return features[rows, last.to(features.device)] @ self.text_projection
 
@@ -245,7 +266,9 @@ class InternVLModel(InternVLPreTrainedModel):
 
         Raises:
             ValueError: no image, no prompt, or batches that do not fit.
+            ImportError: transformers is older than 4.57.
         """
+        require_version("transformers>=4.57", "InternVLModel.generate uses its caches")
         if (pixel_values is None) == (visual_features is None) or input_ids is None:
             raise ValueError("generate: give input_ids, and either pixel_values or visual_features")
         if visual_features is None:
@@ -291,11 +314,9 @@ class InternVLModel(InternVLPreTrainedModel):
 
         lora_alpha None is 2 * r. Needs peft.
         """
-        self.config.use_backbone_lora = r
-        self.config.backbone_lora_alpha = lora_alpha or 2 * r
-        self.vision_model = wrap_lora(
-            self.vision_model, r, self.config.backbone_lora_alpha, lora_dropout, VISION_LORA
-        )
+        alpha = lora_alpha or 2 * r
+        self.vision_model = wrap_lora(self.vision_model, r, alpha, lora_dropout, VISION_LORA)
+        self.config.use_backbone_lora, self.config.backbone_lora_alpha = r, alpha
 
     def wrap_qllama_lora(
         self, r: int = 128, lora_alpha: int | None = 256, lora_dropout: float = 0.05
@@ -305,11 +326,9 @@ class InternVLModel(InternVLPreTrainedModel):
         Cross-attention, LM head and embeddings are not adapted. lora_alpha None is 2 * r. Needs
         peft.
         """
-        self.config.use_qllama_lora = r
-        self.config.qllama_lora_alpha = lora_alpha or 2 * r
-        self.qllama = wrap_lora(
-            self.qllama, r, self.config.qllama_lora_alpha, lora_dropout, QLLAMA_LORA
-        )
+        alpha = lora_alpha or 2 * r
+        self.qllama = wrap_lora(self.qllama, r, alpha, lora_dropout, QLLAMA_LORA)
+        self.config.use_qllama_lora, self.config.qllama_lora_alpha = r, alpha
 
 
 class InternVL_C(InternVLModel):
@@ -324,16 +343,6 @@ class InternVL_G(InternVLModel):
     default_mode = "InternVL-G"
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=1, keepdim=True)  # without an epsilon, as published
-
-
-def _warn_of_inner_padding(mask: Tensor) -> None:
-    if torch.compiler.is_compiling() or mask.is_meta:
-        return
-    if bool((mask[:, 1:] > mask[:, :-1]).any()):
-        warnings.warn(
-            "encode_text: an id 0 stands before another token (left padding, or an unknown piece); "
-            "without an attention_mask the published rule then pools the wrong token",
-            stacklevel=3,
-        )
+def unit(embeddings: Tensor) -> Tensor:
+    """Rows (B, E) of length one; without an epsilon, as published."""
+    return embeddings / embeddings.norm(dim=-1, keepdim=True)

@@ -20,7 +20,15 @@ def wrap_lora(tower: nn.Module, r: int, alpha: int, dropout: float, targets: lis
 
     Raises:
         ImportError: peft is not installed.
+        ValueError: the tower has LoRA already. Around a second one, names would be nested in a way
+            that no reader of checkpoints knows.
     """
+    if any("lora_A" in name.split(".") for name, _ in tower.named_modules()):
+        bare: Any = tower.get_base_model() if hasattr(tower, "get_base_model") else tower
+        raise ValueError(
+            f"{type(bare).__name__} has LoRA already: merge it first (tower.merge_and_unload()), "
+            "or take it out (tower.unload())"
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -69,9 +69,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """x: (B, M, C) asks; k and v: (B, N, C) answer, x where None. Returns (B, M, out_dim)."""
         q, k, v = (
-            _project(source, project, bias)
-            .unflatten(-1, (self.num_heads, -1))
-            .transpose(1, 2)
+            _project(source, project, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for source, project, bias in (
                 (x, self.q, self.q_bias),
                 (x if k is None else k, self.k, self.k_bias),

@@ -2,16 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .captions import clean_caption, encode_for_training
-from .decoding import ImageError, load_image
+from .decoding import load_image
 from .images import InternVLImageProcessor
-from .padding import (
-    TokenBatch,
-    check_right_padded,
-    last_token_index,
-    mask_from_ids,
-    repad_left,
-)
+from .padding import TokenBatch
+from .sources import ImageError, read_image_file
 from .text import InternVLTokenizer
 
 if TYPE_CHECKING:
@@ -23,19 +17,14 @@ __all__ = [
     "InternVLProcessor",
     "InternVLTokenizer",
     "TokenBatch",
-    "check_right_padded",
-    "clean_caption",
-    "encode_for_training",
-    "last_token_index",
     "load_image",
-    "mask_from_ids",
-    "repad_left",
+    "read_image_file",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name == "InternVLProcessor":  # the only part that needs transformers, seconds to import
-        from .processor import InternVLProcessor
+        from .auto import InternVLProcessor
 
         return InternVLProcessor
     raise AttributeError(f"module {__name__} has no attribute {name}")

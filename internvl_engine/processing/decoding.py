@@ -4,18 +4,29 @@ Transparency is dropped and palettes are looked up as `convert("RGB")` does, whi
 published pipelines feed the model. Three things differ from a bare `convert("RGB")`, each because
 it gives a wrong picture: 16-bit grey is scaled to 8 bits (Pillow clips it to white), EXIF rotation
 is applied, and premultiplied colours are divided by their alpha.
+
+EXIF rotation belongs to files, and to images as Image.open gives them. A picture that was made from
+one by transpose, rotate, convert ... still carries the tag, turned or not, and is taken as it is.
 """
 
-import os
-from contextlib import AbstractContextManager, nullcontext
-from io import BytesIO
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses; a 108-megapixel telephone photo passes
+from ..printable import printable
+from .sources import (
+    MAX_PIXELS,
+    ImageError,
+    check_type,
+    held,
+    open_image,
+    picture_in_row,
+    source_name,
+)
+
 MAX_ASPECT_RATIO = 100.0
 FORMATS_THAT_RUN_PROGRAMS = ("EPS", "WMF")  # Pillow decodes EPS by starting Ghostscript
 ORIENTATION = 0x0112  # the EXIF tag
@@ -30,10 +41,6 @@ UPRIGHT = {
 }
 
 
-class ImageError(ValueError):
-    """An image that can not be used; the message names it and says what is wrong with it."""
-
-
 def load_image(
     source: Any,
     *,
@@ -46,8 +53,9 @@ def load_image(
 
     Args:
         source: PIL image, path, bytes, binary file object, uint8 numpy array (H, W), (H, W, 1),
-            (H, W, 3) or (H, W, 4), or uint8 torch tensor (1 | 3 | 4, H, W). The first frame of
-            an animation; the current one where a PIL image is given.
+            (H, W, 3) or (H, W, 4), uint8 torch tensor (1 | 3 | 4, H, W), or a row of `datasets`,
+            {"bytes": ..., "path": ...} or {"image": ...}. The first frame of an animation; the
+            current one where a PIL image is given. One object may be given in several threads.
         name: what an error calls it; None takes the path or the kind of object.
         max_pixels: larger images are refused before they are decoded.
         max_aspect_ratio: longer ones are refused: nothing of them is left at the model's size.
@@ -63,60 +71,38 @@ def load_image(
             as 8-bit colours. It is a ValueError.
         TypeError: not one of the sources above.
     """
-    name = name or _name(source)
-    if isinstance(source, torch.Tensor):
-        source = _tensor_to_array(source, name)
-    if isinstance(source, np.ndarray):
-        source = _array_to_image(source, name)
-    _check_type(source, name)
+    name = name or source_name(source)
+    if isinstance(source, Mapping):
+        source = picture_in_row(source)
+    check_type(source, name)
+    limits = (name, max_pixels, max_aspect_ratio)
     try:
-        with _opened(source, name) as image:
-            _check_size(image.size, name, max_pixels, max_aspect_ratio)
-            if image.format in FORMATS_THAT_RUN_PROGRAMS:
-                raise ImageError(f"{name}: {image.format} files are programs, not pictures")
-            if draft_side is not None and image is not source:
-                image.draft("RGB", (draft_side, draft_side))
-            image.load()
-            _check_size(image.size, name, max_pixels, max_aspect_ratio)  # icons choose on load
-            return _upright(image, _to_rgb(image, name))
+        # Only what the caller holds is shared with others: the rest is decoded side by side.
+        with held(source) if isinstance(source, ImageFile.ImageFile) else nullcontext():
+            image = open_image(source, name, max_pixels)
+            with image if image is not source else nullcontext():
+                turn = _load(image, limits, None if image is source else draft_side)
+        picture = _to_rgb(image, name)
+        return picture if turn is None else picture.transpose(turn)
     except (FileNotFoundError, ImageError):
         raise
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        what = str(error) or type(error).__name__
+        what = printable(getattr(error, "strerror", None) or error, 300) or type(error).__name__
         raise ImageError(f"{name}: not a readable image: {what}") from error
 
 
-def _name(source: Any) -> str:
-    if isinstance(source, str | os.PathLike):
-        return os.fsdecode(source)
-    inner = getattr(source, "filename", None) or getattr(source, "name", None)
-    return inner if isinstance(inner, str) and inner else f"image given as {type(source).__name__}"
-
-
-def _check_type(source: Any, name: str) -> None:
-    known = Image.Image | str | os.PathLike | bytes | bytearray | memoryview
-    if not isinstance(source, known) and not hasattr(source, "read"):
-        raise TypeError(
-            f"{name}: an image must be a PIL image, a path, bytes, a binary file, a numpy array "
-            f"(H, W, 3) or a torch tensor (3, H, W); got {type(source).__name__}"
-        )
-
-
-def _opened(source: Any, name: str) -> AbstractContextManager[Image.Image]:
-    """The image with its header read; a caller's own PIL image stays open."""
-    if isinstance(source, Image.Image):
-        return nullcontext(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return Image.open(BytesIO(source))
-    if not isinstance(source, str | os.PathLike):
-        return Image.open(source)
-    if not os.path.exists(source):
-        hint = "; download it first" if "://" in name else ""
-        raise FileNotFoundError(f"{name}: no such image file{hint}")
-    if not os.path.isfile(source):  # a named pipe would wait for ever, a device never end
-        kind = "a directory" if os.path.isdir(source) else "not a regular file"
-        raise ImageError(f"{name}: is {kind}")
-    return Image.open(source)
+def _load(
+    image: Image.Image, limits: tuple[str, int, float], draft_side: int | None
+) -> Image.Transpose | None:
+    """Decodes an opened image; how it must then be turned."""
+    _check_size(image.size, *limits)
+    if image.format in FORMATS_THAT_RUN_PROGRAMS:
+        raise ImageError(f"{limits[0]}: {image.format} files are programs, not pictures")
+    if draft_side is not None:
+        image.draft("RGB", (draft_side, draft_side))
+    image.load()
+    _check_size(image.size, *limits)  # icons choose on load
+    return _turn(image)
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int, max_aspect_ratio: float) -> None:
@@ -167,32 +153,12 @@ def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(grey.astype(np.uint8))
 
 
-def _upright(image: Image.Image, picture: Image.Image) -> Image.Image:
-    """`picture` turned as the EXIF tag of `image` says, or as it is."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How an image as it was opened must be turned to stand upright."""
+    if not isinstance(image, ImageFile.ImageFile):
+        return None
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # noqa: BLE001  damaged EXIF raises nearly anything; the photo is readable
-        orientation = None
-    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return picture if turn is None else picture.transpose(turn)
-
-
-def _tensor_to_array(pixels: torch.Tensor, name: str) -> np.ndarray:
-    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
-        raise ImageError(
-            f"{name}: a tensor image must be uint8 (3, H, W), got {pixels.dtype} "
-            f"{tuple(pixels.shape)}; for normalised values see to_images"
-        )
-    return pixels.detach().cpu().permute(1, 2, 0).contiguous().numpy()
-
-
-def _array_to_image(pixels: np.ndarray, name: str) -> Image.Image:
-    channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in (1, 3, 4):
-        raise ImageError(
-            f"{name}: an array image must be uint8 (H, W) or (H, W, 3), channels last, got "
-            f"{pixels.dtype} {pixels.shape}"
-        )
-    if pixels.size == 0:
-        raise ImageError(f"{name}: is empty, shape {pixels.shape}")
-    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
+        return None
+    return UPRIGHT.get(orientation) if isinstance(orientation, int) else None

@@ -5,10 +5,13 @@ knows the side of the image: `force_image_size`, else the vision tower's), `toke
 `preprocessor_config.json` in the style of transformers' CLIP processor.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from ..checkpoint.files import read_json
+from ..checkpoint.hub import download
+from ..printable import printable
 
 OURS = "processor_config.json"
 CLIP_STYLE = "preprocessor_config.json"
@@ -37,30 +40,10 @@ def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
     if os.path.isdir(source):
         return Path(source, subfolder)
     if text.count("/") != 1 or text[0] in "/.~":
-        raise FileNotFoundError(f"InternVLProcessor: no directory {text}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
+        raise FileNotFoundError(f"InternVLProcessor: no directory {printable(text)}")
     names = [os.path.join(subfolder, name) for name in (OURS, CLIP_STYLE, MODEL, TOKENIZER)]
     options = {key: value for key, value in options.items() if key in DOWNLOAD_OPTIONS}
-    try:
-        return Path(snapshot_download(text, allow_patterns=names, **options), subfolder)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise FileNotFoundError(
-            f"InternVLProcessor: {text} is no directory here and could not be read from the hub: "
-            f"{error}"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError naming the file where it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"InternVLProcessor: {path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"InternVLProcessor: {path} must hold a JSON object")
-    return values
+    return download(text, names, **options) / subfolder
 
 
 def image_settings(folder: Path) -> dict[str, Any]:
@@ -75,11 +58,9 @@ def image_settings(folder: Path) -> dict[str, Any]:
         stored = read_json(ours).get("image_processor")
         if not isinstance(stored, dict):
             raise ValueError(f"InternVLProcessor: {ours} has no image_processor settings")
-        if {"geometry", "size"} <= set(stored):
-            return stored
-        settings = _from_clip(stored, ours)  # transformers 5 keeps CLIP's settings in there
+        settings = _stored(stored, ours)
     elif clip.is_file():
-        settings = _from_clip(read_json(clip), clip)
+        settings = _stored(read_json(clip), clip)
     if model.is_file():
         config = read_json(model)
         vision = config.get("vision_config")
@@ -93,6 +74,13 @@ def image_settings(folder: Path) -> dict[str, Any]:
             f"{MODEL} with an image size"
         )
     return settings
+
+
+def _stored(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings of a file, ours or CLIP's; transformers 5 keeps either in either file."""
+    if {"geometry", "size"} <= set(values):
+        return {key: value for key, value in values.items() if key != "image_processor_type"}
+    return _from_clip(values, path)
 
 
 def _from_clip(values: dict[str, Any], path: Path) -> dict[str, Any]:

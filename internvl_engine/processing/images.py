@@ -11,8 +11,9 @@ their use:
   preprocessor_config.json; one pixel beside "classification" where the excess is odd.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,12 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decoding import (
-    MAX_ASPECT_RATIO,
-    MAX_PIXELS,
-    ImageError,
-    load_image,
-)
+from .decoding import MAX_ASPECT_RATIO, load_image
+from .sources import BYTES, MAX_PIXELS, ImageError
 
 Geometry = Literal["retrieval", "classification", "clip"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -96,9 +93,30 @@ class InternVLImageProcessor:
         Raises:
             FileNotFoundError, ImageError, TypeError: as `load_image`, naming the image.
         """
+        return self.pixel_values(images, dtype=dtype, workers=workers, first=first)
+
+    def pixel_values(
+        self,
+        images: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        workers: int = 1,
+        first: int = 0,
+    ) -> Tensor:
+        """The same, also where a subclass returns it in a mapping."""
         pixels = self.squares(images, workers=workers, first=first).permute(0, 3, 1, 2)
-        values = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels).div_(255)
+        values = (
+            torch.empty(pixels.shape, dtype=torch.float32, device="cpu").copy_(pixels).div_(255)
+        )
         return values.sub_(_channels(self.mean)).div_(_channels(self.std)).to(dtype)
+
+    def transform(self, image: Any) -> Tensor:
+        """Pixel values (3, S, S) of one image, float32: what a data loader applies to its items.
+
+        With `processor.tokenizer` and a model this is the triple of `open_clip` and
+        CLIP_benchmark: `return model, processor.image_processor.transform, processor.tokenizer`.
+        """
+        return self.pixel_values([image])[0]
 
     def squares(self, images: Any, *, workers: int = 1, first: int = 0) -> Tensor:
         """The (B, S, S, 3) uint8 pixels that `__call__` normalises; arguments as there."""
@@ -109,7 +127,7 @@ class InternVLImageProcessor:
         else:
             arrays = [self._square(source) for source in sources]
         if not arrays:
-            return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
+            return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8, device="cpu")
         return torch.from_numpy(np.stack(arrays))
 
     def video(self, frames: Any, num_frames: int | None = None, **options: Any) -> Tensor:
@@ -134,7 +152,7 @@ class InternVLImageProcessor:
                 "needs at least one, and no more than there are"
             )
         middles = [(2 * i + 1) * len(frames) // (2 * wanted) for i in range(wanted)]
-        return self([frames[i] for i in middles], **options)
+        return self.pixel_values([frames[i] for i in middles], **options)
 
     def to_images(self, pixel_values: Tensor) -> list[Image.Image]:
         """Undoes the normalisation, for contact sheets and for looking at what the model sees.
@@ -160,7 +178,13 @@ class InternVLImageProcessor:
         return dict(vars(self))
 
     def __repr__(self) -> str:
-        return f"InternVLImageProcessor(size={self.size}, geometry={self.geometry!r})"
+        standard = {
+            name: p.default for name, p in signature(InternVLImageProcessor).parameters.items()
+        }
+        changed = {
+            k: v for k, v in self.to_dict().items() if k in ("size", "geometry") or v != standard[k]
+        }
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def _square(self, source: tuple[int, Any]) -> np.ndarray:
         """(S, S, 3) uint8 of one numbered image."""
@@ -201,16 +225,16 @@ def fit(image: Image.Image, size: int, geometry: Geometry) -> Image.Image:
 
 def is_one_image(images: Any) -> bool:
     """Whether this is a single image in one of its forms, and not several."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OSU":  # of pictures, or paths
+        return images.ndim == 0
     if isinstance(images, Tensor | np.ndarray):
         return images.ndim < 4
-    if isinstance(images, dict):
-        raise TypeError("InternVLImageProcessor: needs images, got a dict; pass its values")
     return (
         hasattr(images, "read")
         or not isinstance(images, Iterable)
-        or isinstance(images, Image.Image | str | bytes | bytearray | memoryview)
+        or isinstance(images, Image.Image | Mapping | str | BYTES)
     )
 
 
 def _channels(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)

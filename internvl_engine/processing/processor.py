@@ -1,12 +1,11 @@
 """Images and texts together, as transformers' processors do it.
 
     processor = InternVLProcessor.from_pretrained(directory_or_hub_id)
-    model(**processor(images=photos, text=["a red panda"]))       # embeddings
+    model(**processor(images=photos, text=["a red panda"]))       # similarities and embeddings
+    model.encode_text(**processor(text=["a red panda"]))
     model.generate(**processor(images=photos, prompts=["English caption:"] * len(photos)))
 
-`AutoProcessor` serves what `save_pretrained` wrote. It finds a processor by its class name, and
-transformers keeps "InternVLProcessor" for another architecture, so files carry the name of the
-subclass InternVL14BProcessor.
+Transformers' Auto classes serve what `save_pretrained` wrote, see auto.py.
 """
 
 import json
@@ -17,20 +16,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature
+from transformers import BatchFeature
 
-from ..configuration import InternVLConfig
+from ..printable import printable
 from .files import OURS, TOKENIZER, image_settings, processor_folder
 from .images import Geometry, InternVLImageProcessor
-from .padding import (
-    Padding,
-    check_right_padded,
-    mask_from_ids,
-    repad_left,
-)
+from .padding import Padding
 from .text import MAX_LENGTH, InternVLTokenizer
 
-FILE_CLASS = "InternVL14BProcessor"
+FILE_CLASS = "InternVL14BProcessor"  # the name by which AutoProcessor finds ours, see auto.py
+IMAGE_FILE_CLASS = "InternVL14BImageProcessor"
 
 
 class InternVLProcessor:
@@ -57,6 +52,7 @@ class InternVLProcessor:
         prompts: str | Sequence[str] | None = None,
         task: Literal["embedding", "prompt"] = "embedding",
         padding: Padding = "longest",
+        truncation: bool = True,
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
         return_tensors: str | None = "pt",
@@ -70,6 +66,7 @@ class InternVLProcessor:
             task: "embedding" (prefix, `</s>`, padded right) or "prompt" (to be continued by
                 `generate`: no `</s>`, padded left).
             padding: of embedding texts, see `InternVLTokenizer.encode_for_embedding`.
+            truncation: False cuts no embedding text.
             max_length: the most ids in a row; None is 80 for embeddings, no limit for prompts.
             dtype: of pixel_values. The model does not cast: give it the dtype of its weights.
             return_tensors: "pt"; other kinds are refused.
@@ -100,27 +97,9 @@ class InternVLProcessor:
         if prompts is not None:
             inputs.update(self.tokenizer.encode_prompt(prompts, max_length)._asdict())
         if text is not None:
-            length = MAX_LENGTH if max_length is None else max_length
+            length = None if not truncation else max_length or MAX_LENGTH
             inputs.update(self.tokenizer.encode_for_embedding(text, length, padding)._asdict())
         return BatchFeature(inputs)
-
-    def check_embedding_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Mask of a batch that can be embedded: padded right, every row ending in `</s>`.
-
-        Raises:
-            ValueError: see `check_right_padded`.
-        """
-        return check_right_padded(input_ids, attention_mask, self.tokenizer.eos_token_id)
-
-    def prepare_prompts(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Prompts padded on the left, from a batch padded on either side; see `repad_left`."""
-        if attention_mask is None:  # padding is what no real token is before, or none is after
-            attention_mask = mask_from_ids(input_ids) & mask_from_ids(input_ids.flip(1)).flip(1)
-        return repad_left(input_ids, attention_mask, self.tokenizer.pad_token_id)
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
         """As `InternVLTokenizer.decode`."""
@@ -158,7 +137,7 @@ class InternVLProcessor:
         folder = processor_folder(source, **options)
         tokenizer = folder / TOKENIZER
         if not tokenizer.is_file():
-            raise FileNotFoundError(f"InternVLProcessor: {source} has no {TOKENIZER}")
+            raise FileNotFoundError(f"InternVLProcessor: {printable(source)} has no {TOKENIZER}")
         settings = image_settings(folder)
         chosen = {"geometry": geometry, "size": size}
         settings.update({key: value for key, value in chosen.items() if value is not None})
@@ -166,7 +145,8 @@ class InternVLProcessor:
             image_processor = InternVLImageProcessor(**settings)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"InternVLProcessor: {source} has image settings {settings}: {error}"
+                f"InternVLProcessor: {printable(source)} has image settings "
+                f"{printable(settings, 300)}: {error}"
             ) from error
         return cls(image_processor, InternVLTokenizer(tokenizer))
 
@@ -176,18 +156,14 @@ class InternVLProcessor:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "processor_class": FILE_CLASS,
-            "image_processor": self.image_processor.to_dict(),
+            "image_processor": {
+                "image_processor_type": IMAGE_FILE_CLASS,
+                **self.image_processor.to_dict(),
+            },
         }
         (folder / OURS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder / TOKENIZER)
         return [str(folder / OURS), str(folder / TOKENIZER)]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.image_processor}, {len(self.tokenizer)} pieces)"
-
-
-class InternVL14BProcessor(InternVLProcessor):
-    """InternVLProcessor under the name that AutoProcessor can tell from transformers' own."""
-
-
-AutoProcessor.register(InternVLConfig, InternVL14BProcessor, exist_ok=True)
+        return f"{type(self).__name__}(\n  {self.image_processor},\n  {self.tokenizer},\n)"

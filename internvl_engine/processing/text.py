@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.files import refuse_pointer
 from .padding import Padding, TokenBatch, pad_rows
 
 EMBEDDING_PREFIX = "summarize:"
@@ -66,6 +67,45 @@ class InternVLTokenizer:
 
     def __len__(self) -> int:
         return self.vocab_size
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.vocab_size} pieces, bos {self.bos_token_id}, eos "
+            f"{self.eos_token_id}, unk and padding {self.unk_token_id})"
+        )
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        *,
+        padding: Padding = "longest",
+        truncation: bool = True,
+        max_length: int = MAX_LENGTH,
+        return_tensors: str | None = None,
+    ) -> Any:
+        """Ids of texts for `model.encode_text`, for code that calls a tokenizer as a function.
+
+        Args:
+            texts: one text or several. "summarize:" is put before those that do not bring it.
+            padding: as in `encode_for_embedding`.
+            truncation: False cuts nothing.
+            max_length: the most ids in a row.
+            return_tensors: None for the ids alone, as CLIP's tokenizers give them; "pt" for a
+                mapping with `input_ids` and `attention_mask`, as those of transformers do.
+
+        Returns:
+            (B, L) int64, or a BatchEncoding of two such tensors.
+        """
+        if return_tensors not in ("pt", None):
+            raise ValueError(f'InternVLTokenizer: gives "pt" tensors, not {return_tensors!r}')
+        given = _checked("InternVLTokenizer", texts)
+        given = [text.removeprefix(EMBEDDING_PREFIX) for text in given]
+        batch = self.encode_for_embedding(given, max_length if truncation else None, padding)
+        if return_tensors is None:
+            return batch.input_ids
+        from transformers import BatchEncoding
+
+        return BatchEncoding(batch._asdict())
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_pieces", "_control_ids")}
@@ -229,6 +269,7 @@ class InternVLTokenizer:
 def _read(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"InternVLTokenizer: no tokenizer model at {path}")
+    refuse_pointer(path)
     return path.read_bytes()
 
 

@@ -7,18 +7,19 @@ The published captions were made with num_beams=5, max_new_tokens=30, min_new_to
 resized without regard to their aspect. The default here is greedy, several times cheaper.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..embedding import Embedder, Outcome
+from ..embedding.batches import ImageBatch, checked_batch_size, image_batches
+from ..embedding.pictures import pictures
 from ..generation import KVCache
 from ..processing.images import is_one_image
 from ..processing.text import CAPTION_PROMPT
-from .batches import image_batches
-from .embedder import Embedder
 from .streaming import StopAtText, cut, stream_text
 
 QUESTION = "Question: {} Answer:"
@@ -27,95 +28,76 @@ QUESTION = "Question: {} Answer:"
 def caption(
     engine: Embedder,
     images: Any,
-    prompt: str | Sequence[str] | None = None,
+    prompt: str | Iterable[str] | None = None,
     *,
-    num_beams: int = 1,
-    max_new_tokens: int = 30,
-    min_new_tokens: int = 0,
-    stop: Sequence[str] = (),
     stream: bool = False,
-    batch_size: int = 8,
-    **generate_kwargs: Any,
+    **options: Any,
 ) -> Any:
     """Describes images.
 
-    Args:
-        engine: with the parts for captions.
-        images: as `Embedder.encode_image` takes them.
-        prompt: what the description continues; None is "English caption:". Several prompts are
-            continued for every image, which is read once.
-        num_beams: beams of the search; 1 is greedy.
-        max_new_tokens, min_new_tokens: of every description.
-        stop: a description ends before the first of these texts.
-        stream: yield the description of one image in pieces, as it is made.
-        batch_size: descriptions at a time.
-        generate_kwargs: any of transformers' `generate`, such as do_sample and temperature.
-
-    Returns:
-        One text for each image; for several prompts one list of texts for each image; for `stream`
-        an iterator over the pieces of the only text.
-
-    Raises:
-        ValueError: no prompt, more than one image, prompt or beam to stream, or what the image
-            processor and `generate` refuse.
+    Args, Returns, Raises: as `Tasks.caption`.
     """
     prompts = _texts("caption", CAPTION_PROMPT if prompt is None else prompt)
-    settings = generate_kwargs | {
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-    }
     if stream:
-        if len(prompts) != 1 or num_beams != 1:
-            raise ValueError("caption: only one prompt can be streamed, with num_beams=1")
-        return _stream(engine, images, prompts[0], stop, settings)
-    texts = list(_describe(engine, images, [prompts], stop=stop, batch_size=batch_size, **settings))
-    return [row[0] for row in texts] if prompt is None or isinstance(prompt, str) else texts
+        return _stream(engine, images, prompts, **options)
+    found = [o.value for o in _describe(engine, images, [prompts], keep=False, **options)]
+    return [row[0] for row in found] if prompt is None or isinstance(prompt, str) else found
+
+
+def caption_each(
+    engine: Embedder, images: Any, prompt: str | Iterable[str] | None = None, **options: Any
+) -> Iterator[Outcome]:
+    """Describes one image after another, and goes on where one cannot be used.
+
+    Args: as `Tasks.caption`, without `stream`.
+
+    Yields:
+        For every image, in order, as soon as its batch is done: (number, its text or list of texts,
+        error or None).
+    """
+    prompts = _texts("caption", CAPTION_PROMPT if prompt is None else prompt)
+    outcomes = _describe(engine, images, [prompts], keep=True, **options)
+    single = prompt is None or isinstance(prompt, str)
+    return (o._replace(value=o.value[0]) if single and o.value else o for o in outcomes)
 
 
 def answer(
     engine: Embedder,
     images: Any,
-    questions: str | Sequence[str] | Sequence[Sequence[str]],
+    questions: str | Iterable[str] | Iterable[Iterable[str]],
     *,
     template: str = QUESTION,
+    stream: bool = False,
     **options: Any,
 ) -> Any:
     """Answers questions about images.
 
-    Args:
-        engine: with the parts for captions.
-        images: as `Embedder.encode_image` takes them.
-        questions: one question, asked of every image; or several, all asked of a single image, or
-            as many as images, one each; or a list of questions for each image.
-        template: the prompt, with {} in the place of the question.
-        options: of `caption`: num_beams, stop, stream, batch_size ...
-
-    Returns:
-        One answer for each image, or for each question to a single image; where an image came with
-        a list of questions, a list of answers. For `stream` an iterator over the only answer.
-
-    Raises:
-        ValueError: as many questions as images are needed, or what `caption` refuses.
+    Args, Returns, Raises: as `Tasks.answer`.
     """
     if "{}" not in template:
         raise ValueError(f"answer: template {template!r} has no {{}} for the question")
     if isinstance(questions, str):
-        return caption(engine, images, template.replace("{}", questions), **options)
+        prompt = template.replace("{}", questions)
+        return caption(engine, images, prompt, stream=stream, **options)
+    questions = list(questions)
     if is_one_image(images):
         prompts = [template.replace("{}", text) for text in _texts("answer", questions)]
-        found = caption(engine, images, prompts, **options)
-        return found if options.get("stream") else found[0]
-    images = list(images)
-    if len(images) != len(questions):
-        raise ValueError(
-            f"answer: {len(images)} images came with {len(questions)} questions; give one each"
-        )
-    if options.pop("stream", False):
+        found = caption(engine, images, prompts, stream=stream, **options)
+        return found if stream else found[0]
+    if stream:
         raise ValueError("answer: only one image can be streamed")
     asked = [[template.replace("{}", text) for text in _texts("answer", q)] for q in questions]
-    texts = _describe(engine, images, asked, **options)
-    return [row[0] if isinstance(q, str) else row for row, q in zip(texts, questions, strict=True)]
+    _check_count(len(images) if hasattr(images, "__len__") else len(asked), len(asked))
+    if not asked:
+        return []
+    found = [o.value for o in _describe(engine, images, asked, each=True, keep=False, **options)]
+    _check_count(len(found), len(asked))
+    return [row[0] if isinstance(q, str) else row for row, q in zip(found, questions, strict=True)]
+
+
+def _check_count(images: int, questions: int) -> None:
+    if images != questions:
+        raise ValueError(f"answer: {images} images came with {questions} questions; give one each")
 
 
 def _describe(
@@ -123,47 +105,64 @@ def _describe(
     images: Any,
     prompts: Sequence[Sequence[str]],
     *,
-    stop: Sequence[str] = (),
+    each: bool = False,
+    keep: bool,
+    stop: Iterable[str] = (),
     batch_size: int = 8,
     **settings: Any,
-) -> Iterator[list[str]]:
-    """The texts of each image: one for each of its prompts, or of the only prompts for all."""
+) -> Iterator[Outcome]:
+    """The texts of each image, checked here and made as they are asked for.
+
+    Args:
+        prompts: of all images, or with `each` those of every image.
+        keep: name images that cannot be used, and go on.
+    """
     engine.require("captions")
     settings, stop = _checked(**settings), _texts("caption", stop) if stop else []
-    of_image = iter(prompts) if len(prompts) > 1 else iter(lambda: prompts[0], None)
-    for states in _vision_states(engine, images, batch_size):
-        asked = list(islice(of_image, len(states)))
+    batch_size = checked_batch_size(batch_size)
+    processor, options = engine.processor.image_processor, {"keep_errors": keep}
+    batches = image_batches(processor, images, batch_size, engine.dtype, **options)
+
+    def texts_of(batch: ImageBatch) -> Iterator[Outcome]:
+        if each and max(batch.numbers, default=0) >= len(prompts):
+            _check_count(max(batch.numbers) + 1, len(prompts))
+        asked = [prompts[number if each else 0] for number in batch.numbers]
         rows = [(place, text) for place, texts in enumerate(asked) for text in texts]
-        found: list[str] = []
+        states, found = _vision_states(engine, batch.pixels) if rows else None, []
         for start in range(0, len(rows), batch_size):
-            places, texts = zip(*rows[start : start + batch_size], strict=True)
-            found += _continue(engine, states[list(places)], texts, stop, settings)
-        answers = iter(found)
-        yield from (list(islice(answers, len(texts))) for texts in asked)
+            part = rows[start : start + batch_size]
+            places, words = [place for place, _ in part], [text for _, text in part]
+            found += _continue(engine, states, places, words, stop, settings)
+        made = iter(found)
+        yield from batch.broken
+        for number, texts in zip(batch.numbers, asked, strict=True):
+            yield Outcome(number, list(islice(made, len(texts))))
+
+    return (o for batch in batches for o in sorted(texts_of(batch), key=lambda o: o.number))
 
 
-def _vision_states(engine: Embedder, images: Any, batch_size: int) -> Iterator[Tensor]:
-    """(batch, N, C_v) vision features, one pass over each image."""
-    processor = engine.processor.image_processor
-    for pixels in image_batches(processor, images, batch_size, engine.dtype):
-        with torch.no_grad():
-            yield engine.model.vision_model(pixel_values=pixels.to(engine.device))[0]
+@torch.inference_mode()
+def _vision_states(engine: Embedder, pixels: Tensor) -> Tensor:
+    """(batch, N, C_v) vision features."""
+    return engine.model.vision_model(pixel_values=pixels.to(engine.device))[0]
 
 
+@torch.inference_mode()
 def _continue(
     engine: Embedder,
-    states: Tensor,
+    states: Any,
+    places: list[int],
     prompts: Sequence[str],
     stop: Sequence[str],
     settings: dict[str, Any],
 ) -> list[str]:
-    """The continuation of each prompt, after the vision features of its row."""
+    """The continuation of each prompt, after the vision features in its place."""
     tokenizer = engine.processor.tokenizer
     ids, mask = (t.to(engine.device) for t in tokenizer.encode_prompt(list(prompts)))
     if stop:
         settings = settings | {"stopping_criteria": [StopAtText(tokenizer, stop)]}
     ids = engine.model.generate(
-        visual_features=states,
+        visual_features=states[places],
         input_ids=ids,
         attention_mask=mask,
         past_key_values=_cache(engine, ids, settings),
@@ -180,19 +179,29 @@ def _cache(engine: Embedder, ids: Tensor, settings: dict[str, Any]) -> KVCache:
 
 
 def _stream(
-    engine: Embedder, images: Any, prompt: str, stop: Sequence[str], settings: dict[str, Any]
+    engine: Embedder,
+    images: Any,
+    prompts: list[str],
+    *,
+    stop: Iterable[str] = (),
+    batch_size: int = 8,
+    **settings: Any,
 ) -> Iterator[str]:
     """Everything is checked here, and runs when the first piece is asked for."""
     engine.require("captions")
-    image = [images] if is_one_image(images) else list(islice(images, 2))
+    settings, stop = _checked(**settings), _texts("caption", stop) if stop else []
+    if len(prompts) != 1 or settings["num_beams"] != 1:
+        raise ValueError("caption: only one prompt can be streamed, with num_beams=1")
+    image = list(islice(pictures(images), 2))
     if len(image) != 1:
         raise ValueError("caption: exactly one image can be streamed")
-    settings, stop = _checked(**settings), _texts("caption", stop) if stop else []
     tokenizer = engine.processor.tokenizer
-    ids = tokenizer.encode_prompt(prompt).input_ids.to(engine.device)
+    ids = tokenizer.encode_prompt(prompts[0]).input_ids.to(engine.device)
 
+    @torch.inference_mode()  # in the thread that runs it
     def generate(**streaming: Any) -> None:
-        (states,) = _vision_states(engine, image, 1)
+        pixels = engine.processor.image_processor(image, dtype=engine.dtype)
+        states = _vision_states(engine, pixels)
         cache = _cache(engine, ids, settings)
         engine.model.generate(
             visual_features=states, input_ids=ids, past_key_values=cache, **settings, **streaming
@@ -222,4 +231,4 @@ def _texts(name: str, texts: Any) -> list[str]:
     found = [texts] if isinstance(texts, str) else list(texts)
     if not found or not all(isinstance(text, str) and text for text in found):
         raise ValueError(f"{name}: needs one text or several, none of them empty, got {texts!r}")
-    return found
+    return [str(text) for text in found]

@@ -100,7 +100,8 @@ def _whole(merged: Merged | None, parts: Weights) -> Tensor | None:
     """The one tensor of these rows; None where they are apart or each needs its own gradient."""
     if len(parts) == 1:
         return parts[0]
-    if merged is None or not merged.holds(parts):
+    # Compiled code guards the objects that are compared: it would be compiled for every layer.
+    if merged is None or torch.compiler.is_compiling() or not merged.holds(parts):
         return None
     needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
     return None if needs_gradient else merged.whole

@@ -15,11 +15,7 @@ class Merged:
         self.whole = whole
 
     def holds(self, parts: list[Tensor]) -> bool:
-        """Whether these are the parts, and still lie where they were put.
-
-        Compiled code guards which parameters they are; whether they lie there it sees when it is
-        traced only.
-        """
+        """Whether these are the parts, and still lie where they were put."""
         same = all(a is b for a, b in zip(self.parts, parts, strict=True))
         return same and _lie_below_each_other(self.whole, *parts)
 
@@ -62,7 +58,6 @@ def _is_free(part: nn.Parameter) -> bool:
     return part.layout == torch.strided and not part.is_meta and not part.is_inference()
 
 
-@torch.compiler.assume_constant_result
 def _lie_below_each_other(whole: Tensor, *parts: Tensor) -> bool:
     position = _address(whole)
     for part in parts:

@@ -53,6 +53,23 @@ def test_a_folder_without_weights(tmp_path):
         InternVL_G.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("zero_to_fp32.py", "but DeepSpeed's shards of an optimizer: run zero_to_fp32.py"),
+        ("state/__0_0.distcp", "but shards of torch.distributed.checkpoint: .*dcp_to_torch"),
+        ("model.gguf", "but GGUF files, which cannot be read"),
+    ],
+)
+def test_what_is_there_in_place_of_weights(folder, name, message):
+    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
+        path.unlink()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    with pytest.raises(CheckpointNotFoundError, match=f"no weights here, {message}"):
+        InternVL_G.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("source", ["no/such/folder", "OpenGVLab/InternVL-14B-224px", "a b?"])
 def test_what_is_neither_here_nor_on_the_hub(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -175,7 +192,10 @@ def test_code_in_a_pickle_is_not_run(tmp_path, golden_g):
 
     write_bin(tmp_path, golden_g)
     torch.save({"weights": Trap()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: not a complete file of tensors"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"pytorch_model.bin: a pickle .* than tensors \(_pytest\.outcomes\._?[Ff]ail",
+    ):
         InternVL_G.from_pretrained(tmp_path)
 
 
@@ -189,7 +209,7 @@ def assert_right_or_refused(source, state):
         assert torch.equal(tensor, state[name]), name
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(data=st.data())
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
 def test_files_cut_anywhere(tmp_path_factory, golden_g, layout, data):
@@ -204,7 +224,7 @@ def test_files_cut_anywhere(tmp_path_factory, golden_g, layout, data):
         InternVL_G.from_pretrained(folder)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_headers_with_a_byte_changed(tmp_path_factory, golden_g, data):
     """Of the data alone nobody can tell: `verify` compares hashes."""
@@ -218,7 +238,7 @@ def test_headers_with_a_byte_changed(tmp_path_factory, golden_g, data):
     assert_right_or_refused(folder, golden_g.state)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_tensors_dropped_bent_or_recast(tmp_path_factory, golden_g, data):
     name = data.draw(st.sampled_from(sorted(golden_g.state)))

@@ -9,7 +9,7 @@ from published_layout import write_bin, write_config, write_published
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from internvl_engine.checkpoint import CheckpointError
+from internvl_engine.checkpoint import CheckpointError, choose_dtype
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G, InternVLModel
 from internvl_engine.modeling.qllama import LlamaForCausalLM, LlamaModel
@@ -226,20 +226,26 @@ def test_embedding_and_head_stay_two_tensors(tmp_path, golden_g):
     assert not torch.equal(embedding, head)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "torch.float16", torch.float64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.float16", torch.float64, "bf16"])
 def test_dtypes_by_name(published, golden_g, dtype):
     model = InternVL_G.from_pretrained(published, dtype=dtype)
-    wanted = getattr(torch, str(dtype).removeprefix("torch."))
+    wanted = getattr(torch, str(dtype).removeprefix("torch.").replace("bf16", "bfloat16"))
     expected = {name: tensor.to(wanted) for name, tensor in golden_g.state.items()}
     assert_holds(model, expected)
 
 
 def test_dtype_auto_is_what_the_processor_computes_in(published, monkeypatch):
-    for supported in (True, False):
+    reasons = {
+        True: "bfloat16: the processor multiplies it in hardware",
+        False: "float32: the processor does not multiply bfloat16 in hardware, which takes AVX512-"
+        "BF16, AMX, or bf16 on Arm; dtype='bfloat16' takes half the memory",
+    }
+    for supported, reason in reasons.items():
         monkeypatch.setattr(
             "internvl_engine.checkpoint.dtypes.computes_in_bfloat16", lambda _, s=supported: s
         )
         expected = torch.bfloat16 if supported else torch.float32
+        assert str(choose_dtype("auto", torch.device("cpu"))) == reason
         assert InternVL_G.from_pretrained(published).dtype == expected
     assert InternVL_G.from_pretrained(published, torch_dtype=torch.float16).dtype == torch.float16
 

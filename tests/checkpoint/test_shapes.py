@@ -116,16 +116,22 @@ def test_a_layer_without_its_cross_attention(tmp_path, golden_g):
         InternVL_G.from_pretrained(write_published(tmp_path, golden_g, state))
 
 
-def test_a_configuration_of_ones_own(published, golden_g):
+def test_a_configuration_of_ones_own(tmp_path, published, golden_g):
     config = InternVLConfig(**golden_g.config, force_image_size=42)
-    model = InternVL_G.from_pretrained(published, config=config, **FP32)
     expected = interpolate_positions(golden_g.state[TABLE], 6, 6)
-    assert torch.equal(model.state_dict()[TABLE], expected)
+    config.save_pretrained(tmp_path)
+    for given in (config, config.to_dict(), tmp_path, str(tmp_path)):
+        model = InternVL_G.from_pretrained(published, config=given, **FP32)
+        assert torch.equal(model.state_dict()[TABLE], expected)
+    with pytest.raises(TypeError, match="config must be a InternVLConfig, a dict or a path, got i"):
+        InternVL_G.from_pretrained(published, config=3)
 
 
 def test_fields_of_the_configuration(published):
     model = InternVL_G.from_pretrained(published, label_smoothing=0.1, trust_remote_code=True)
     assert model.config.label_smoothing == 0.1
+    model = InternVL_G.from_pretrained(published, output_hidden_states=True)  # of any model
+    assert model.config.output_hidden_states is True
     with pytest.raises(TypeError, match="label_smooothing is neither an argument nor a field"):
         InternVL_G.from_pretrained(published, label_smooothing=0.1)
     with pytest.raises(CheckpointError, match=r"itm_head|shape"):

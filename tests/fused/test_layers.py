@@ -9,7 +9,7 @@ from foreign_decoders import llama
 from foreign_decoders import published as published_decoder
 from torch import nn
 
-from internvl_engine import accelerate, kernels
+from internvl_engine import accelerate
 from internvl_engine.fused import (
     FusedAttentionPooling,
     FusedCrossAttention,
@@ -20,7 +20,7 @@ from internvl_engine.fused import (
 )
 from internvl_engine.modeling.masks import AttentionMask
 
-from models import decoder, model
+from models import model
 from numerics import assert_as_accurate_as_eager
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -204,6 +204,26 @@ def test_recomputation_gives_the_same_gradients():
     assert not model.gradient_checkpointing
 
 
+@pytest.mark.grad
+def test_layers_are_recomputed_under_labels_and_cached_in_evaluation():
+    model, ids, calls = decoder().train(), torch.randint(3, 61, (2, 7)), []
+    layer = model.model.layers[0].input_layernorm
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    losses = []
+    for recompute in (False, True):
+        calls.clear()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        losses.append(output.loss)
+        assert len(calls) == 1 + recompute
+        assert (output.past_key_values is None) == recompute
+    close(*losses)
+    with torch.no_grad():
+        assert model.eval()(input_ids=ids).past_key_values.get_seq_length() == 7
+
+
 def test_errors_say_what_came():
     model = decoder()
     ids = torch.randint(3, 61, (1, 4))

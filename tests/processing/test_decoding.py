@@ -1,7 +1,6 @@
 """One RGB picture from every source, mode and file, and an error that names what is none."""
 
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -12,9 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import encoded, noise, same
-from PIL import Image
+from PIL import Image, ImageOps
 
-from internvl_engine.processing import ImageError, InternVLImageProcessor, load_image
+from internvl_engine.processing import (
+    ImageError,
+    InternVLImageProcessor,
+    load_image,
+)
+
+PHOTOS = {
+    kind: encoded(Image.fromarray(noise(24, 30)), kind)
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "JPEG2000")
+}
 
 
 def test_grey_arrays_fill_three_channels_and_alpha_is_dropped():
@@ -116,6 +124,34 @@ def test_rotated_photos_are_turned_upright(orientation, kind):
     assert np.array_equal(load_image(opened), expected)  # not turned twice
 
 
+def turned(orientation: int, **options) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(Image.fromarray(noise(6, 10)), "PNG", exif=exif, **options)
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda im: im.transpose(Image.Transpose.ROTATE_270),
+        lambda im: im.rotate(-90, expand=True),
+        lambda im: im.crop((1, 1, 9, 5)),
+        lambda im: im.convert("L"),
+        ImageOps.exif_transpose,
+    ],
+)
+def test_a_picture_made_from_an_opened_one_is_taken_as_it_is(derive):
+    picture = derive(Image.open(io.BytesIO(turned(6))))
+    assert same(load_image(picture), np.asarray(picture.convert("RGB")))
+
+
+def test_an_image_turned_in_place_is_not_turned_again():
+    opened = Image.open(io.BytesIO(turned(6)))
+    ImageOps.exif_transpose(opened, in_place=True)
+    assert same(load_image(opened), np.asarray(opened))
+    assert same(load_image(opened), load_image(turned(6)))
+
+
 def test_unreadable_exif_leaves_the_photo_as_it_is():
     plain = encoded(Image.fromarray(noise(6, 10)), "JPEG")
     damaged = encoded(
@@ -170,58 +206,8 @@ def test_truncated_files_are_errors_that_name_them(tmp_path, kind):
             InternVLImageProcessor(8)([noise(9, 9), path])
 
 
-def test_what_is_no_image_file_is_named(tmp_path):
-    processor = InternVLImageProcessor(8)
-    (tmp_path / "notes.txt").write_text("no picture")
-    (tmp_path / "drawing.eps").write_text(
-        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-    )
-    os.mkfifo(tmp_path / "pipe.png")
-    for name, message in (
-        ("notes.txt", "notes.txt: not a readable image: cannot identify"),
-        ("drawing.eps", "drawing.eps: EPS files are programs"),
-        ("pipe.png", "pipe.png: is not a regular file"),
-        ("", "is a directory"),
-    ):
-        with pytest.raises(ImageError, match=message) as caught:
-            processor(tmp_path / name)
-        assert str(tmp_path) in str(caught.value) and isinstance(caught.value, ValueError)
-    with pytest.raises(FileNotFoundError, match="image 0: absent.png: no such image file"):
-        processor("absent.png")
-    with pytest.raises(FileNotFoundError, match="http://host/a.png: .*download it first"):
-        processor(["http://host/a.png"])
-
-
-@pytest.mark.parametrize(
-    "source, error, message",
-    [
-        (np.zeros((0, 5, 3), np.uint8), ImageError, "empty, shape"),
-        (torch.zeros(3, 5, 0, dtype=torch.uint8), ImageError, "empty, shape"),
-        (np.zeros((5, 5, 3), np.float32), ImageError, r"uint8 \(H, W\).*float32"),
-        (np.zeros((3, 5, 5), np.uint8), ImageError, "channels last"),
-        (torch.zeros(3, 5, 5), ImageError, "to_images"),
-        (torch.zeros(5, 5, 3, dtype=torch.uint8), ImageError, r"uint8 \(3, H, W\)"),
-        (Image.new("F", (3, 3)), ImageError, "floating-point"),
-        (Image.fromarray(np.array([[-1, 70000]], np.int32)), ImageError, "-1..70000 do not fit"),
-        (42, TypeError, "an image must be .* got int"),
-        ([[noise(3, 3)]], TypeError, "got list"),
-        ([None], TypeError, "image 0: .* got NoneType"),
-        ({"image": 1}, TypeError, "got a dict"),
-    ],
-)
-def test_unusable_sources_are_refused(source, error, message):
-    with pytest.raises(error, match=message):
-        InternVLImageProcessor(8)(source)
-
-
-PHOTOS = {
-    kind: encoded(Image.fromarray(noise(24, 30)), kind)
-    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "JPEG2000")
-}
-
-
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     kind=st.sampled_from(list(PHOTOS)),
     keep=st.floats(0, 1),

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, pipeline
 
+from internvl_engine.assets import held_out, nano_directory
 from internvl_engine.configuration import InternVLConfig
-from internvl_engine.processing import InternVLImageProcessor, InternVLProcessor, check_right_padded
+from internvl_engine.processing import InternVLImageProcessor, InternVLProcessor
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 31, 3), dtype=np.uint8)
 PUBLISHED_CONFIG = {
@@ -48,12 +49,14 @@ def test_images_and_texts_for_embeddings(processor, tiny):
     assert torch.equal(inputs["pixel_values"], processor.image_processor([PHOTO, PHOTO]))
     ids, mask = tiny.encode_for_embedding(texts)
     assert torch.equal(inputs["input_ids"], ids) and torch.equal(inputs.attention_mask, mask)
-    assert torch.equal(processor.check_embedding_inputs(ids, mask), mask)
     assert inputs.to(torch.float64).pixel_values.dtype == torch.float64  # a transformers batch
     assert inputs.input_ids.dtype == torch.int64
     padded = processor(text=texts, padding="max_length")
     assert list(padded) == ["input_ids", "attention_mask"] and padded.input_ids.shape == (2, 80)
     assert processor(text=texts, max_length=6).input_ids[:, -1].tolist() == [2, 2]
+    long = "a red panda " * 60
+    whole = processor(text=long, padding=True, truncation=False, return_tensors="pt").input_ids
+    assert torch.equal(whole, tiny.encode_for_embedding(long, None).input_ids)
 
 
 def test_prompts_for_generation(processor, tiny):
@@ -65,34 +68,6 @@ def test_prompts_for_generation(processor, tiny):
     same = processor(text=prompts, task="prompt")
     assert torch.equal(same.input_ids, ids) and "pixel_values" not in same
     assert processor.batch_decode(ids) == prompts and processor.decode(ids[1]) == "a dog"
-
-
-def test_prompts_padded_on_the_right_are_put_right(processor, tiny, tiny_unk):
-    left, mask = tiny.encode_prompt(["English caption:", "a dog"])
-    right = torch.stack([row.roll(-int(pads)) for row, pads in zip(left, (mask == 0).sum(1))])  # noqa: B905
-    assert not torch.equal(right, left)
-    for ids, given in ((right, None), (left, None), (left, mask)):
-        got = processor.prepare_prompts(ids, given)
-        assert torch.equal(got[0], left) and torch.equal(got[1], mask)
-    with pytest.raises(ValueError, match="padding before a real token"):
-        processor.check_embedding_inputs(left, mask)
-    unknown = torch.tensor([[1, 9, 0, 7, 0], [1, 9, 3, 7, 8]])  # the first 0 is a piece
-    ids, mask = processor.prepare_prompts(unknown)
-    assert ids.tolist() == [[0, 1, 9, 0, 7], [1, 9, 3, 7, 8]]
-    assert mask.tolist() == [[0, 1, 1, 1, 1], [1] * 5]
-
-
-def test_texts_of_a_left_padding_tokenizer_are_refused(processor, tiny):
-    rows = tiny.encode_for_embedding(["a", "a red panda"], padding=False).input_ids
-    length = max(map(len, rows))
-    left = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-    for mask in (None, (left > 0).long()):
-        with pytest.raises(ValueError, match="row 0 has padding before a real token"):
-            processor.check_embedding_inputs(left, mask)
-    no_end = tiny.encode_prompt("a red panda").input_ids
-    with pytest.raises(ValueError, match="not in the end-of-sentence id 2"):
-        processor.check_embedding_inputs(no_end)
-    assert check_right_padded(no_end).all()  # nothing else is wrong with it
 
 
 @pytest.mark.parametrize(
@@ -127,6 +102,45 @@ def test_what_is_saved_is_loaded_by_us_and_by_auto_processor(processor, tmp_path
         assert read.image_processor.to_dict() == processor.image_processor.to_dict()
         got = read(images=PHOTO, text="two  dogs at 3.14")
         assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_auto_classes_serve_ours_and_no_namesake(processor, tiny, tmp_path):
+    """transformers has an InternVLConfig too, whose processors it would take by that name."""
+    InternVLConfig.from_preset("nano").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images, tokenizer = (
+        auto.from_pretrained(tmp_path) for auto in (AutoImageProcessor, AutoTokenizer)
+    )
+    assert isinstance(images, InternVLImageProcessor) and images.geometry == "classification"
+    expected = processor.image_processor(PHOTO)
+    assert torch.equal(images(PHOTO, return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(images.preprocess([PHOTO]).pixel_values, expected)
+    assert torch.equal(images.transform(PHOTO), expected[0])
+    assert torch.equal(images.video([PHOTO] * 2), expected.expand(2, -1, -1, -1))
+    assert tokenizer.encode("a red panda") == tiny.encode("a red panda")
+    images.save_pretrained(tmp_path / "images")
+    again = AutoImageProcessor.from_pretrained(tmp_path / "images")
+    assert again.to_dict() == images.to_dict()
+    with pytest.raises(ValueError, match="not 'np'"):
+        images(PHOTO, return_tensors="np")
+
+
+def test_a_pipeline_of_transformers_classifies_with_a_saved_folder():
+    pipe = pipeline("zero-shot-image-classification", model=str(nano_directory()), dtype="float32")
+    (picture, *_), ((colour, digit), *_) = held_out()
+    labels = [f"a {colour} {digit}", "a blue seven"]
+    best = pipe(picture, candidate_labels=labels[::-1], hypothesis_template="{}")[0]
+    assert best["label"] == labels[0] and best["score"] > 0.9
+    model, processor = pipe.model, InternVLProcessor.from_pretrained(nano_directory())
+    with torch.no_grad():
+        found = model(**processor(images=picture, text=labels))
+        texts = model.encode_text(**processor(text=labels))
+    assert found.logits_per_image.softmax(-1)[0, 0].item() == pytest.approx(best["score"])
+    torch.testing.assert_close(found.text_embeds, texts / texts.norm(dim=1, keepdim=True))
+    with pytest.raises(ValueError, match="two names for one argument"):
+        model(found, texts, input_ids=texts)
+    with pytest.warns(UserWarning, match="ends in id .*, not in the end of a sentence"):
+        model.encode_text(processor(prompts=labels[0]).input_ids)
 
 
 def test_auto_processor_knows_a_saved_model_directory(processor, tiny, tmp_path):
@@ -188,8 +202,8 @@ def test_clip_settings_inside_processor_config(tiny, tmp_path):
         ({"config": {"vision_config": {"image_size": "big"}}}, "size must be"),
         ({"preprocessor_config": {"size": 224, "resample": 2}}, "resample 2, only bicubic"),
         ({"preprocessor_config": {"do_normalize": False}}, "turns do_normalize off"),
-        ({"preprocessor_config": "{"}, "preprocessor_config.json is not valid JSON"),
-        ({"preprocessor_config": "[]"}, "must hold a JSON object"),
+        ({"preprocessor_config": "{"}, "preprocessor_config.json: not valid JSON"),
+        ({"preprocessor_config": "[]"}, "needed a JSON object"),
         ({"preprocessor_config": {"image_mean": 3}}, "image settings"),
         ({"preprocessor_config": None, "config": None}, "has neither processor_config.json"),
         ({"processor_config": {}}, "has no image_processor settings"),
@@ -208,7 +222,7 @@ def test_missing_files_are_named(tmp_path, tiny):
     for absent in (tmp_path / "absent", "absent", "./some/where"):
         with pytest.raises(FileNotFoundError, match="no directory"):
             InternVLProcessor.from_pretrained(absent)
-    with pytest.raises(FileNotFoundError, match="could not be read from the hub"):
+    with pytest.raises(FileNotFoundError, match="the hub cannot be reached"):
         InternVLProcessor.from_pretrained(
             "owner/absent", local_files_only=True, cache_dir=str(tmp_path)
         )
@@ -216,6 +230,23 @@ def test_missing_files_are_named(tmp_path, tiny):
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
         InternVLProcessor.from_pretrained(tmp_path)
+
+
+def test_the_size_is_the_one_of_the_model_beside_it(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_CONFIG | {"force_image_size": 56}))
+    assert InternVLProcessor.from_pretrained(tmp_path).image_processor.size == 56
+
+
+def test_what_is_shown_says_what_it_is(processor):
+    assert repr(processor) == (
+        "InternVLProcessor(\n  InternVLImageProcessor(size=28, geometry='classification'),\n  "
+        f"InternVLTokenizer({len(processor.tokenizer)} pieces, bos 1, eos 2, unk and padding 0),\n)"
+    )
+    changed = InternVLImageProcessor(28, mean=(0, 0, 0), draft=True)
+    assert repr(changed) == (
+        "InternVLImageProcessor(size=28, geometry='retrieval', draft=True, mean=(0.0, 0.0, 0.0))"
+    )
 
 
 def test_a_subfolder_of_a_directory(processor, tmp_path):

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -121,6 +122,47 @@ def test_answers_are_captions_of_the_question(engine):
     assert engine.answer(images, [[one, two], one], **TOKENS) == [first, second[0]]
     assert engine.answer(images, [[one, two], [one]], **TOKENS) == [first, second[:1]]
     assert "".join(engine.answer(IMAGES[0], one, stream=True, **TOKENS)) == first[0]
+
+
+def test_one_after_another_as_they_come(engine, seen):
+    sources = [IMAGES[0], b"no image", *IMAGES[1:]]
+    outcomes = engine.caption_each(sources, batch_size=2, **TOKENS)
+    first = next(outcomes)
+    assert seen == [1] and first.value == by_hand(engine, IMAGES[0])  # before the next is looked at
+    found = [first, *outcomes]
+    assert [outcome.number for outcome in found] == list(range(6))
+    broken = found.pop(1)
+    assert broken.value is None and "image 1: " in str(broken.error)
+    assert [o.value for o in found] == [by_hand(engine, image) for image in IMAGES]
+    prompts = ["English caption:", "x"]
+    (one,) = engine.caption_each(IMAGES[0], prompts, **TOKENS)
+    assert one.value == [by_hand(engine, IMAGES[0], p) for p in prompts] and one.error is None
+    with pytest.raises(ValueError, match="max_new_tokens of 1 or more"):
+        engine.caption_each(IMAGES[0], max_new_tokens=0)  # at once, before anything is read
+
+
+def test_answers_about_one_buffer(engine):
+    """An iterator's pictures are looked at one batch after another, and never kept as a list."""
+
+    def one_buffer():
+        for image in IMAGES[:3]:
+            buffer[:] = np.resize(image, buffer.shape)
+            yield buffer
+
+    buffer = np.empty((30, 30, 3), np.uint8)
+    questions = ["What is it?", "Is it red?", "x"]
+    expected = engine.answer([image.copy() for image in one_buffer()], questions, **TOKENS)
+    assert engine.answer(one_buffer(), questions, batch_size=1, **TOKENS) == expected
+    for wrong in (questions[:2], [*questions, "y"]):
+        with pytest.raises(ValueError, match="images came with"):
+            engine.answer(one_buffer(), wrong, **TOKENS)
+
+
+def test_prompts_in_every_form(engine):
+    prompts = ["English caption:", "x"]
+    expected = engine.caption(IMAGES[:1], prompts, **TOKENS)
+    for form in (tuple(prompts), np.array(prompts), (prompt for prompt in prompts)):
+        assert engine.caption(IMAGES[:1], form, **TOKENS) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A weight in a form of its own is a tensor: read, written, viewed, copied, trained and compiled."""
+"""A weight in a form of its own is a tensor: read, written, copied, trained and compiled."""
 
 import copy
 import io

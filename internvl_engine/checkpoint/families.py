@@ -1,0 +1,218 @@
+"""What is known of every family of checkpoints, as data: names, parts, and what weights decide.
+
+    InternVL-14B     vision_model.*  qllama.*  clip_projector.* ...    published, standalone C
+    InternVL chat    vision_model.*  mlp1.*  language_model.*          published
+                     vision_tower.*  multi_modal_projector.* ...       transformers
+    InternViT        embeddings.*  encoder.*                           published, transformers
+
+A stored name becomes a published one in three steps: wrappers of trainers go (names.py), the rules
+of the layout that the names are in apply, and several tensors may become one, row after row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+POSITIONS = "embeddings.position_embedding"
+CROSS_ATTENTION = r"(?:^|\.)layers\.(\d+)\.cross_attn\."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name the tensors of a family.
+
+    Args:
+        name: what messages call it.
+        marks: pattern; one stored name that matches tells the layout.
+        renames: patterns and their replacements, applied one after the other.
+        stacks: pattern of one of several tensors, the name of the whole, and the order of the
+            pattern's group `piece`. The pieces become one tensor, row after row.
+        leftovers: pattern of stored names that are known and of no use.
+        preset: the configuration where the checkpoint has no config.json.
+        parts: the parts it holds where no configuration says so.
+    """
+
+    name: str
+    marks: str
+    renames: tuple[tuple[str, str], ...] = ()
+    stacks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    leftovers: str | None = None
+    preset: str | None = None
+    parts: str | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A part of a checkpoint that has a model class of its own.
+
+    Args:
+        config: the field of config.json with its configuration; None where that is the whole file.
+        fields: fields that another package calls differently, by that package's name.
+    """
+
+    config: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints that share one meaning of their published names.
+
+    Args:
+        title: what messages call one of them, with its article.
+        model_types: of config.json. Two families may share one: `config_fields` then decides.
+        config_fields: fields that its config.json has.
+        builds: model_type of our composite configuration; None where we have no composite.
+        towers: "vision" and "language" to what can be loaded alone.
+        advice: what to do with one where another was needed.
+        parts: name of a part to patterns of the published names that it needs; smallest first.
+        lora: beginning of published names to the name of the tower in the configuration's fields
+            `use_NAME_lora` and `NAME_lora_alpha`.
+        forces_size: whether `force_image_size` is the size that the position table is for.
+    """
+
+    title: str
+    model_types: tuple[str, ...]
+    config_fields: tuple[str, ...] = ()
+    builds: str | None = None
+    towers: Mapping[str, Tower] = field(default_factory=dict)
+    advice: str = ""
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lora: Mapping[str, str] = field(default_factory=dict)
+    forces_size: bool = False
+
+
+# image     vision tower and its pooler: the C embedding of images
+# text      QLLaMA as a plain LLaMA, without head and cross-attention: embeddings of texts
+# c         image, text and the logit scale: everything of InternVL-C
+# g         c, query tokens, cross-attention and the second pooler: everything of InternVL-G
+# caption   vision tower, query tokens and all of QLLaMA: captions and answers
+# all       the whole model
+_VISION = r"vision_model\."
+_POOLER = r"clip_projector\."
+_TEXT = r"qllama\.model\.(?!layers\.\d+\.cross_attn\.)"
+_PROJECTION = r"text_projection$"
+_C = (_VISION, _POOLER, _TEXT, _PROJECTION, r"logit_scale$")
+
+INTERNVL_14B = Family(
+    title="an InternVL-14B checkpoint",
+    model_types=("internvl", "internvl_14b"),
+    config_fields=("vision_config", "qllama_config"),
+    builds="internvl_14b",
+    towers={
+        "vision": Tower("vision_config"),
+        "language": Tower("qllama_config"),
+    },
+    advice="InternVLModel, InternVL_C, InternVL_G and InternVL take it",
+    parts={
+        "image": (_VISION, _POOLER),
+        "text": (_TEXT, _PROJECTION),
+        "c": _C,
+        "g": (*_C, r"qllama\.model\.", r"query_tokens$", r"clip_projector2\."),
+        "caption": (_VISION, r"qllama\.", r"query_tokens$"),
+        "all": ("",),
+    },
+    lora={"vision_model.": "backbone", "qllama.": "qllama"},
+    forces_size=True,
+)
+# transformers' vision tower has other names for the fields of the same configuration.
+_TRANSFORMERS_VISION = {
+    "use_qk_norm": "qk_normalization",
+    "attention_bias": "qkv_bias",
+    "layer_scale_init_value": "initializer_factor",
+    "hidden_dropout_prob": "dropout",
+}
+_TOWER_OF_CHAT = "InternVisionModel takes its vision tower"
+CHAT = Family(
+    title="a chat checkpoint (vision tower, MLP and a language model)",
+    model_types=("internvl_chat",),
+    config_fields=("vision_config", "llm_config"),
+    towers={
+        "vision": Tower("vision_config"),
+        "language": Tower("llm_config"),
+    },
+    advice=_TOWER_OF_CHAT,
+)
+TRANSFORMERS_CHAT = Family(
+    title="a chat checkpoint in transformers' layout (InternVLForConditionalGeneration)",
+    model_types=("internvl",),
+    config_fields=("vision_config", "text_config"),
+    towers={
+        "vision": Tower("vision_config", _TRANSFORMERS_VISION),
+        "language": Tower("text_config"),
+    },
+    advice=_TOWER_OF_CHAT,
+)
+VISION = Family(
+    title="an InternViT vision tower alone",
+    model_types=("intern_vit_6b", "intern_vit_300m"),
+    towers={"vision": Tower()},
+    advice="InternVisionModel takes it",
+)
+TRANSFORMERS_VISION = Family(
+    title="an InternViT vision tower alone, in transformers' layout",
+    model_types=("internvl_vision",),
+    towers={"vision": Tower(fields=_TRANSFORMERS_VISION)},
+    advice="InternVisionModel takes it",
+)
+FAMILIES = (INTERNVL_14B, CHAT, TRANSFORMERS_CHAT, VISION, TRANSFORMERS_VISION)
+
+# Names at the top of a composite. Whatever stands before one of them is a trainer's prefix.
+ROOTS = frozenset({
+    "vision_model", "qllama", "query_tokens", "text_projection", "logit_scale", "clip_projector",
+    "clip_projector2", "itm_head", "language_model", "mlp1", "vision_tower",
+    "multi_modal_projector",
+})  # fmt: skip
+# Those of them that belong to a tower, by what `Family.towers` calls it.
+TOWER_ROOTS = {"vision": {"vision_model"}, "language": {"qllama", "language_model"}}
+
+STANDALONE = Layout(
+    name="the standalone InternVL-C file",
+    marks=r"^(cls_token|pos_embed)$|^blocks\.0\.",
+    renames=(
+        (r"^cls_token$", "vision_model.embeddings.class_embedding"),
+        (r"^pos_embed$", f"vision_model.{POSITIONS}"),
+        (r"^patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+        (r"^blocks\.(.*?)(?:\.gamma)?$", r"vision_model.encoder.layers.\1"),
+        (r"^transformer\.", "qllama.model."),
+    ),
+    # What stage-1 training left behind. Its LoRA matrices among them: the published inference
+    # never applies them.
+    leftovers=(
+        r"^(target_pos_embed|mask_token|grad_norm_square_momentum_(clip|sim))$|^norm3\."
+        r"|\.lora_[AB]\."
+    ),
+    preset="14b-224px",
+    parts="c",
+)
+TRANSFORMERS = Layout(
+    name="transformers' layout",
+    marks=r"(^|\.)embeddings\.cls_token$|(^|\.)encoder\.layer\.\d+\.|^multi_modal_projector\.",
+    renames=(
+        (r"^vision_tower\.", "vision_model."),
+        (r"embeddings\.cls_token$", "embeddings.class_embedding"),
+        (r"embeddings\.position_embeddings$", POSITIONS),
+        (r"embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
+        (r"encoder\.layer\.(\d+)\.", r"encoder.layers.\1."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.lambda_([12])$", r".ls\1"),
+        (r"\.attention\.projection_layer\.", ".attn.proj."),
+        (r"\.attention\.([qk])_norm\.", r".attn.\1_norm."),
+        (r"^multi_modal_projector\.layer_norm\.", "mlp1.0."),
+        (r"^multi_modal_projector\.linear_1\.", "mlp1.1."),
+        (r"^multi_modal_projector\.linear_2\.", "mlp1.3."),
+        # Files have the language model's own names; state dicts of the model in memory do not.
+        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+    ),
+    stacks=(
+        (
+            r"^(?P<start>.*encoder\.layers\.\d+)\.attention\.(?P<piece>[qkv])_proj\.(?P<end>\w+)$",
+            r"\g<start>.attn.qkv.\g<end>",
+            ("q", "k", "v"),
+        ),
+    ),
+)
+LAYOUTS = (STANDALONE, TRANSFORMERS)
+# Of every family: tables that old LLaMA code saved, and the counter of AveragedModel.
+LEFTOVERS = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^n_averaged$"

@@ -1,0 +1,132 @@
+"""What a checkpoint says it is, and whether a model class can take it; reads no weights."""
+
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .families import FAMILIES, ROOTS, TOWER_ROOTS, Family
+from .files import open_weights
+from .hub import hub_options
+from .locate import Needed, Source
+from .names import canonical
+from .parts import needs
+
+ADAPTER = "adapter_config.json"
+
+
+def family_of(values: dict[str, Any]) -> Family | None:
+    """The family that a config.json describes; None where it is none of ours."""
+    for family in FAMILIES:
+        if family.config_fields and all(name in values for name in family.config_fields):
+            return family
+    fitting = [each for each in FAMILIES if values.get("model_type") in each.model_types]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def built_by(config_class: Any) -> Family | None:
+    """The family whose composite a configuration class is for; None for a tower's class."""
+    return next((each for each in FAMILIES if each.builds == config_class.model_type), None)
+
+
+def tower_of(config_class: Any) -> str:
+    """Which tower a configuration class is for: "vision" or "language"."""
+    vision = (each for each in FAMILIES if "vision" in each.towers and len(each.towers) == 1)
+    return (
+        "vision" if any(config_class.model_type in each.model_types for each in vision) else
+        "language"
+    )  # fmt: skip
+
+
+def own_fields(values: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """What of a config.json is about the model of a class: all, or the part of a tower."""
+    family = family_of(values)
+    if family is None or built_by(config_class) is not None:
+        return values
+    name = family.towers[tower_of(config_class)].config
+    return values if name is None else values[name]
+
+
+def needed_by(model_class: Any, parts: str | None) -> Needed | None:
+    """Which published names a model class asks for; None where it is everything."""
+    family = built_by(model_class.config_class)
+    if family is not None:
+        return None if parts is None else needs(parts, family)
+    others = ROOTS - TOWER_ROOTS[tower_of(model_class.config_class)]
+    return lambda name: name.partition(".")[0] not in others
+
+
+def check_takes(source: str | Path, model_class: Any, **options: Any) -> Source:
+    """Finds a checkpoint and raises where it says that it is something else than was asked for.
+
+    Args:
+        source: directory, weight file, index, or hub id.
+        model_class: what is to be built from it.
+        options: of which those about the hub are taken.
+
+    Raises:
+        CheckpointNotFoundError: it is not there, or has no weights.
+        CheckpointError: it is of another kind; the message says of which, and which class takes it.
+    """
+    found = Source.find(source, **hub_options(options))
+    refuse_adapter(found)
+    if found.config is not None:
+        check_config(found.config, model_class.config_class, found.folder / "config.json")
+    if found.hub is None:
+        found.weights()
+    return found
+
+
+def check_config(values: dict[str, Any], config_class: Any, place: Path | str) -> None:
+    """Raises where a config.json describes another kind of checkpoint than a class needs.
+
+    Args:
+        place: what messages call the file.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    family, needed = family_of(values), built_by(config_class)
+    if needed is not None:
+        fits, title = family is needed, needed.title
+    else:
+        tower = tower_of(config_class)
+        fits = family is None or tower in family.towers
+        title = f"a {tower} model, or a checkpoint that has one"
+    if fits:
+        return
+    if family is None:
+        kind = f"it has model_type {values.get('model_type')!r}: another architecture"
+        raise CheckpointError(f"{place}: not a {config_class.__name__}: {kind}, not {title}")
+    raise CheckpointError(
+        f"{place}: not a {config_class.__name__}: this is {family.title}, not {title}; "
+        f"{family.advice}"
+    )
+
+
+def refuse_adapter(source: Source) -> None:
+    """Raises where a folder holds what peft saves: the LoRA matrices alone.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    values = source.json(ADAPTER)
+    if values is None or (source.path.is_dir() and (source.folder / "config.json").is_file()):
+        return
+    kind = f"a peft adapter ({values.get('peft_type', 'LORA')}, rank {values.get('r', 'unknown')})"
+    base = values.get("base_model_name_or_path") or "the checkpoint it was trained on"
+    place = _adapted(source.folder)
+    raise CheckpointError(
+        f"{source.path}: {kind} without the weights that it adapts. Load {base} with "
+        f"from_pretrained, then {place} = peft.PeftModel.from_pretrained({place}, folder)"
+    )
+
+
+def _adapted(folder: Path) -> str:
+    """The module that an adapter belongs on, by the names of its matrices."""
+    path = next(folder.glob("adapter_model.*"), None)
+    if path is None:
+        return "model"
+    name = canonical(next(iter(open_weights(path).names()), ""))
+    if name.partition(".")[0] in ROOTS:
+        return "model"
+    return "model.vision_model" if name.startswith("encoder.") else "model.qllama"

@@ -1,0 +1,278 @@
+"""A model with its processor: embeddings of images and texts, in batches, the same in any grouping.
+
+B images, T texts, E = 768 width of the embeddings
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..processing.text import EMBEDDING_PREFIX, MAX_LENGTH
+from .batches import Outcome, checked_batch_size, image_batches, padded, text_batches
+from .fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from ..modeling.internvl import InternVLModel
+    from ..processing import InternVLProcessor
+
+Mode = Literal["c", "g"]
+KEPT = 16  # classifiers of each engine, the oldest makes room
+PROVIDES = {  # what each choice of `parts` can do
+    "all": {"C embeddings of images", "G embeddings of images", "embeddings of texts", "captions"},
+    "c": {"C embeddings of images", "embeddings of texts"},
+    "g": {"C embeddings of images", "G embeddings of images", "embeddings of texts"},
+    "image": {"C embeddings of images"},
+    "text": {"embeddings of texts"},
+    "caption": {"captions"},
+}
+
+
+class ImageEmbeddings(NamedTuple):
+    """C and G embeddings of the same B images, (B, E) each."""
+
+    c: Tensor
+    g: Tensor
+
+
+class Embedder:
+    """What every task needs of a model.
+
+    It runs under `torch.inference_mode`; what it returns are ordinary tensors without gradients. It
+    may be used by several threads. A process forked after its first use hangs, as with PyTorch
+    itself: start processes with "spawn", which copies the engine. The text embeddings of the last
+    lists of labels are `remembered` for as long as the weights stay what they are.
+
+    Args:
+        model: an InternVLModel, InternVL_C or InternVL_G.
+        processor: an InternVLProcessor of the same checkpoint.
+        name: what to call the model in messages and indexes.
+        parts: which parts of the model are there: "all", "c", "g", "image", "text" or "caption";
+            None is what it says itself where it was loaded in parts, else all.
+
+    Raises:
+        ValueError: there are no such parts.
+    """
+
+    def __init__(
+        self,
+        model: "InternVLModel",
+        processor: "InternVLProcessor",
+        *,
+        name: str = "",
+        parts: str | None = None,
+    ) -> None:
+        parts = parts or getattr(model.config, "parts", None) or "all"
+        if parts not in PROVIDES:
+            raise ValueError(f"parts must be one of {', '.join(PROVIDES)}, got {parts!r}")
+        self.model, self.processor = model.eval(), processor
+        self.name = name or type(model).__name__
+        self.parts = parts
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.remembered: dict[Hashable, Tensor] = {}
+
+    def remember(self, key: Hashable, value: Tensor) -> None:
+        """Keeps what was computed of texts under a key that says all that it depends on."""
+        latest = list(self.remembered.items())[1 - KEPT :]
+        self.remembered = {**dict(latest), key: value}  # replaced whole: other threads may read
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Which weights the model has now, part by part; see `embedding.fingerprint`."""
+        return fingerprint(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; the hooks of a model that is spread out move them on."""
+        device = next(self.model.parameters()).device
+        return self.model.placement.main if device.type == "meta" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def require(self, ability: str) -> None:
+        """Raises ValueError where this engine was loaded without the parts that `ability` needs."""
+        if ability not in PROVIDES[self.parts]:
+            able = [parts for parts, abilities in PROVIDES.items() if ability in abilities]
+            raise ValueError(
+                f"InternVL: {self.name} was loaded with parts={self.parts!r}, which gives no "
+                f"{ability}; load it with parts={' or '.join(map(repr, able))}"
+            )
+
+    def encode_image(
+        self,
+        images: Any = None,
+        mode: Literal["c", "g", "both"] = "c",
+        *,
+        pixel_values: Tensor | None = None,
+        batch_size: int = 32,
+        normalize: bool = True,
+        progress: Callable[[int], object] | None = None,
+    ) -> Any:
+        """Embeds images, in one vision pass whatever the mode.
+
+        Args:
+            images: one image, or any number in a list, generator, array (B, H, W, 3) ...; each a
+                PIL image, path, bytes or array, see `processing.load_image`. Generators are read as
+                they are needed.
+            mode: "c" (pooled vision features), "g" (with the queries' reading of them), or "both".
+            pixel_values: (B, 3, S, S) in place of images: floating point, normalised already.
+            batch_size: images at a time.
+            normalize: unit length; otherwise as the model gives them.
+            progress: called with the number of images after every batch.
+
+        Returns:
+            (B, E) float32 on the model's device, or ImageEmbeddings of two for "both". One image
+            gives B = 1.
+
+        Raises:
+            ValueError: unknown mode, parts that were not loaded, an image that cannot be used or
+                whose embedding is not finite.
+        """
+        kinds = self._check_mode(mode)
+        pixels = self._pixels(images, pixel_values, batch_size)
+        width = self.model.config.clip_embed_dim
+        empty = torch.empty(kinds, 0, width, dtype=torch.float32, device=self.device)
+        found, count = [empty], 0
+        for batch in pixels:
+            found.append(self._embed_pixels(batch, mode, normalize))
+            if not bool(found[-1].isfinite().all()):
+                row = count + int(found[-1].isfinite().all(-1).all(0).logical_not().nonzero()[0])
+                raise ValueError(f"encode_image: image {row}: {not_finite(self)}")
+            count += len(batch)
+            if progress is not None:
+                progress(len(batch))
+        embeddings = torch.cat(found, dim=1)  # ordinary tensors again, out of inference mode
+        return ImageEmbeddings(*embeddings) if mode == "both" else embeddings[0]
+
+    def each_image(
+        self,
+        images: Any,
+        mode: Literal["c", "g", "both"] = "c",
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+    ) -> Iterator[Outcome]:
+        """Embeds images one after another, and goes on where one cannot be used.
+
+        Args:
+            images, mode, batch_size, normalize: as `encode_image`.
+
+        Yields:
+            For every image, in order, (number, value, error): its embedding (E,), or
+            ImageEmbeddings of two for "both"; or why there is none.
+        """
+        self._check_mode(mode)
+        processor, options = self.processor.image_processor, {"keep_errors": True}
+        for batch in image_batches(processor, images, batch_size, self.dtype, **options):
+            outcomes = list(batch.broken)
+            if batch.numbers:
+                found = self._embed_pixels(batch.pixels, mode, normalize).clone()
+                finite = found.isfinite().all(-1).all(0).tolist()
+                for number, rows, sound in zip(batch.numbers, found.unbind(1), finite, strict=True):
+                    value = ImageEmbeddings(*rows) if mode == "both" else rows[0]
+                    error = None if sound else ValueError(f"image {number}: {not_finite(self)}")
+                    outcomes.append(Outcome(number, value if sound else None, error))
+            yield from sorted(outcomes, key=lambda outcome: outcome.number)
+
+    def _check_mode(self, mode: str) -> int:
+        """How many embeddings a mode gives for an image."""
+        if mode not in ("c", "g", "both"):
+            raise ValueError(f'encode_image: mode must be "c", "g" or "both", got {mode!r}')
+        for kind in "cg" if mode == "both" else mode:
+            self.require(f"{kind.upper()} embeddings of images")
+        return 2 if mode == "both" else 1
+
+    def _pixels(self, images: Any, pixel_values: Any, batch_size: int) -> Iterator[Tensor]:
+        """Pixel values of images, or those that are given, in batches."""
+        if (images is None) == (pixel_values is None):
+            raise ValueError("encode_image: give either images or pixel_values")
+        if pixel_values is None:
+            processor = self.processor.image_processor
+            if isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point():
+                raise ValueError("encode_image: pass values that are normalised as pixel_values=")
+            return (b.pixels for b in image_batches(processor, images, batch_size, self.dtype))
+        size = self.processor.image_processor.size
+        if pixel_values.shape[1:] != (3, size, size) or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"encode_image: pixel_values must be normalised values (B, 3, {size}, {size}), got "
+                f"{pixel_values.dtype} {tuple(pixel_values.shape)}"
+            )
+        return iter(pixel_values.split(checked_batch_size(batch_size)) if len(pixel_values) else ())
+
+    @torch.inference_mode()
+    def _embed_pixels(self, pixels: Tensor, mode: str, normalize: bool) -> Tensor:
+        """C, or G, or both: (1 or 2, B, E) float32 on the engine's device."""
+        from ..modeling.internvl import unit
+
+        model, pixels = self.model, pixels.to(self.device, self.dtype)
+        if mode == "c":
+            found = [model.clip_projector(model.vision_model(pixel_values=pixels)[0])]
+        else:
+            states, queries = model.get_image_features(pixels)
+            c = model.clip_projector(states)
+            g = model.g_embedding(c, queries)
+            found = [c, g] if mode == "both" else [g]
+        embeddings = torch.stack(found).float().to(self.device)
+        return unit(embeddings) if normalize else embeddings
+
+    def encode_text(
+        self,
+        texts: str | Iterable[str],
+        *,
+        max_tokens: int = 8192,
+        normalize: bool = True,
+        max_length: int = MAX_LENGTH,
+        prefix: str = EMBEDDING_PREFIX,
+    ) -> Tensor:
+        """Embeds texts; each different one is run once, and with others of its length.
+
+        The model is causal, so padding changes nothing and is left out where it can be: results
+        are those of texts padded to 80.
+
+        Args:
+            texts: one text, or several.
+            max_tokens: ids, with padding, that are run at a time.
+            normalize: unit length; otherwise as the model gives them.
+            max_length: the most ids of a text; longer ones are cut, as in training.
+            prefix: put before every text.
+
+        Returns:
+            (T, E) float32 on the model's device, in the order of the texts. One text gives T = 1.
+
+        Raises:
+            ValueError: parts that were not loaded, or a text whose embedding is not finite.
+        """
+        self.require("embeddings of texts")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokenizer = self.processor.tokenizer
+        given = tokenizer.encode_for_embedding(texts, max_length, False, prefix=prefix).input_ids
+        rows = list(dict.fromkeys(map(tuple, given)))
+        number = {row: index for index, row in enumerate(rows)}
+        order = torch.tensor([number[tuple(row)] for row in given], dtype=torch.long, device="cpu")
+        found = self._embed_rows(rows, max_tokens, normalize)[order.to(self.device)]
+        if not bool(found.isfinite().all()):
+            wrong = int(found.isfinite().all(-1).logical_not().nonzero()[0])
+            raise ValueError(f"encode_text: text {wrong}, {texts[wrong]!r:.60}: {not_finite(self)}")
+        return found
+
+    @torch.inference_mode()
+    def _embed_rows(self, rows: list[tuple[int, ...]], max_tokens: int, normalize: bool) -> Tensor:
+        """(T, E) float32 of rows of ids."""
+        from ..modeling.internvl import unit
+
+        width = self.model.config.clip_embed_dim
+        found = torch.empty(len(rows), width, dtype=torch.float32, device=self.device)
+        for batch in text_batches(rows, max_tokens):
+            ids, mask = (t.to(self.device) for t in padded([rows[index] for index in batch]))
+            places = torch.tensor(batch, dtype=torch.long, device=self.device)
+            found[places] = self.model.encode_text(ids, attention_mask=mask).float().to(self.device)
+        return unit(found) if normalize else found
+
+
+def not_finite(engine: Embedder) -> str:
+    """What is wrong with an embedding that holds NaN or infinity."""
+    narrow = "; float16 overflows, bfloat16 does not" if engine.dtype == torch.float16 else ""
+    return f"the embedding that {engine.name} gives is not finite (NaN or infinity){narrow}"

@@ -1,0 +1,238 @@
+"""Which classes are known to compute what a fused class does, and how another is found out.
+
+A known class is trusted by where it is defined; its structure (names and shapes of what it holds)
+is checked all the same. A module with that structure from elsewhere may scale, clamp or turn in
+between: of transformers 5.23, Gemma's, OLMo's and others' norms and MLPs hold exactly what LLaMA's
+do and compute something else (tests/acceleration/test_recognition.py lists them). So one of its
+kind is tried: a stand-in with random float32 weights on the CPU computes both ways.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .fused import (
+    FusedAttentionPooling,
+    FusedCrossAttention,
+    FusedDecoder,
+    FusedDecoderLayer,
+    FusedLlamaAttention,
+    FusedLlamaMLP,
+    FusedModule,
+    FusedPublishedAttention,
+    FusedRMSNorm,
+    FusedTransformersVisionLayer,
+    FusedVisionEncoder,
+    FusedVisionLayer,
+)
+from .fused.base import submodule
+
+OURS = "internvl_engine.modeling."
+MODELS = "transformers.models."
+# Fused class -> the names of its eager classes and where those are defined: the module's path or,
+# for remote code and copies of the published repository, the name of its file.
+KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
+    FusedVisionEncoder: {"InternVisionEncoder": (f"{OURS}vision", "modeling_intern_vit")},
+    FusedVisionLayer: {"InternVisionEncoderLayer": (f"{OURS}vision", "modeling_intern_vit")},
+    FusedTransformersVisionLayer: {
+        "InternVLVisionLayer": (f"{MODELS}internvl.modeling_internvl",),
+    },
+    FusedDecoder: {"LlamaModel": (f"{OURS}qllama",)},
+    FusedDecoderLayer: {"LlamaDecoderLayer": (f"{OURS}qllama_layers",)},
+    FusedAttentionPooling: {"AttentionPoolingBlock": (f"{OURS}pooling", "modeling_internvl")},
+    FusedLlamaAttention: {
+        "LlamaAttention": (f"{MODELS}llama.modeling_llama",),
+        "MistralAttention": (f"{MODELS}mistral.modeling_mistral",),
+        "Qwen2Attention": (f"{MODELS}qwen2.modeling_qwen2",),
+    },
+    FusedPublishedAttention: {"LlamaAttention": ("modeling_qllama",)},
+    FusedCrossAttention: {"LlamaCrossAttention": ("modeling_qllama",)},
+    FusedLlamaMLP: {
+        "LlamaMLP": (
+            f"{OURS}qllama_layers", f"{MODELS}llama.modeling_llama", "modeling_qllama",
+        ),
+    },
+    FusedRMSNorm: {
+        "InternRMSNorm": (f"{OURS}vision", "modeling_intern_vit"),
+        "LlamaRMSNorm": (
+            f"{OURS}qllama_layers", f"{MODELS}llama.modeling_llama", "modeling_qllama",
+        ),
+        "FusedRMSNorm": ("apex.normalization.fused_layer_norm",),
+    },
+}  # fmt: skip
+# Served where the table has the class: what they do beside computing could not be tried.
+BY_TABLE_ONLY = (FusedVisionEncoder, FusedDecoder, FusedLlamaAttention)
+# Parts that a known class may have from elsewhere.
+TRUSTED = ("torch.nn.modules.", "transformers.activations", "timm.")
+# Classes that the report names even where they hold something else.
+EXPECTED = {name for kind in KNOWN for name in KNOWN[kind]} - {"LlamaModel", "LlamaDecoderLayer"}
+
+# Float32 rounds sums of up to 16,384 products to within 1e-5 of their norm, and another order of
+# three layers of them stays below this; a limit, a scale or an epsilon of its own shows as 1e-3.
+TOLERANCE = 1e-4
+# The tokens of an image: 4 x 4 patches and one more. The first is small enough for every epsilon
+# to show, the last large enough for every limit to.
+SCALES = torch.logspace(-2, 3, 17, dtype=torch.float32, device="cpu")[:, None]
+
+
+class Recognition:
+    """Finds the fused class of a module; of every kind that it does not know one is tried."""
+
+    def __init__(self, check: bool = False) -> None:
+        """check: try known classes too."""
+        self.check = check
+        self._tried: dict[tuple, str | None] = {}
+
+    def kind_of(self, module: Any) -> type[FusedModule] | None:
+        """The fused class for a module of this structure, or None."""
+        for kind in KNOWN:
+            loop = kind in (FusedVisionEncoder, FusedDecoder)
+            if kind.matches(module) and (not loop or is_known(kind, module)):
+                return kind
+        return None
+
+    def unsupported_reason(self, kind: type[FusedModule], module: Any) -> str | None:
+        """Why a module of this structure must stay eager, or None. Never raises."""
+        try:
+            known, reason = is_known(kind, module), kind.unsupported_reason(module)
+            if reason is not None:
+                return reason
+            if kind is not FusedLlamaAttention and not _same_arguments(kind, type(module)):
+                return f"its forward takes other arguments than that of {kind.__name__}"
+            if kind in BY_TABLE_ONLY:
+                name = f"{_path(module)}.{type(module).__name__}"
+                return (
+                    None if known else f"{name} is not known to compute what {kind.__name__} does"
+                )
+            if known and _has_known_parts(kind, module) and not self.check:
+                return None
+            key = (kind, _settings(module))
+            if key not in self._tried:
+                self._tried[key] = _try(kind, module)
+            return self._tried[key]
+        except Exception as error:  # noqa: BLE001  somebody's code, which may do anything
+            return f"it could not be tried: {type(error).__name__}: {error}"
+
+
+def is_known(kind: type[FusedModule], module: Any) -> bool:
+    """Whether the table has the class of a module."""
+    path = _path(module)
+    places = KNOWN[kind].get(type(module).__name__, ())
+    return any(place in (path, path.rpartition(".")[2]) for place in places)
+
+
+def _path(module: Any) -> str:
+    return type(module).__module__
+
+
+def _has_known_parts(kind: type[FusedModule], module: Any) -> bool:
+    """Whether all that is computed without being called is of the same file, or known itself."""
+    parts = (submodule(module, name) for name in kind.COMPUTED)
+    return all(
+        _path(part) == _path(module)
+        or _path(part).startswith(TRUSTED)
+        or is_known(FusedRMSNorm, part)
+        for part in parts
+        if part is not None
+    )
+
+
+def _settings(module: nn.Module) -> tuple:
+    """All of a module that decides what it computes, but its weights."""
+    plain = (bool, int, float, str)
+    return tuple(
+        (
+            name,
+            type(m),
+            tuple(sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain))),
+            tuple((k, None if p is None else p.shape) for k, p in m._parameters.items()),
+        )
+        for name, m in module.named_modules()
+    )
+
+
+def _try(kind: type[FusedModule], module: nn.Module) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    def uniform(low: float, high: float, shape: torch.Size) -> Tensor:
+        empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return empty.uniform_(low, high, generator=generator)
+
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        arguments = kind.example_inputs(module, lambda *shape: draw(*shape) * SCALES)
+        stand_in = _stand_in(module, uniform)
+        outputs = [_in_both_modes(stand_in, arguments)]
+        kind.fuse(stand_in, inference=False)
+        outputs.append(_in_both_modes(stand_in, arguments))
+    if not _same(outputs[1], outputs[0]):
+        return f"{type(module).__name__} computes something else than {kind.__name__}"
+    return None
+
+
+def _in_both_modes(module: nn.Module, arguments: tuple) -> tuple:
+    """What it computes in evaluation and, where dropout shows, in training."""
+    outputs = []
+    for training in (False, True):
+        module.train(training)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            outputs.append(module.forward(*arguments))
+    return tuple(outputs)
+
+
+def _same_arguments(one: type[FusedModule], other: type[nn.Module]) -> bool:
+    """Whether modules of two classes can be called alike; a single argument may have any name."""
+    if one.compute is FusedModule.compute:  # a loop within the eager forward
+        return True
+    names = [list(signature(each).parameters) for each in (one.compute, other.forward)]
+    return names[0] == names[1] or [len(each) for each in names] == [2, 2]
+
+
+def _stand_in(module: Any, uniform: Callable[..., Tensor]) -> Any:
+    """A module of the same classes and settings with nobody's hooks."""
+    if isinstance(getattr(module, "in_features", None), int):  # also quantized, or with LoRA:
+        width, bias = module.in_features, getattr(module, "bias", None) is not None
+        linear = nn.Linear(width, module.out_features, bias, device="meta")
+        spread = (3 / width) ** 0.5  # outputs as large as inputs
+        for name, parameter in linear.named_parameters():
+            linear._parameters[name] = nn.Parameter(uniform(-spread, spread, parameter.shape))
+        return linear
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__.pop("forward", None)
+    for name in [name for name in vars(copied) if "_hooks" in name]:
+        copied.__dict__[name] = OrderedDict()
+    copied._parameters = {
+        name: None if p is None else nn.Parameter(uniform(0.5, 1.5, p.shape))
+        for name, p in module._parameters.items()
+    }
+    copied._buffers = {name: _plain(buffer) for name, buffer in module._buffers.items()}
+    copied._modules = {
+        name: None if child is None else _stand_in(child, uniform)
+        for name, child in module._modules.items()
+    }
+    return copied
+
+
+def _plain(buffer: Tensor | None) -> Tensor | None:
+    if buffer is None or not buffer.is_floating_point():
+        return None if buffer is None else buffer.to("cpu", copy=True)
+    return buffer.to("cpu", torch.float32, copy=True)
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether every token of every output is the same within rounding."""
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        return ours is theirs
+    error = (ours - theirs).norm(dim=-1)
+    same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return same and bool((error <= TOLERANCE * theirs.norm(dim=-1)).all())
