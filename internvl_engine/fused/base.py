@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..weights import Linears, WeightTensor, is_hooked
 
-
 # Of norms and activations: what their class leaves open.
 SETTINGS = ("approximate", "variance_epsilon", "eps")
 
