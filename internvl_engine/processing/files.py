@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import read_json
-from ..checkpoint.hub import download
+from ..checkpoint.hub import download, hub_options
 from ..printable import printable
 
 OURS = "processor_config.json"
@@ -18,7 +18,6 @@ CLIP_STYLE = "preprocessor_config.json"
 MODEL = "config.json"
 TOKENIZER = "tokenizer.model"
 BICUBIC = 3  # Pillow's number
-DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
@@ -29,20 +28,20 @@ def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
 
     Args:
         source: directory, or hub id "owner/name".
-        options: `subfolder`, and the download options of huggingface_hub; others, which
-            transformers' Auto classes pass along, are ignored.
+        options: of which `checkpoint.HUB_OPTIONS` are taken; others, which transformers' Auto
+            classes pass along, are ignored.
 
     Raises:
         FileNotFoundError: no such directory, or a repository that can not be read and is not in
             the cache.
     """
-    text, subfolder = os.fspath(source), options.get("subfolder") or ""
+    text, options = os.fspath(source), hub_options(options)
+    subfolder = options.pop("subfolder", "")
     if os.path.isdir(source):
         return Path(source, subfolder)
     if text.count("/") != 1 or text[0] in "/.~":
         raise FileNotFoundError(f"InternVLProcessor: no directory {printable(text)}")
     names = [os.path.join(subfolder, name) for name in (OURS, CLIP_STYLE, MODEL, TOKENIZER)]
-    options = {key: value for key, value in options.items() if key in DOWNLOAD_OPTIONS}
     return download(text, names, **options) / subfolder
 
 
