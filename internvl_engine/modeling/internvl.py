@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
+from transformers.utils.versions import require_version
 
 from ..configuration import InternVLConfig
 from .base import InternVLPreTrainedModel
@@ -182,12 +183,12 @@ class InternVLModel(InternVLPreTrainedModel):
         Returns:
             (B, E).
         """
-        if (text is None) == (input_ids is None):
+        ids = input_ids if text is None else text
+        if ids is None or (text is not None and input_ids is not None):
             raise ValueError("encode_text: give ids, as text or as input_ids")
-        text = input_ids if text is None else text
         eos = self.config.qllama_config.eos_token_id
-        attention_mask, last = last_tokens(text, attention_mask, eos)
-        features = self.get_text_features(input_ids=text, attention_mask=attention_mask)
+        attention_mask, last = last_tokens(ids, attention_mask, eos)
+        features = self.get_text_features(input_ids=ids, attention_mask=attention_mask)
         rows = torch.arange(features.shape[0], device=features.device)
         return features[rows, last.to(features.device)] @ self.text_projection
 
@@ -265,7 +266,9 @@ class InternVLModel(InternVLPreTrainedModel):
 
         Raises:
             ValueError: no image, no prompt, or batches that do not fit.
+            ImportError: transformers is older than 4.57.
         """
+        require_version("transformers>=4.57", "InternVLModel.generate uses its caches")
         if (pixel_values is None) == (visual_features is None) or input_ids is None:
             raise ValueError("generate: give input_ids, and either pixel_values or visual_features")
         if visual_features is None:
