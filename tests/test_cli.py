@@ -223,11 +223,14 @@ def test_embed(run, photos, engine, tmp_path):
 def test_index_and_search(run, photos, engine):
     folder = str(Path(photos[0]).parent)
     (Path(folder) / "bad.jpg").write_bytes(b"no image")
+    (Path(folder) / "notes.txt").write_text("no image by its name")
     found = from_json(run("index", folder, "--json"))
     assert (found["images"], found["added"]) == (5, 5) and list(found["broken"]) == ["bad.jpg"]
     code, out, err = run("index", folder)
     assert code == 0 and "0 new, 6 known, 0 gone, 1 broken" in out
-    assert err.startswith("internvl: left out bad.jpg: ")
+    lines = err.splitlines()
+    assert lines[0].startswith("internvl: left out bad.jpg: ")
+    assert lines[1:] == ["internvl: no images by their names: 1 .txt"]
     found = from_json(run("search", folder, "a dog", "-k", 3, "--json"))
     scores = engine.similarity(photos, "a dog")[:, 0]
     order = scores.argsort(descending=True)[:3].tolist()

@@ -9,7 +9,7 @@ import typer
 from ..printable import printable
 from .console import Json, command, print_json, print_table, print_title, show
 from .labels import read_labels
-from .model import BatchSize, Mode, ModelOptions, check_mode
+from .model import BatchSize, Mode, ModelOptions, check_mode, parts_for
 from .pictures import Results, sources
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def classify(
     internvl classify photo.jpg --labels "cat,dog,red panda"
     """
     names, pictures = read_labels(labels), sources(images)
-    engine = model.load(check_mode(mode))
+    engine = model.load(parts_for(check_mode(mode), texts=True))
     options: dict[str, Any] = {"templates": template, "mode": mode, "top_k": top}
 
     def show_labels(image: str, rows: Any) -> None:
@@ -173,9 +173,7 @@ def embed(
     if output is not None:
         _check_writable(output)
     pictures = sources(images)
-    tower = "image" if mode == "c" else "g"
-    parts = "text" if not images else tower if not texts else "c" if mode == "c" else "g"
-    engine = model.load(parts)
+    engine = model.load(parts_for(mode, images=bool(images), texts=bool(texts)))
     results = Results(images, None)
     vectors: dict[str, Tensor] = {}
     if images:
