@@ -33,7 +33,7 @@ def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
             transformers' Auto classes pass along, are ignored.
 
     Raises:
-        FileNotFoundError: no such directory, or a repository that can not be read and is not in
+        FileNotFoundError: no such directory, or a repository that cannot be read and is not in
             the cache.
     """
     text, subfolder = os.fspath(source), options.get("subfolder") or ""

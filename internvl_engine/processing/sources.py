@@ -93,7 +93,8 @@ def open_image(source: Any, name: str, max_pixels: int) -> Image.Image:
     """The image with its header read, from a source that `check_type` passes.
 
     Raises:
-        FileNotFoundError, ImageError: as `load_image`.
+        FileNotFoundError: no such file.
+        ImageError: no image, or none that is bounded.
     """
     if isinstance(source, torch.Tensor):
         source = _tensor_to_array(source, name)

@@ -144,7 +144,8 @@ class InternVLTokenizer:
         Args:
             texts: one text or several.
             prefix: put before every text, with nothing in between.
-            bos, eos: put `<s>` first, `</s>` last.
+            bos: put `<s>` first.
+            eos: put `</s>` last.
             max_length: the most ids in a row, special ones included and never cut; None: any.
             control_tokens: read control tokens that are written out in a text as such.
 
@@ -187,7 +188,7 @@ class InternVLTokenizer:
 
         Returns:
             TokenBatch, (B, L) int64 each. Use its mask: an unknown piece inside a sentence has id
-            0 too, so the ids alone can not say where it ends.
+            0 too, so the ids alone cannot say where it ends.
         """
         checked = _checked("encode_for_embedding", texts)
         if prefix and any(text.startswith(prefix) for text in checked):
