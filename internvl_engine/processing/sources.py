@@ -207,14 +207,21 @@ def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
 
 
 def _open_within(file: Any, max_pixels: int) -> Image.Image:
-    """Image.open, where Pillow's own limit would be in the way with that limit raised meanwhile."""
-    if max_pixels <= MAX_PIXELS:
+    with pillow_limit(max_pixels):
         return Image.open(file)
+
+
+@contextmanager
+def pillow_limit(pixels: int) -> Iterator[None]:
+    """Raises Pillow's own limit meanwhile, where pictures of so many pixels exceed it."""
+    if pixels <= MAX_PIXELS:
+        yield
+        return
     with _PILLOW_LIMIT:
         limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, max_pixels)
+        Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, pixels)
         try:
-            return Image.open(file)
+            yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
