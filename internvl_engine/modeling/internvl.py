@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
+from transformers.utils.versions import require_version
 
 from ..configuration import InternVLConfig
 from .base import InternVLPreTrainedModel
@@ -265,7 +266,9 @@ class InternVLModel(InternVLPreTrainedModel):
 
         Raises:
             ValueError: no image, no prompt, or batches that do not fit.
+            ImportError: transformers is older than 4.57.
         """
+        require_version("transformers>=4.57", "InternVLModel.generate uses its caches")
         if (pixel_values is None) == (visual_features is None) or input_ids is None:
             raise ValueError("generate: give input_ids, and either pixel_values or visual_features")
         if visual_features is None:

@@ -73,12 +73,13 @@ class InternVL14BTokenizer(InternVLTokenizer):
 
 
 AutoProcessor.register(InternVLConfig, InternVL14BProcessor, exist_ok=True)
-if "image_processor_classes" in signature(AutoImageProcessor.register).parameters:
+_asked = signature(AutoImageProcessor.register).parameters
+if "image_processor_classes" in _asked:
     # `register` itself would import the namesake's classes, and keep them for other backends.
     backends = dict.fromkeys(("pil", "torchvision"), InternVL14BImageProcessor)
     IMAGE_PROCESSOR_MAPPING.register(InternVLConfig, backends, exist_ok=True)
-else:  # transformers 4
-    AutoImageProcessor.register(
-        InternVLConfig, slow_image_processor_class=InternVL14BImageProcessor, exist_ok=True
-    )
+else:
+    _old = "slow_image_processor_class"  # in transformers 4, under another name in 4.37
+    _old = _old if _old in _asked else "image_processor_class"
+    AutoImageProcessor.register(InternVLConfig, **{_old: InternVL14BImageProcessor}, exist_ok=True)
 AutoTokenizer.register(InternVLConfig, slow_tokenizer_class=InternVL14BTokenizer, exist_ok=True)

@@ -1,6 +1,7 @@
 """The published code in its own environment: plain, and with flash-attn and apex installed."""
 
 import copy
+import importlib
 import sys
 from collections import Counter
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from internvl_engine import accelerate
 
-from models import decoder
+from models import decoder, model, pixels
 
 ENVIRONMENTS = {
     "plain": {},
@@ -228,3 +229,13 @@ def test_weights_that_tell_apart_what_is_done():
 def test_the_stand_ins_are_those_that_are_known():
     assert modeling_intern_vit.__name__.endswith(".modeling_intern_vit")
     assert apex.FusedRMSNorm.__module__.startswith("apex.")
+
+
+def test_generation_says_which_transformers_it_needs(monkeypatch):
+    """The published code asks for 4.37.2, whose caches are others; the rest of us runs there."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.37.2")
+    with pytest.raises(ImportError, match=r"transformers>=4.57.* but found transformers==4.37.2"):
+        model().generate(pixels(1), torch.tensor([[1, 9, 17, 5]]))
+    monkeypatch.delitem(sys.modules, "internvl_engine.generation", raising=False)
+    with pytest.raises(ImportError, match=r"transformers>=4.57.*\n?.*KVCache"):
+        importlib.import_module("internvl_engine.generation")

@@ -6,6 +6,7 @@
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
@@ -93,12 +94,15 @@ class InternVisionEncoderLayer(nn.Module):
 class InternVisionEncoder(nn.Module):
     def __init__(self, layers, *sizes, **kinds):
         super().__init__()
+        self.config = PretrainedConfig()
         self.layers = nn.ModuleList(
             InternVisionEncoderLayer(*sizes, **kinds) for _ in range(layers)
         )
         self.gradient_checkpointing = True
 
     def forward(self, inputs_embeds, output_hidden_states=None, return_dict=None):
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states, hidden = (), inputs_embeds
         for layer in self.layers:
             states += (hidden,)
