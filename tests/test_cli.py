@@ -171,8 +171,13 @@ def test_an_output_that_cannot_be_written_fails_first(run, photos, tmp_path, mon
     from internvl_engine import InternVL
 
     monkeypatch.setattr(InternVL, "from_pretrained", None)  # nothing is loaded
-    code, _, err = run("embed", *photos, "-o", tmp_path / "missing" / "x.safetensors")
-    assert code == 1 and "there is no folder" in err and "missing" in err
+    for command in (
+        ["embed", *photos, "-o", tmp_path / "missing" / "x.safetensors"],
+        ["demo", "-o", tmp_path / "missing" / "x.png"],
+        ["bench", "kernels", "--json", tmp_path / "missing" / "x.json"],
+    ):
+        code, _, err = run(*command)
+        assert code == 1 and "there is no folder" in err and "missing" in err
     (tmp_path / "folder.safetensors").mkdir()
     code, _, err = run("embed", *photos, "-o", tmp_path / "folder.safetensors")
     assert code == 1 and "cannot be written" in err

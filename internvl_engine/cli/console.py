@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -128,6 +129,24 @@ def progress(total: int | None, unit: str) -> Any:
         ncols=columns,
         nrows=lines,
     )
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises before anything is computed where a file could not be written in the end.
+
+    Args:
+        path: of the file.
+        option: what gave it, for the message.
+
+    Raises:
+        FileNotFoundError: the folder that it would be in is not there.
+        PermissionError: it is a folder, or must not be written.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option}: there is no folder {folder} to write {path.name} in")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(f"{option}: {path} cannot be written")
 
 
 def prepare_streams() -> None:
