@@ -83,11 +83,8 @@ def _say(message: str) -> None:
 
 def show(text: Any, *, end: str = "\n") -> None:
     """Prints a result, at once."""
-    typer.echo(_lines(text) + end, nl=False)
-
-
-def _lines(text: Any) -> str:
-    return "\n".join(printable(line, None) for line in str(text).split("\n"))
+    lines = [printable(line, None) for line in str(text).split("\n")]
+    typer.echo("\n".join(lines) + end, nl=False)
 
 
 def print_json(document: Any) -> None:
@@ -112,8 +109,9 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, indent: s
 
 
 def print_title(text: str) -> None:
-    """A heading."""
-    typer.secho(_lines(text), bold=True)
+    """A heading, on one line after those that it begins with."""
+    title = text.lstrip("\n")
+    typer.secho("\n" * (len(text) - len(title)) + printable(title, None), bold=True)
 
 
 def progress(total: int | None, unit: str) -> Any:

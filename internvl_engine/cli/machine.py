@@ -106,12 +106,13 @@ def verify(
     from ..verification import verify as check
 
     report = check(directory, images or None, hashes=hashes)
+    failure = f"{directory}: the checkpoint is damaged or not one of InternVL-14B"
     if as_json:
-        print_json(report.as_dict())
+        print_json(report.as_dict() | ({} if report.ok else {"error": failure}))
     else:
         show(report)
     if not report.ok:
-        notice(f"{directory}: the checkpoint is damaged or not one of InternVL-14B")
+        notice(failure)
         raise typer.Exit(1)
 
 
