@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Report
 from .timing import Row
 
 try:
@@ -26,14 +25,20 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 ROW = 0.17  # inches of height a provider
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
-    """Writes <operator>.png for every operator in the report; returns the files."""
+def draw(rows: Sequence[Row], machine: str, folder: Path) -> list[Path]:
+    """Writes <operator>.png for every operator of the rows; returns the files.
+
+    Args:
+        rows: of a report.
+        machine: on which they were measured, for the head of each picture.
+        folder: made where it is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for operator in dict.fromkeys(row.operator for row in report.rows):
-        mine = [row for row in report.rows if row.operator == operator]
+    for operator in dict.fromkeys(row.operator for row in rows):
+        mine = [row for row in rows if row.operator == operator]
         files.append(folder / f"{operator}.png")
-        figure = picture(operator, mine, report.machine)
+        figure = picture(operator, mine, machine)
         figure.savefig(files[-1], dpi=150)
         pyplot.close(figure)
     return files

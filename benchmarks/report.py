@@ -77,7 +77,7 @@ def measure(
     if stored:
         print(f"\n{comparison(report.rows, stored)}")
     if plot is not None:
-        draw(report, plot)
+        draw(report.rows, report.machine, plot)
     if report.failed:
         print("\n".join(["\nfailed:", *report.failed]))
     return report

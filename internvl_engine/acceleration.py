@@ -1,6 +1,6 @@
 """Puts the fused computations into a model, says what it did, and takes them out again.
 
-Modules are recognised by a table of classes and by structure (fused/recognition.py): ours, copies
+Modules are recognised by a table of classes and by structure (recognition.py): ours, copies
 of the published code and transformers' InternViT and LLaMA are served. Every module stays the
 object that it is (fused/base.py); foreign loops, masks and caches stay what they are.
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedDecoder, FusedModule, FusedVisionEncoder
-from .fused.recognition import EXPECTED, Recognition
+from .recognition import EXPECTED, Recognition
 from .weights import has_own_forward
 
 MODES = ("inference", "training")

@@ -79,12 +79,15 @@ def log_sum_exp(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tens
     return scores.logsumexp(-1)
 
 
-def check_padding(operator: str, key_padding_mask: Tensor | None, k: Tensor) -> None:
+def divides(part: int, whole: int) -> bool:
+    """Whether `whole` is a multiple of `part`; of 0 only 0 is."""
+    return whole % part == 0 if part else whole == 0
+
+
+def check_padding(operator: str, key_padding_mask: Tensor, k: Tensor) -> None:
     """Raises ValueError where the mask is not bool (B, T) for keys k (B, Hk, T, D)."""
     shape = (k.shape[0], k.shape[2])
-    if key_padding_mask is not None and (
-        key_padding_mask.dtype != torch.bool or key_padding_mask.shape != shape
-    ):
+    if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != shape:
         raise ValueError(
             f"{operator}: key_padding_mask must be bool of shape {shape}, True = may be attended, "
             f"got {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"

@@ -61,12 +61,14 @@ def register_autograd(
                 ctx.needs_input_grad = needed
             return None, *(found if isinstance(found, tuple) else (found,))
 
+    apply = Gradient.apply  # type: ignore[attr-defined]
+
     def run(keyset, *args):
         if any_requires_grad(*args) and torch.is_grad_enabled():
             if not transforms_active():
-                return Gradient.apply(keyset, *args)
+                return apply(keyset, *args)
             with enable_single_level_autograd_function():
-                return Gradient.apply(keyset, *args)
+                return apply(keyset, *args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(overload, args)
         with below():

@@ -1,11 +1,12 @@
 """A switch: no bit of a row depends on how many other rows are in the batch.
 
-On the CPU the native kernels are so always. On a GPU some choices follow the size of the batch,
-because small ones would leave it idle: into how many parts keys are split, and with which tiles a
-matrix product runs (cuBLAS chooses by itself). With the switch on these choices depend on widths
-and numbers of keys only, and products run in Triton. Forward passes of this library's operators
-only; what PyTorch computes beside them is not covered. Source: He et al., Defeating Nondeterminism
-in LLM Inference, Thinking Machines Lab, 2025.
+On a GPU some choices follow the size of the batch, because small ones would leave it idle: into how
+many parts keys are split, and with which tiles a matrix product runs (cuBLAS chooses by itself).
+With the switch on these choices depend on widths and numbers of keys only, and products run in
+Triton. On the CPU the native kernels are so always, but not the products of MKL and oneDNN: with
+the switch on, weights that are not in panels (kernels/linear_packed.py) are packed for each call.
+Forward passes of this library's operators only; what PyTorch computes beside them is not covered.
+Source: He et al., Defeating Nondeterminism in LLM Inference, Thinking Machines Lab, 2025.
 """
 
 from collections.abc import Iterator

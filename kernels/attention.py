@@ -37,6 +37,7 @@ from ._attention import (
     AttentionGradients,
     as_projected,
     check_padding,
+    divides,
     empty_output,
     flash_serves,
     gradients_as_projected,
@@ -262,15 +263,10 @@ def cross_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = (
-        q.dim() == k.dim() == 4
-        and k.shape == v.shape
-        and q.shape[3] == k.shape[3]
-        and q.shape[0] % max(k.shape[0], 1) == 0
-        and q.shape[1] % max(k.shape[1], 1) == 0
-        and (k.shape[0] > 0 or q.shape[0] == 0)
-        and (k.shape[1] > 0 or q.shape[1] == 0)
-    )
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape
+    if fits:
+        (batch, heads, _, dim), (images, key_heads, _, key_dim) = q.shape, k.shape
+        fits = dim == key_dim and divides(images, batch) and divides(key_heads, heads)
     if not fits:
         raise ValueError(
             "attention: q must be (r * B, H, S, D), k and v (B, Hk, T, D) with Hk a divisor of H, "
@@ -292,4 +288,5 @@ def _check_mask(
             f"attention: mask {mask!r} needs no more queries than keys and prefix >= 0, got "
             f"{q.shape[2]} queries, {k.shape[2]} keys and prefix {prefix}"
         )
-    check_padding("attention", key_padding_mask, k)
+    if key_padding_mask is not None:
+        check_padding("attention", key_padding_mask, k)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from ._attention import as_projected, check_padding, empty_output, scale_of
+from ._attention import as_projected, check_padding, divides, empty_output, scale_of
 from ._heads import adjacent, as_int64, pointer
 from ._library import NATIVE_TYPES, address, define, native, triton_launcher
 
@@ -26,15 +26,16 @@ def decode_attention_native(
     key_padding_mask: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Calls csrc/cpu/decode_attention.h."""
-    dtype, (B, key_heads, T, D) = NATIVE_TYPES.get(q.dtype), k_cache.shape
+    dtype, heads, (B, key_heads, T, D) = NATIVE_TYPES.get(q.dtype), q.shape[1], k_cache.shape
     if dtype is None or q.numel() == 0 or T == 0:
         return NotImplemented
     q, k_cache, v_cache = adjacent(q), adjacent(k_cache), adjacent(v_cache)
-    out, lengths = empty_output(q, False).out, None if lengths is None else as_int64(lengths)
+    out = q.new_empty((B, 1, heads, D)).transpose(1, 2)
+    lengths = None if lengths is None else as_int64(lengths)
     key_padding_mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     native.decode_attention(
         dtype, pointer(q), pointer(k_cache), pointer(v_cache), pointer(out), address(lengths),
-        address(key_padding_mask), (B, q.shape[1], T, D), key_heads, scale,
+        address(key_padding_mask), (B, heads, T, D), key_heads, scale,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -111,14 +112,11 @@ def decode_attention(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    if (
-        q.dim() != 4
-        or k_cache.dim() != 4
-        or q.shape[2] != 1
-        or q.shape[::3] != k_cache.shape[::3]
-        or q.shape[1] % max(k_cache.shape[1], 1)
-        or v_cache.shape != k_cache.shape
-    ):
+    fits = q.dim() == k_cache.dim() == 4 and v_cache.shape == k_cache.shape
+    if fits:
+        (batch, heads, queries, dim), (B, key_heads, _, D) = q.shape, k_cache.shape
+        fits = (batch, queries, dim) == (B, 1, D) and divides(key_heads, heads)
+    if not fits:
         raise ValueError(
             "decode_attention: q must be (B, H, 1, D), the caches (B, Hk, T, D) with Hk a divisor "
             f"of H, got {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
@@ -128,12 +126,12 @@ def decode_attention(
             f"decode_attention: q and the caches must have one dtype, got {q.dtype}, "
             f"{k_cache.dtype} and {v_cache.dtype}"
         )
-    B, _, _, D = k_cache.shape
     if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point()):
         raise ValueError(
             f"decode_attention: lengths must be integers of shape ({B},), got {lengths.dtype} of "
             f"shape {tuple(lengths.shape)}"
         )
-    check_padding("decode_attention", key_padding_mask, k_cache)
+    if key_padding_mask is not None:
+        check_padding("decode_attention", key_padding_mask, k_cache)
     scale = scale_of(scale, D)
     return _decode_attention(q, k_cache, v_cache, lengths, key_padding_mask, scale)

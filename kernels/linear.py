@@ -24,32 +24,10 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from ._epilogue import EPILOGUES, apply_epilogue, epilogue_backward, output_shape
 from ._invariance import is_batch_invariant
 from ._library import define, triton_launcher
-from .swiglu import swiglu
-
-EPILOGUES = ("none", "gelu", "swiglu")
-
-
-def apply_epilogue(y: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
-    """residual + epilogue(y) of a finished product y, for products that do not fuse them."""
-    if epilogue == "gelu":
-        y = F.gelu(y)
-    elif epilogue == "swiglu":
-        y = swiglu(y)
-    return y if residual is None else residual + y
-
-
-def epilogue_backward(grad: Tensor, y: Tensor, epilogue: str) -> Tensor:
-    """The gradient of the finished product y from that of apply_epilogue(y, epilogue)."""
-    if epilogue == "gelu":
-        return torch.ops.aten.gelu_backward(grad, y)
-    return torch.ops.internvl.swiglu_backward.default(grad, y)
-
-
-def output_shape(x: Tensor, features: int, epilogue: str) -> tuple[int, ...]:
-    """The shape of the result: F wide, or F / 2 with SwiGLU."""
-    return (*x.shape[:-1], features // 2 if epilogue == "swiglu" else features)
+from ._panels import panel_of, panel_product, to_panels
 
 
 def linear_blas(
@@ -60,6 +38,28 @@ def linear_blas(
     if is_batch_invariant():  # it chooses its tiles by the number of rows
         return NotImplemented
     return apply_epilogue(F.linear(x, weight, bias), epilogue, residual)
+
+
+def linear_invariant(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """On the CPU, no bit of a row depends on the others: in panels, packed for this call, or alone.
+
+    PyTorch's product of one row is the slower one, for dtypes that the native kernels do not know.
+    """
+    panel = panel_of(x.dtype)
+    if x.numel() == 0 or weight.numel() == 0:
+        return reference.linear(x, weight, bias, epilogue, residual)
+    if panel is not None and x.dtype == weight.dtype:
+        padding = (0, -x.shape[-1] % panel.depth)  # whole steps: zeros add nothing
+        packed = to_panels(F.pad(weight, padding), panel)
+        return panel_product(F.pad(x, padding), packed, weight.shape[0], bias, epilogue, residual)
+    # Each in memory of its own, since a BLAS may sum by the alignment of what it reads.
+    rows = (row.clone() for row in x.reshape(-1, x.shape[-1]).split(1))
+    y = torch.cat([reference.linear(row, weight, bias, epilogue) for row in rows])
+    y = y.view(output_shape(x, weight.shape[0], epilogue))
+    return y if residual is None else residual + y
 
 
 def linear_backward_blas(
@@ -128,6 +128,7 @@ _linear = define(
     "Tensor? residual=None) -> Tensor",
     reference=reference.linear,
     fake=_linear_fake,
+    cpu={"blas": linear_blas, "invariant": linear_invariant},
     # cuBLAS until a measurement on a GPU says otherwise: none was made yet.
     cuda={"cublas": linear_blas, "triton": triton_launcher("linear")},
     backward=(_backward, _save),

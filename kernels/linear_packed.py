@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 from internvl_engine import reference
 
-from ._library import NATIVE_TYPES, address, define, native, serve_too
-from ._rows import as_rows
+from ._epilogue import apply_epilogue, output_shape
+from ._invariance import is_batch_invariant
+from ._library import define, native, serve_too
+from ._panels import Panel, check_panels, from_panels, panel_of, panel_product, to_panels
 from .linear import (
-    EPILOGUES,
-    apply_epilogue,
     check_operands,
     inputs_needing_gradient,
     linear_backward_blas,
-    output_shape,
+    linear_invariant,
 )
 
 
@@ -57,8 +57,7 @@ def layout_of(weight: Tensor) -> str | None:
         return None
     panel = _panel(weight.dtype)
     if panel is not None:
-        rows, depth = panel
-        return None if weight.shape[1] % depth else f"panels-{rows}x{depth}"
+        return None if weight.shape[1] % panel.depth else str(panel)
     return "onednn" if _onednn_packs(weight.dtype) else None
 
 
@@ -69,21 +68,21 @@ def panel_rows(dtype: torch.dtype) -> int | None:
     pack(cat([a, b])) equals cat([pack(a), pack(b)]), and each half of it is that weight, packed.
     """
     panel = _panel(dtype)
-    return None if panel is None else panel[0]
+    return None if panel is None else panel.rows
 
 
-def _panel(dtype: torch.dtype) -> tuple[int, int] | None:
-    """(rows, columns of a step) of a panel where panels are the fastest layout for the dtype.
+def _panel(dtype: torch.dtype) -> Panel | None:
+    """The panel where panels are the fastest layout for the dtype.
 
     float32: oneDNN sums in one chain, with 2.5 times the error of MKL. bfloat16: without units of
     its own oneDNN takes 1.2 to 3 times as long as panels, on AVX-512, and has nothing on AVX2.
     """
-    if native is None or dtype not in NATIVE_TYPES or native.instruction_set() == "portable":
+    if native is None or native.instruction_set() == "portable":
         return None
     is_onednns = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     if is_onednns and _onednn_packs(dtype):
         return None
-    return native.linear_panel(NATIVE_TYPES[dtype])
+    return panel_of(dtype)
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:
@@ -111,26 +110,7 @@ def pack(weight: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight)
     panel = _panel(weight.dtype)
     assert panel is not None
-    return _into_panels(weight, *panel)
-
-
-def _into_panels(weight: Tensor, rows: int, depth: int) -> Tensor:
-    """(F, C) to (panels, steps, rows, depth); rows that fill no panel are followed by zeros."""
-    features, channels = weight.shape
-    whole, steps = features - features % rows, channels // depth
-    packed = weight.new_empty(-(-features // rows), steps, rows, depth)
-    words = _as_words(packed, depth).squeeze(-1)
-    steps_of_rows = _as_words(weight.contiguous().view(features, steps, depth), depth).squeeze(-1)
-    words[: whole // rows] = steps_of_rows[:whole].view(whole // rows, rows, steps).transpose(1, 2)
-    if whole < features:
-        words[-1] = 0
-        words[-1, :, : features - whole] = steps_of_rows[whole:].t()
-    return packed
-
-
-def _as_words(x: Tensor, depth: int) -> Tensor:
-    """(..., depth) as (..., 1) of one integer each: PyTorch transposes those 1.5 times as fast."""
-    return x if depth == 1 else x.view({4: torch.int32, 8: torch.int64}[depth * x.itemsize])
+    return to_panels(weight, panel)
 
 
 def unpack(packed: Tensor, features: int, channels: int) -> Tensor:
@@ -140,11 +120,7 @@ def unpack(packed: Tensor, features: int, channels: int) -> Tensor:
     """
     if packed.layout != torch.strided:
         return packed.to_dense()
-    panels, steps, rows, depth = packed.shape
-    words = _as_words(packed, depth).squeeze(-1).transpose(1, 2)
-    dense = words.clone(memory_format=torch.contiguous_format).view(packed.dtype)
-    dense = dense.view(panels * rows, channels)
-    return dense if panels * rows == features else dense[:features].clone()
+    return from_panels(packed, features)
 
 
 def packed_nbytes(packed: Tensor) -> int:
@@ -167,24 +143,14 @@ def _packed_shape(packed: Tensor, features: int) -> torch.Size:
     return torch.Size((features, steps * depth))
 
 
-def _check_panel(packed: Tensor) -> None:
-    """Raises ValueError where the weight was packed for another instruction set."""
-    assert native is not None
-    needed, found = native.linear_panel(NATIVE_TYPES[packed.dtype]), tuple(packed.shape[2:])
-    if needed != found:
-        raise ValueError(
-            f"linear_packed: the weight is packed as panels-{found[0]}x{found[1]}, but the kernels "
-            f"for {native.instruction_set()} read panels-{needed[0]}x{needed[1]}: pack, or export, "
-            "on the machine and with the INTERNVL_ISA under which it runs"
-        )
-
-
 def linear_packed_reference(
     x: Tensor, packed: Tensor, features: int, bias: Tensor | None = None, epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Unpacks the weight and computes with it."""
-    return reference.linear(x, unpack(packed, features, x.shape[-1]), bias, epilogue, residual)
+    weight = unpack(packed, features, x.shape[-1])
+    linear = linear_invariant if is_batch_invariant() else reference.linear
+    return linear(x, weight, bias, epilogue, residual)
 
 
 def linear_packed_native(
@@ -192,27 +158,10 @@ def linear_packed_native(
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Calls csrc/cpu/linear.h."""
-    dtype = NATIVE_TYPES.get(packed.dtype)
-    if packed.layout != torch.strided or dtype is None or packed.dtype != x.dtype:
+    if packed.layout != torch.strided or packed.dtype != x.dtype or panel_of(x.dtype) is None:
         return NotImplemented
-    _check_panel(packed)
-    shape = output_shape(x, features, epilogue)
-    if epilogue == "swiglu" and shape[-1] % packed.shape[2]:  # a panel has rows of gate and up
-        return apply_epilogue(linear_packed_native(x, packed, features, bias), epilogue, residual)
-    if residual is not None and residual.dtype != x.dtype:
-        return residual + linear_packed_native(x, packed, features, bias, epilogue)
-    y = x.new_empty(shape)
-    rows, threads = y.numel() // max(shape[-1], 1), torch.get_num_threads()
-    x_rows, bias = as_rows(x), None if bias is None else bias.contiguous()
-    residual_rows = None if residual is None else as_rows(residual)
-    size = native.linear_workspace(dtype, rows, x.shape[-1], threads)
-    workspace = x.new_empty(size, dtype=torch.uint8)
-    native.linear(
-        dtype, x_rows.pointer(), packed.data_ptr(), address(bias),
-        (0, 1, 0, 0) if residual_rows is None else residual_rows.pointer(), y.data_ptr(), rows,
-        x.shape[-1], features, EPILOGUES.index(epilogue), workspace.data_ptr(), threads,
-    )  # fmt: skip
-    return y
+    check_panels(packed)
+    return panel_product(x, packed, features, bias, epilogue, residual)
 
 
 def linear_packed_onednn(
@@ -220,7 +169,7 @@ def linear_packed_onednn(
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Calls oneDNN, the epilogue as its post-operation but for SwiGLU, which joins two columns."""
-    if packed.layout == torch.strided:
+    if packed.layout == torch.strided or is_batch_invariant():  # it sums by the number of rows
         return NotImplemented
     onednn = torch.ops.mkldnn._linear_pointwise
     if epilogue == "none" and residual is not None and residual.dtype == x.dtype:

@@ -26,6 +26,7 @@ def examples() -> dict[str, tuple]:
     qkv, norms = torch.randn(2, 9, 3, 2, 16), (torch.randn(32), torch.randn(32))
     table = reference.rotary_table(9, 16, 10000.0, torch.float32, "cpu")
     positions, lengths = torch.arange(9)[None], torch.tensor([4, 9])
+    shared = (q.repeat(2, 2, 1, 1), k, k)  # by two rows and two heads
     causal = ("causal", 0, torch.rand(2, 9) > -1, 0.25, False)
     found = {
         "rms_norm": (x, weight[0], 1e-6),
@@ -38,8 +39,8 @@ def examples() -> dict[str, tuple]:
         "rotary_append": (q, k, k, *table, positions, positions[0], heads(), heads()),
         "linear": (x, weight, bias, "gelu", torch.randn(3, 6)),
         "linear_backward": (torch.randn(3, 6), x, weight, bias, "none", [True, True, True]),
-        "attention": (q, k, k, *causal, True),
-        "attention_backward": (*_saved("attention", (q, k, k), *causal), *causal),
+        "attention": (*shared, *causal, True),
+        "attention_backward": (*_saved("attention", shared, *causal), *causal),
         "decode_attention": (q[:, :, :1], k, k, lengths, None, 0.25),
         "qk_norm_attention": (qkv, *norms, 1e-6, 0.25, True),
         "qk_norm_attention_backward": (

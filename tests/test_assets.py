@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from internvl_engine import InternVLProcessor
 from internvl_engine.assets import COLOURS, DIGITS, LABELS, SHEET, held_out, nano_directory
 
 
@@ -58,3 +59,10 @@ def test_a_sheet_that_does_not_fit_its_labels_is_refused(tmp_path):
         held_out(tmp_path)
     with pytest.raises(FileNotFoundError):
         held_out(tmp_path / "nowhere")
+
+
+def test_the_embedded_folder_is_one_that_the_processor_writes(tmp_path):
+    """AutoImageProcessor then finds ours, and no namesake's."""
+    InternVLProcessor.from_pretrained(nano_directory()).save_pretrained(tmp_path)
+    for name in ("processor_config.json", "tokenizer.model"):
+        assert (tmp_path / name).read_bytes() == (nano_directory() / name).read_bytes()

@@ -138,6 +138,8 @@ def test_an_error_is_one_bounded_line_and_an_object(failing):
     assert code == 1 and len(err.splitlines()) == 1 and len(err) < 600
     assert err.startswith("internvl: no\\x1b such thing AAA")
     assert json.loads(out) == {"error": err.removeprefix("internvl: ").rstrip()}
+    assert "internvl doctor says which" in failing(ImportError("undefined symbol: _ZN3c10"))[2]
+    assert failing(ImportError("pip install x"))[2] == "internvl: pip install x\n"
     assert failing(KeyError("x")) == (1, "", "internvl: KeyError: 'x' (--debug shows where)\n")
 
 

@@ -211,3 +211,21 @@ def test_cuda_is_left_out_on_request(tmp_path):
     run = build_with("true", tmp_path, CUDACXX="nvcc", INTERNVL_CUDA="0")
     assert run.returncode == 0, run.stderr
     assert "_native_cuda" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_no_flag_from_outside_changes_for_which_processors_the_kernels_are_compiled(tmp_path):
+    """CXXFLAGS=-march=native, which conda, Gentoo and HPC sites set, compiled all for this one."""
+    script = tmp_path / "flags.cmake"
+    script.write_text(f'include({ROOT}/csrc/baseline.cmake)\nmessage("<${{CMAKE_CXX_FLAGS}}>")')
+    for given, kept in {
+        "-march=native": "",
+        "-O2 -march=nocona -mtune=haswell -g": "-O2 -mtune=haswell -g",
+        "-mavx512f -mfma -mno-avx2 -fPIC": "-fPIC",
+        "-mcpu=native -ffast-math -Ofast -Wall -m64": "-Wall -m64",
+        "-DX=-y -isystem /opt/x-march=1/include": "-DX=-y -isystem /opt/x-march=1/include",
+    }.items():
+        command = ["cmake", f"-DCMAKE_CXX_FLAGS={given}", "-P", script]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert run.stderr.strip().replace("< ", "<") == f"<{kept}>"
+    assert "include(csrc/baseline.cmake)" in (ROOT / "CMakeLists.txt").read_text()

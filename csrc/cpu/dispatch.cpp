@@ -35,15 +35,15 @@ bool supports(const std::string& isa) {
 }
 
 std::string choose() {
-  if (const char* asked = std::getenv("INTERNVL_ISA")) {
-    if (!supports(asked))
-      throw std::invalid_argument(std::string("INTERNVL_ISA=") + asked +
-                                  ": this processor or this build does not have it");
-    return asked;
+  const char* asked = std::getenv("INTERNVL_ISA");  // empty is as unset
+  std::string here;
+  for (const char* isa : {"avx512bf16", "avx512", "avx2", "portable"}) {
+    if (!supports(isa)) continue;
+    if (!asked || !*asked || asked == std::string(isa)) return isa;
+    here += here.empty() ? isa : std::string(", ") + isa;
   }
-  for (const char* isa : {"avx512bf16", "avx512", "avx2"})
-    if (supports(isa)) return isa;
-  return "portable";
+  throw std::invalid_argument(std::string("INTERNVL_ISA=") + asked +
+                              ": this processor and this build have " + here);
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable], C
             except (typer.Exit, typer.Abort):
                 raise
             except typer.BadParameter as error:
-                _report(error.format_message(), options)
+                _report(printable(error.format_message(), MESSAGE), options)
                 raise
             except KeyboardInterrupt:
                 notice("interrupted")
@@ -155,6 +155,8 @@ def _cell(value: Any) -> str:
 
 def _in_one_line(error: Exception) -> str:
     text = printable(" ".join(str(error).split()), MESSAGE) or type(error).__name__
+    if isinstance(error, ImportError) and "pip install" not in text:
+        return f"{text} (internvl doctor says which packages are broken)"
     if isinstance(error, (ValueError, OSError, ImportError)):
         return text
     if type(error).__name__ == "OutOfMemoryError":

@@ -93,7 +93,7 @@ def caption(
         )
     pictures = sources(images)
     engine = model.load("caption")
-    lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     if stream:
         for piece in engine.caption(pictures[0], prompts[0], stream=True, **lengths):
             show(piece, end="")
@@ -107,7 +107,7 @@ def caption(
             show(text)
 
     results = Results(images, None if as_json else show_texts)
-    options = {"num_beams": beams, "batch_size": batch_size, **lengths}
+    options: dict[str, Any] = {"num_beams": beams, "batch_size": batch_size, **lengths}
     results.take(engine.caption_each(pictures, prompts, **options))
     if as_json:
         rows = results.rows(lambda texts: {"captions": dict(zip(prompts, texts, strict=True))})
@@ -176,10 +176,11 @@ def embed(
     tower = "image" if mode == "c" else "g"
     parts = "text" if not images else tower if not texts else "c" if mode == "c" else "g"
     engine = model.load(parts)
-    results, vectors = Results(images, None), {}
+    results = Results(images, None)
+    vectors: dict[str, Tensor] = {}
     if images:
-        options: dict[str, Any] = {"normalize": normalize, "batch_size": batch_size}
-        results.take(engine.each_image(pictures, mode, **options))
+        options: dict[str, Any] = {"normalize": normalize, "batch_size": batch_size, "mode": mode}
+        results.take(engine.each_image(pictures, **options))
         vectors |= _columns(list(results.values.values()), mode, engine.model.config.clip_embed_dim)
     if texts:
         vectors["text"] = engine.encode_text(texts, normalize=normalize)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from ..printable import printable
 from .console import notice
 
 if TYPE_CHECKING:
@@ -53,5 +54,6 @@ def check_mode(mode: str, *others: str) -> str:
     """A mode that exists; wrong usage otherwise."""
     known = ("c", "g", *others)
     if mode not in known:
-        raise typer.BadParameter(f"{mode!r} is not one of {', '.join(known)}", param_hint="--mode")
+        message = f"'{printable(mode)}' is not one of {', '.join(known)}"
+        raise typer.BadParameter(message, param_hint="--mode")
     return mode

@@ -8,7 +8,7 @@ going back is to set the class again.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,32 @@ from torch import Tensor, nn
 from ..weights import Linears, WeightTensor, is_hooked
 
 
+# Of norms and activations: what their class leaves open.
+SETTINGS = ("approximate", "variance_epsilon", "eps")
+
+
 class FusedModule(nn.Module):
     """Base of the fused classes. A module becomes one by `fuse` and itself again by `restore`.
 
     A fused class says what it `matches`, and gives `compute` with the arguments of the eager
-    `forward`, which runs where the class `serves` neither the call nor the state of the module.
+    `forward`, which runs in its place where the module was changed or is watched, and where
+    `compute` returns NotImplemented.
     """
 
     # Names of the groups of linears below the module that become one product each.
     LINEARS: dict[str, tuple[str, ...]] = {}
     # Submodules that `forward` computes without calling them: another class there goes to eager.
     COMPUTED: tuple[str, ...] = ()
+    # The method that `accelerate(compile=True)` compiles: of values only, without a look at hooks.
+    COMPILED = "compute"
     eager_class: Any
     fused_class: Any
     _fusion: "Fusion"
 
-    # The method that `accelerate(compile=True)` compiles: of values only, without a look at hooks.
-    COMPILED = "compute"
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The eager module's own attributes, whatever its class."""
 
     @classmethod
     def fuse(cls, module: Any, inference: bool = True, tied: frozenset[int] = frozenset()) -> None:
@@ -44,7 +53,8 @@ class FusedModule(nn.Module):
             tied: ids of parameters that several modules use.
         """
         vars(module).pop("forward", None)  # of its class: see has_own_forward
-        module.__class__ = _derived(cls, type(module))
+        classes: Any = cls, type(module)
+        module.__class__ = _derived(*classes)
         module._fusion = Fusion(module, inference, tied)
         module.prepare()
 
@@ -65,17 +75,14 @@ class FusedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The eager module's result."""
-        if self.stays_eager or not self.serves(*args, **kwargs):
-            return super().forward(*args, **kwargs)
-        return self.run("compute", *args, **kwargs)
+        found = NotImplemented
+        if not self.stays_eager:
+            found = self.run("compute", *args, **kwargs)
+        return super().forward(*args, **kwargs) if found is NotImplemented else found
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """What the eager `forward` computes, on the fused operators."""
         raise NotImplementedError
-
-    def serves(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `compute` does all that a call asks for."""
-        return True
 
     def run(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method, compiled where that was asked for."""
@@ -105,6 +112,11 @@ class FusedModule(nn.Module):
     def restore(self) -> None:
         """Makes it the eager module again, with plain weights in storage of their own."""
         self._make_plain()
+        if "eager_class" not in vars(type(self)):
+            raise ValueError(
+                f"undo: the class of a fused {self.eager_class.__name__} was changed since, to "
+                f"{type(self).__name__}; take that back first"
+            )
         self._fusion.after_load.remove()
         del self._fusion
         self.__class__ = self.eager_class
@@ -201,12 +213,11 @@ class Fusion:
 
     @staticmethod
     def contract_of(module: FusedModule) -> tuple:
-        """The classes of the submodules that are computed without being called."""
+        """The classes and settings of the submodules that are computed without being called."""
         parts = [submodule(module, name) for name in type(module).COMPUTED]
-        return tuple(
-            (vars(type(part)).get("eager_class", type(part)), getattr(part, "approximate", None))
-            for part in parts
-        )
+        kinds = [vars(type(part)).get("eager_class", type(part)) for part in parts]
+        settings = [tuple(getattr(part, name, None) for name in SETTINGS) for part in parts]
+        return tuple(zip(kinds, settings, strict=True))
 
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of merged weights."""
@@ -214,7 +225,7 @@ class Fusion:
 
 
 @cache
-def _derived(fused: type, eager: type) -> Any:
+def _derived(fused: Any, eager: Any) -> Any:
     """The class of fused modules of an eager class, by whose name others still find it."""
     namespace = {
         "__module__": eager.__module__,

@@ -50,21 +50,6 @@ class FusedCrossAttention(FusedModule):
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return tuple(draw(2, 17, getattr(module, name).weight.shape[0]) for name in NORMS)
 
-    def serves(
-        self,
-        hidden_states: Tensor,
-        vision_hidden_states: Tensor,
-        repeat_time: int = 1,
-        attention_mask: Tensor | None = None,
-        past_key_value: tuple[Tensor, Tensor] | None = None,
-        output_attentions: bool = False,
-        use_cache: bool = False,
-    ) -> bool:
-        """Not probabilities, a mask, or the keys of a cache before the image's."""
-        fits = repeat_time * vision_hidden_states.shape[0] == hidden_states.shape[0]
-        is_plain = attention_mask is None and past_key_value is None
-        return fits and is_plain and not output_attentions
-
     def compute(
         self,
         hidden_states: Tensor,
@@ -74,8 +59,15 @@ class FusedCrossAttention(FusedModule):
         past_key_value: tuple[Tensor, Tensor] | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
-    ) -> tuple[Tensor, None, tuple[Tensor, Tensor] | None]:
-        """The eager module's (output, None, its keys and values where use_cache)."""
+    ) -> Any:
+        """The eager module's (output, None, its keys and values where use_cache).
+
+        That one computes probabilities, a mask, and the keys of a cache before the image's.
+        """
+        fits = repeat_time * vision_hidden_states.shape[0] == hidden_states.shape[0]
+        is_plain = attention_mask is None and past_key_value is None and not output_attentions
+        if not (fits and is_plain):
+            return NotImplemented
         k, v = read_image(self.product("kv"), self.norm2, vision_hidden_states, self.num_heads)
         normed = normalize(self.norm1, hidden_states)
         output = attend_image(self.product("q"), self.product("o"), normed, k, v)

@@ -62,24 +62,21 @@ class FusedLlamaAttention(FusedModule):
             return f"its forward takes {', '.join(more)}, which is unknown here"
         return None
 
-    def serves(
-        self, hidden_states: Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any
-    ) -> bool:
-        """Where every channel of a head is rotated."""
-        return position_embeddings is not None and (
-            position_embeddings[0].shape[-1] == self.head_dim
-        )
-
     def compute(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, C) to (B, S, C) and, from "eager" attention, the probabilities (B, H, S, T)."""
+    ) -> Any:
+        """(B, S, C) to (B, S, C) and, from "eager" attention, the probabilities (B, H, S, T).
+
+        Where every channel of a head is rotated.
+        """
+        if position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
+            return NotImplemented
         cos, sin = position_embeddings
         told: dict[str, Any] = {}
         if _cache_name(self.eager_class) == "cache":
@@ -166,12 +163,6 @@ class FusedPublishedAttention(FusedModule):
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return draw(2, 17, module.q_proj.in_features), None, torch.arange(17).expand(2, 17)
 
-    def serves(
-        self, hidden_states: Tensor, attention_mask: Any = None, position_ids: Any = None,
-        past_key_value: Any = None, output_attentions: bool = False, use_cache: bool = False,
-    ) -> bool:  # fmt: skip
-        return position_ids is not None and not output_attentions
-
     def compute(
         self,
         hidden_states: Tensor,
@@ -180,9 +171,11 @@ class FusedPublishedAttention(FusedModule):
         past_key_value: tuple[Tensor, Tensor] | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
-    ) -> tuple[Tensor, None, tuple[Tensor, Tensor] | None]:
+    ) -> Any:
         """(B, S, C) to the same, None, and the keys and values (B, H, T, D) of all positions where
         use_cache."""
+        if output_attentions or position_ids is None:
+            return NotImplemented
         qkv = self.product("qkv")(hidden_states).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.transpose(1, 3).unbind(2)
         past = 0 if past_key_value is None else past_key_value[0].shape[2]

@@ -76,12 +76,8 @@ class FusedRMSNorm(FusedModule):
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return (draw(2, 17, module.weight.shape[-1]),)
 
-    @property
-    def stays_eager(self) -> bool:
-        return False
-
-    def serves(self, hidden_states: Tensor) -> bool:
-        return self.weight.dtype == hidden_states.dtype and epsilon(self) is not None
-
     def compute(self, hidden_states: Tensor) -> Tensor:
-        return kernels.rms_norm(hidden_states, self.weight, epsilon(self))
+        eps = epsilon(self)
+        if self.weight.dtype != hidden_states.dtype or eps is None:
+            return NotImplemented
+        return kernels.rms_norm(hidden_states, self.weight, eps)

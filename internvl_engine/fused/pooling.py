@@ -53,14 +53,11 @@ class FusedAttentionPooling(FusedModule):
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
         return (draw(2, 17, module.norm1_k.weight.shape[0]),)
 
-    def serves(self, x: Tensor) -> bool:
-        attention = self.cross_attn
-        projections = (attention.q, attention.k, attention.v)
-        is_plain = all(map(is_plain_linear, projections)) and self.norm1_k.eps == self.norm1_v.eps
-        return is_plain and not self.training and not torch.is_grad_enabled()
-
     def compute(self, x: Tensor) -> Tensor:
         attention = self.cross_attn
+        is_plain = all(map(is_plain_linear, (attention.q, attention.k, attention.v)))
+        if self.training or torch.is_grad_enabled() or not is_plain:
+            return NotImplemented
         heads = attention.num_heads
         asked = self.norm1_q(x.mean(1))
         q = F.linear(asked, attention.q.weight, attention.q_bias).unflatten(-1, (heads, -1))

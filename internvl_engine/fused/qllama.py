@@ -115,19 +115,6 @@ class FusedDecoderLayer(FusedModule):
         positions, tables = module.self_attn.rotary_emb.at(None, 0, hidden)
         return hidden, None, positions, None, False, image, 1, tables
 
-    def serves(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | AttentionMask | None = None,
-        position_ids: Any = None,
-        past_key_value: Cache | None = None,
-        output_attentions: bool = False,
-        vision_hidden_states: Any = None,
-        repeat_time: int = 1,
-        position_embeddings: Tables | None = None,
-    ) -> bool:
-        return not output_attentions and position_embeddings is not None
-
     def compute(
         self,
         hidden_states: Tensor,
@@ -138,8 +125,10 @@ class FusedDecoderLayer(FusedModule):
         vision_hidden_states: Any = None,
         repeat_time: int = 1,
         position_embeddings: Any = None,
-    ) -> tuple[Tensor, None]:
-        """As LlamaDecoderLayer.forward."""
+    ) -> Any:
+        """As LlamaDecoderLayer.forward, without probabilities."""
+        if output_attentions or position_embeddings is None:
+            return NotImplemented
         normed = normalize(self.input_layernorm, hidden_states)
         hidden = self.run(
             "step", normed, hidden_states, attention_mask, position_ids, past_key_value,

@@ -38,16 +38,6 @@ class FusedVisionEncoder(FusedModule):
     def stays_eager(self) -> bool:
         return torch.is_grad_enabled() or not all(map(carries, self.layers))
 
-    def serves(
-        self,
-        inputs_embeds: Tensor,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> bool:
-        if output_hidden_states is None:
-            output_hidden_states = getattr(self.config, "output_hidden_states", False)
-        return not output_hidden_states
-
     def compute(
         self,
         inputs_embeds: Tensor,
@@ -55,6 +45,10 @@ class FusedVisionEncoder(FusedModule):
         return_dict: bool | None = None,
     ) -> Any:
         """(B, N, C) to the last state, as the eager encoder gives it."""
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        if output_hidden_states:
+            return NotImplemented
         hidden = inputs_embeds
         normed = normalize(self.layers[0].first_norm, hidden) if self.layers else None
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
@@ -86,8 +80,10 @@ class FusedVisionLayer(FusedModule):
         "fc1": ("mlp.fc1",),
         "fc2": ("mlp.fc2",),
     }
-    COMPUTED = ("norm1", "norm2", "attn", "attn.q_norm", "attn.k_norm", "mlp", "mlp.act",
-                "drop_path1", "drop_path2")  # fmt: skip
+    COMPUTED: tuple[str, ...] = (
+        "norm1", "norm2", "attn", "attn.q_norm", "attn.k_norm", "mlp", "mlp.act", "drop_path1",
+        "drop_path2",
+    )  # fmt: skip
 
     @classmethod
     def matches(cls, module: Any) -> bool:
@@ -104,6 +100,9 @@ class FusedVisionLayer(FusedModule):
     def unsupported_reason(cls, module: Any) -> str | None:
         if not all(is_rms_norm(getattr(module, name)) for name in cls.NORMS):
             return "its norms are not RMSNorm"
+        q_norm, k_norm = (submodule(module, name) for name in cls.QK_NORMS)
+        if is_rms_norm(q_norm) and not (is_rms_norm(k_norm) and epsilon(q_norm) == epsilon(k_norm)):
+            return "the norms of its queries and keys are not alike"
         activation = submodule(module, cls.ACTIVATION)
         exact = getattr(activation, "approximate", "none") == "none"
         if type(activation).__name__ not in EXACT_GELU or not exact:
@@ -163,10 +162,11 @@ class FusedVisionLayer(FusedModule):
         attention = getattr(self, self.ATTENTION)
         qkv = self.product("qkv")(normed).unflatten(-1, (3, attention.num_heads, -1))
         q_norm, k_norm = (submodule(self, name) for name in self.QK_NORMS)
-        weights, eps = (None, None), 0.0
+        q_weight = k_weight = None
+        eps = 0.0
         if is_rms_norm(q_norm):
-            weights, eps = (q_norm.weight, k_norm.weight), epsilon(q_norm)
-        output = kernels.qk_norm_attention(qkv, *weights, eps, attention.scale)
+            q_weight, k_weight, eps = q_norm.weight, k_norm.weight, epsilon(q_norm) or 0.0
+        output = kernels.qk_norm_attention(qkv, q_weight, k_weight, eps, attention.scale)
         return self.product("proj")(output.flatten(2))
 
 

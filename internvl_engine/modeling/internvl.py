@@ -183,12 +183,12 @@ class InternVLModel(InternVLPreTrainedModel):
         Returns:
             (B, E).
         """
-        if (text is None) == (input_ids is None):
+        ids = input_ids if text is None else text
+        if ids is None or (text is not None and input_ids is not None):
             raise ValueError("encode_text: give ids, as text or as input_ids")
-        text = input_ids if text is None else text
         eos = self.config.qllama_config.eos_token_id
-        attention_mask, last = last_tokens(text, attention_mask, eos)
-        features = self.get_text_features(input_ids=text, attention_mask=attention_mask)
+        attention_mask, last = last_tokens(ids, attention_mask, eos)
+        features = self.get_text_features(input_ids=ids, attention_mask=attention_mask)
         rows = torch.arange(features.shape[0], device=features.device)
         return features[rows, last.to(features.device)] @ self.text_projection
 

@@ -105,7 +105,9 @@ class InternVLImageProcessor:
     ) -> Tensor:
         """The same, also where a subclass returns it in a mapping."""
         pixels = self.squares(images, workers=workers, first=first).permute(0, 3, 1, 2)
-        values = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels).div_(255)
+        values = (
+            torch.empty(pixels.shape, dtype=torch.float32, device="cpu").copy_(pixels).div_(255)
+        )
         return values.sub_(_channels(self.mean)).div_(_channels(self.std)).to(dtype)
 
     def transform(self, image: Any) -> Tensor:
@@ -125,7 +127,7 @@ class InternVLImageProcessor:
         else:
             arrays = [self._square(source) for source in sources]
         if not arrays:
-            return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
+            return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8, device="cpu")
         return torch.from_numpy(np.stack(arrays))
 
     def video(self, frames: Any, num_frames: int | None = None, **options: Any) -> Tensor:
@@ -235,4 +237,4 @@ def is_one_image(images: Any) -> bool:
 
 
 def _channels(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)

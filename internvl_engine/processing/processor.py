@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
+from ..printable import printable
 from .files import OURS, TOKENIZER, image_settings, processor_folder
 from .images import Geometry, InternVLImageProcessor
 from .padding import Padding
@@ -136,7 +137,7 @@ class InternVLProcessor:
         folder = processor_folder(source, **options)
         tokenizer = folder / TOKENIZER
         if not tokenizer.is_file():
-            raise FileNotFoundError(f"InternVLProcessor: {source} has no {TOKENIZER}")
+            raise FileNotFoundError(f"InternVLProcessor: {printable(source)} has no {TOKENIZER}")
         settings = image_settings(folder)
         chosen = {"geometry": geometry, "size": size}
         settings.update({key: value for key, value in chosen.items() if value is not None})
@@ -144,7 +145,8 @@ class InternVLProcessor:
             image_processor = InternVLImageProcessor(**settings)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"InternVLProcessor: {source} has image settings {settings}: {error}"
+                f"InternVLProcessor: {printable(source)} has image settings "
+                f"{printable(settings, 300)}: {error}"
             ) from error
         return cls(image_processor, InternVLTokenizer(tokenizer))
 

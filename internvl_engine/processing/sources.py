@@ -26,6 +26,7 @@ from .formats import is_heic, reason_unidentified, register_heif
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses; a 108-megapixel telephone photo passes
 BYTES = bytes | bytearray | memoryview
+CHUNK = 2**20  # bytes of a stream that are read at a time
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 PICTURE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # in a row of a data set
 
@@ -169,7 +170,7 @@ def _open_path(path: str | bytes, name: str, max_pixels: int) -> Image.Image:
         raise _not_a_path(name, text)
     if "\0" in text:
         raise ImageError(f"{name}: a path cannot hold a null character; pass bytes as bytes")
-    if text.startswith(STREAMS):
+    if text.startswith(STREAMS) and os.path.exists(path):
         with open(path, "rb") as file:
             content = _read_stream(file, name, max_bytes(max_pixels))
         return _open(BytesIO(content), name, max_pixels)
@@ -182,12 +183,16 @@ def _read_stream(file: Any, name: str, limit: int) -> bytes:
     with held(file):
         if getattr(file, "seekable", lambda: hasattr(file, "seek"))():
             file.seek(0)
-        content = file.read(limit + 1)
-    if isinstance(content, str):
-        raise ImageError(f"{name}: is open as text; open it with mode 'rb'")
-    if len(content) > limit:
-        raise ImageError(f"{name}: has more than {limit} bytes; raise max_pixels if it is trusted")
-    return content
+        content = bytearray()
+        while part := file.read(CHUNK):  # a pipe gives less than it is asked for
+            if isinstance(part, str):
+                raise ImageError(f"{name}: is open as text; open it with mode 'rb'")
+            content += part
+            if len(content) > limit:
+                raise ImageError(
+                    f"{name}: has more than {limit} bytes; raise max_pixels if it is trusted"
+                )
+    return bytes(content)
 
 
 def _open(file: Any, name: str, max_pixels: int) -> Image.Image:

@@ -103,5 +103,6 @@ def encode_for_training(
 
 def _labels(texts: TokenBatch, unscored: int) -> Tensor:
     """The ids as targets: -100 on padding and on the first `unscored` positions."""
-    skip = (texts.attention_mask == 0) | (torch.arange(texts.input_ids.shape[1]) < unscored)
-    return texts.input_ids.masked_fill(skip, IGNORED)
+    ids, mask = texts
+    skip = (mask == 0) | (torch.arange(ids.shape[1], device=ids.device) < unscored)
+    return ids.masked_fill(skip, IGNORED)

@@ -67,8 +67,7 @@ def pack(parameters: list[nn.Parameter]) -> PackedTensor | None:
     """
     rows = kernels.panel_rows(parameters[0].dtype)
     counts = [parameter.shape[0] for parameter in parameters]
-    fills = rows is not None and not any(count % rows for count in counts)
-    if len(parameters) == 1 or not fills:
+    if len(parameters) == 1 or rows is None or any(count % rows for count in counts):
         for parameter in parameters:
             swap(parameter, PackedTensor(kernels.pack(parameter), parameter.shape))
         return None

@@ -21,7 +21,7 @@ ALIASES = (aten.detach.default, aten.alias.default)
 class _OnDense(Tensor):
     """A tensor without memory of its own, on whose dense values PyTorch's operators work."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     def opened(self) -> tuple[Tensor, Tensor]:
         """(the dense values of the whole weight, this tensor as a view of them)."""
@@ -32,7 +32,7 @@ class _OnDense(Tensor):
         raise NotImplementedError
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         opened: dict[int, tuple[_OnDense, Tensor, Tensor]] = {}
@@ -74,6 +74,10 @@ class WeightTensor(_OnDense):
         """residual + epilogue(x @ self.T + bias), without a gradient of this weight."""
         raise NotImplementedError
 
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """The names of the inner tensors, and what else makes the form, for torch.compile."""
+        raise NotImplementedError
+
     def alias(self) -> "WeightTensor":
         """Another tensor with the same inner ones."""
         raise NotImplementedError
@@ -83,15 +87,14 @@ class WeightTensor(_OnDense):
         return values, values
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func in ALIASES:
             return args[0].alias()
         if func is torch.ops.internvl.linear.default and not isinstance(args[0], _OnDense):
-            x, weight, *rest = args
-            bias, epilogue, residual = [*rest, *(None, "none", None)[len(rest) :]]
-            return weight.linear(x, bias, epilogue, residual)
+            defaults: tuple[Any, ...] = (None, "none", None)  # which the dispatcher leaves out
+            return args[1].linear(args[0], *args[2:], *defaults[len(args) - 2 :])
         if func is aten.copy_.default and type(args[1]) is Tensor:
             weight, values = args[:2]
             weight.write(values.expand(weight.shape).to(weight.device, weight.dtype))

@@ -26,7 +26,8 @@ def test_the_published_code():
     report = accelerate(model, strict=True)
     kinds = Counter(entry.fused for entry in report.entries)
     assert kinds == {
-        "FusedVisionEncoder": 1, "FusedVisionLayer": 3, "FusedAttentionPooling": 1, "FusedPublishedAttention": 3,
+        "FusedVisionEncoder": 1, "FusedVisionLayer": 3, "FusedAttentionPooling": 1,
+        "FusedPublishedAttention": 3,
         "FusedCrossAttention": 2, "FusedLlamaMLP": 3, "FusedRMSNorm": 2 * 3 + 1,
     }  # fmt: skip
     for ours, theirs in zip(model(x), expected, strict=True):

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import library
 
 from internvl_engine import reference
 from internvl_engine.kernels import add_rms_norm
@@ -61,12 +60,13 @@ def test_gradient_where_only_one_output_is_used(device, backend, dtype):
 
 @pytest.mark.parametrize("device, backend, dtype", RUNS)
 def test_outlier_channels(device, backend, dtype):
-    x, residual, scale, weight = inputs((2048, 96), dtype, device)
+    rows = 512 if interpreted(backend, device) else 2048
+    x, residual, scale, weight = inputs((rows, 96), dtype, device)
     args = (x, with_outliers(residual), scale, weight)
     with backend_in_use("add_rms_norm", backend):
         result = add_rms_norm(*args, EPS)
         assert_as_accurate_as_eager(result, reference.add_rms_norm, *args, EPS, slack=1.05)
-        args = (args[0][:256], args[1][:256], *args[2:])
+        args = (args[0][:256], args[1][:256], *args[2:])  # fewer rows suffice
         # The gradient of weight is three large values, each one rounding: chance decides between 1
         # and 2 times eager's error.
         assert_gradient_as_accurate_as_eager(
@@ -109,12 +109,6 @@ def test_float32_norm_weight_with_16_bit_input(device, backend, dtype):
             (y, residual_out), reference.add_rms_norm, *args, EPS, slack=1.05
         )
         assert_gradient_as_accurate_as_eager(add_rms_norm, reference.add_rms_norm, *args, EPS)
-
-
-@pytest.mark.parametrize("has_scale", [True, False])
-def test_is_a_wellformed_operator(has_scale, device):
-    args = as_leaves(inputs((4, 64), device=device, has_scale=has_scale))
-    library.opcheck(torch.ops.internvl.add_rms_norm.default, (*args, EPS))
 
 
 def test_autocast_changes_nothing(device):

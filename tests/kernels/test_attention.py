@@ -3,7 +3,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import library
 
 from internvl_engine import kernels, reference
 from internvl_engine.kernels import _attention, attention
@@ -75,15 +74,14 @@ def test_matches_reference(mask, prefix, queries, keys, dtype, padded, device):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("mask", reference.MASKS)
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded, dtype", [(False, torch.float16), (True, torch.float32)])
 def test_triton_interpreted(mask, dtype, padded, triton_small_tiles):
     """A prefix that ends inside a block, and rows that see nothing but are not alone in a tile."""
     real = padding(2, 45) if padded else None
     if padded:
         real[-1, 19:22] = False  # text that is padded on the left: in `block` it sees nothing
-    check(*inputs(2, 2, 45, 45, 24, dtype), mask, 19, real)
+    check(*inputs(2, 1, 45, 45, 24, dtype), mask, 19, real)
 
 
 @interpreted
@@ -139,9 +137,9 @@ def test_head_widths(dim, dtype, device):
 def test_heads_that_are_not_contiguous(backend, dtype):
     if backend not in kernels.backends("attention")["CPU"]:
         pytest.skip("triton is not interpreted here")
+    if backend == "triton" and dtype != torch.float16:
+        pytest.skip("the interpreter is slow, and wrong for bfloat16")
     q, k, v = (torch.randn(2, 3, 16, 70).to(dtype).mT.requires_grad_() for _ in range(3))
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter is wrong for bfloat16")
     with kernels.prefer("attention", backend):
         check(q, k, v, "causal")
 
@@ -221,21 +219,6 @@ def test_empty(shape, backend):
         assert not out.any()
         grads = torch.autograd.grad(out.sum(), args)
         assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, args, strict=True))
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_is_a_wellformed_operator(padded, device):
-    args = inputs(2, 2, 9, 12, 16, device=device)
-    rest = ("causal", 0, padding(2, 12, device) if padded else None, 0.25, False)
-    operator = torch.ops.internvl.attention.default
-    library.opcheck(operator, (*args, *rest, True))
-    # The gradient of 16-bit inputs: opcheck cannot see through torch.func, which float32 needs.
-    args = [x.detach().bfloat16() for x in inputs(2, 2, 9, 9, 16, device=device)]
-    rest = ("causal", 0, None, 0.25, False)
-    out = operator(*args, *rest, True)
-    gradient = torch.ops.internvl.attention_backward.default
-    saved = (torch.randn_like(out[0]), *args, *out, *rest)
-    library.opcheck(gradient, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_graph_breaks(device):

@@ -9,6 +9,21 @@ from internvl_engine import kernels, reference
 from internvl_engine.kernels import _library
 
 
+def without_options(operator: str, arguments: tuple) -> list:
+    """None for every optional tensor."""
+    schema = getattr(torch.ops.internvl, operator).default._schema.arguments
+    return [
+        None if str(argument.type) == "Optional[Tensor]" else x
+        for argument, x in zip(schema, arguments, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("operator", ["add_rms_norm", "attention", "qk_norm_attention"])
+def test_is_wellformed_without_its_optional_tensors(operator):
+    arguments = [as_leaf(x) for x in without_options(operator, examples()[operator])]
+    library.opcheck(getattr(torch.ops.internvl, operator).default, tuple(arguments))
+
+
 @pytest.mark.parametrize("operator", sorted(_library._ORDER))
 def test_every_operator_is_wellformed(operator):
     arguments = examples().get(operator)

@@ -4,7 +4,9 @@ from torch import Tensor, library, nn
 
 from internvl_engine import reference
 from internvl_engine.kernels import (
+    batch_invariant,
     layout_of,
+    linear,
     linear_packed,
     pack,
     packed_nbytes,
@@ -258,6 +260,39 @@ def test_refuses_the_panels_of_another_instruction_set(dtype):
     for other in others:
         with pytest.raises(ValueError, match="pack, or export, on the machine"):
             torch.ops.internvl.linear_packed(x, other, 96)
+
+
+@pytest.fixture(params=["float64", "bfloat16", "meta"])
+def default(request):
+    """Another default dtype, or device, while the test calls."""
+    if request.param == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, request.param))
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def operands(request):  # made before the default changes
+    return {dtype: inputs(40, 64, dtype) for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+def test_neither_the_default_dtype_nor_the_default_device_matters(
+    operands, default, epilogue, dtype
+):
+    x, weight, bias = operands[dtype]
+    packed = pack(weight)
+    assert torch.equal(unpack(packed, 40, 64), weight)
+    arguments = (weight, bias, epilogue)
+    y = linear_packed(x, packed, 40, bias, epilogue)
+    assert_as_accurate_as_eager(y, reference.linear, x, *arguments)
+    with batch_invariant():
+        assert_as_accurate_as_eager(linear(x, *arguments), reference.linear, x, *arguments)
 
 
 @pytest.mark.parametrize("rows, depth", [(32, 2), (32, 1), (16, 2), (8, 1)])

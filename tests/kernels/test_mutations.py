@@ -242,7 +242,7 @@ MUTATIONS = {
         (check_attention, "total = total * shrink + tl.sum", "total = total + tl.sum"),
         (check_attention, "2.402264791363012e-1", "2.41e-1"),
         (check_shared_keys, "key_head * GROUP + block % GROUP", "key_head * GROUP"),
-        (check_shared_keys, "block // GROUP * repeat_step", "block * repeat_step"),
+        (check_shared_keys, "block // GROUP * repeat_step", "block * 0"),
     ],
     "_attention_masks": [
         (check_attention, UP_TO, UP_TO.replace(" + 1", "")),

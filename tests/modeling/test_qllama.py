@@ -207,7 +207,7 @@ def test_recomputation_gives_the_same_gradients():
 @pytest.mark.grad
 def test_layers_are_recomputed_under_labels_and_cached_in_evaluation():
     model, ids, calls = decoder().train(), torch.randint(3, 61, (2, 7)), []
-    layer = model.model.layers[0].mlp
+    layer = model.model.layers[0].input_layernorm
     layer.register_forward_hook(lambda *_: calls.append(1))
     losses = []
     for recompute in (False, True):

@@ -82,6 +82,19 @@ def test_every_source_gives_the_same_pixels(tmp_path):
     assert processor([]).shape == (0, 3, 16, 16)
 
 
+def test_defaults_of_dtype_and_device_change_nothing():
+    processor = InternVLImageProcessor(16, "clip")
+    expected, nothing = processor(noise(30, 41)), processor([])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(processor(noise(30, 41)), expected)
+            assert processor([]).device == nothing.device
+            assert same(processor.to_images(expected)[0], processor.to_images(expected)[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_threads_keep_the_order_and_the_pixels():
     photos = [noise(40 + i, 50, seed=i) for i in range(12)]
     processor = InternVLImageProcessor(24, "classification")

@@ -143,6 +143,9 @@ def test_streams_of_this_process_are_read(tmp_path):
         file.write(PNG)
     assert same(load_image(f"/dev/fd/{reader}"), np.asarray(load_image(PNG)))
     os.close(reader)
+    drops = iter([PNG[:10], PNG[10:11], PNG[11:], b""])
+    slow = types.SimpleNamespace(read=lambda size: next(drops), name="slow.png")  # as a socket
+    assert same(load_image(slow), np.asarray(load_image(PNG)))
 
 
 def test_rows_of_data_sets_are_pictures(tmp_path):

@@ -15,13 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import FusedModule, submodule
-from .cross_attention import FusedCrossAttention
-from .llama import FusedLlamaAttention, FusedLlamaMLP, FusedPublishedAttention
-from .norm import FusedRMSNorm
-from .pooling import FusedAttentionPooling
-from .qllama import FusedDecoder, FusedDecoderLayer
-from .vision import FusedTransformersVisionLayer, FusedVisionEncoder, FusedVisionLayer
+from .fused import (
+    FusedAttentionPooling,
+    FusedCrossAttention,
+    FusedDecoder,
+    FusedDecoderLayer,
+    FusedLlamaAttention,
+    FusedLlamaMLP,
+    FusedModule,
+    FusedPublishedAttention,
+    FusedRMSNorm,
+    FusedTransformersVisionLayer,
+    FusedVisionEncoder,
+    FusedVisionLayer,
+)
+from .fused.base import submodule
 
 OURS = "internvl_engine.modeling."
 MODELS = "transformers.models."
