@@ -186,8 +186,14 @@ class InternVLConfig(PretrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
         """As transformers', and reads a published `model_type: "internvl"` file as ours."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config.get("model_type") == PUBLISHED_MODEL_TYPE and "qllama_config" in config:
-            config["model_type"] = cls.model_type
+        if "qllama_config" in config:
+            if config.get("model_type") == PUBLISHED_MODEL_TYPE:
+                config["model_type"] = cls.model_type
+        elif chat := {"llm_config", "text_config"} & set(config):
+            raise ValueError(
+                f"InternVLConfig: {pretrained_model_name_or_path} is a chat model's configuration "
+                f"(it has {chat.pop()}), not one of InternVL-14B"
+            )
         return config, kwargs
 
     @classmethod

@@ -4,6 +4,7 @@ A weight (F, C) is (F / rows, C / depth, rows, depth): panels of `rows` of its r
 of `depth` columns. Rows that fill no panel are followed by zeros.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Panel(NamedTuple):
         return f"panels-{self.rows}x{self.depth}"
 
 
+@cache
 def panel_of(dtype: torch.dtype) -> Panel | None:
     """The panels that the native kernels read here; None where they do not know the dtype."""
     if native is None or dtype not in NATIVE_TYPES:

@@ -26,108 +26,20 @@ Source of the oneDNN calls: what Inductor's freezing uses, torch/_inductor/mkldn
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from internvl_engine import reference
 
 from ._epilogue import apply_epilogue, output_shape
 from ._invariance import is_batch_invariant
-from ._library import define, native, serve_too
-from ._panels import Panel, check_panels, from_panels, panel_of, panel_product, to_panels
+from ._library import define, serve_too
+from ._packing import unpack
+from ._panels import check_panels, panel_of, panel_product
 from .linear import (
     check_operands,
     inputs_needing_gradient,
     linear_backward_blas,
-    linear_invariant,
 )
-
-
-def layout_of(weight: Tensor) -> str | None:
-    """The packed layout that this machine has for a weight, or None: then `linear` takes it dense.
-
-    Args:
-        weight: (F, C). Only a plain strided tensor or parameter on the CPU has one: a subclass may
-            hold its values elsewhere than where it says.
-
-    Returns:
-        "panels-RxD" (the rows of a panel and the columns of a step), "onednn" or None.
-    """
-    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
-    if not is_plain or weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() == 0:
-        return None
-    panel = _panel(weight.dtype)
-    if panel is not None:
-        return None if weight.shape[1] % panel.depth else str(panel)
-    return "onednn" if _onednn_packs(weight.dtype) else None
-
-
-def panel_rows(dtype: torch.dtype) -> int | None:
-    """How many rows of a weight lie together; None where its layout is not made of panels.
-
-    Rows whose number is a multiple of it are a range of the packed tensor: for such a and b,
-    pack(cat([a, b])) equals cat([pack(a), pack(b)]), and each half of it is that weight, packed.
-    """
-    panel = _panel(dtype)
-    return None if panel is None else panel.rows
-
-
-def _panel(dtype: torch.dtype) -> Panel | None:
-    """The panel where panels are the fastest layout for the dtype.
-
-    float32: oneDNN sums in one chain, with 2.5 times the error of MKL. bfloat16: without units of
-    its own oneDNN takes 1.2 to 3 times as long as panels, on AVX-512, and has nothing on AVX2.
-    """
-    if native is None or native.instruction_set() == "portable":
-        return None
-    is_onednns = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    if is_onednns and _onednn_packs(dtype):
-        return None
-    return panel_of(dtype)
-
-
-def _onednn_packs(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
-def pack(weight: Tensor) -> Tensor:
-    """The weight (F, C) in the layout `layout_of(weight)`, in memory of its own.
-
-    Raises:
-        ValueError: this machine has no packed layout for it.
-    """
-    layout = layout_of(weight)
-    if layout is None:
-        raise ValueError(
-            f"pack: no packed layout here for a {weight.dtype} {type(weight).__name__} of shape "
-            f"{tuple(weight.shape)} on {weight.device}; use linear() with the dense weight"
-        )
-    weight = weight.detach()
-    if layout == "onednn":  # not told for how many rows: without, as fast for 1 to 1028
-        return torch.ops.mkldnn._reorder_linear_weight(weight)
-    panel = _panel(weight.dtype)
-    assert panel is not None
-    return to_panels(weight, panel)
-
-
-def unpack(packed: Tensor, features: int, channels: int) -> Tensor:
-    """The weight (features, channels) as it came, bit for bit, in memory of its own.
-
-    Reads panels of any machine: their shape says how they are packed.
-    """
-    if packed.layout != torch.strided:
-        return packed.to_dense()
-    return from_panels(packed, features)
-
-
-def packed_nbytes(packed: Tensor) -> int:
-    """Bytes of a packed weight."""
-    if packed.layout == torch.strided:
-        return packed.nbytes
-    return torch.ops.mkldnn._nbytes(packed)
 
 
 def _packed_shape(packed: Tensor, features: int) -> torch.Size:
@@ -149,7 +61,8 @@ def linear_packed_reference(
 ) -> Tensor:  # fmt: skip
     """Unpacks the weight and computes with it."""
     weight = unpack(packed, features, x.shape[-1])
-    linear = linear_invariant if is_batch_invariant() else reference.linear
+    # The operator keeps its own promise; without it, the reference is plain PyTorch.
+    linear = torch.ops.internvl.linear.default if is_batch_invariant() else reference.linear
     return linear(x, weight, bias, epilogue, residual)
 
 

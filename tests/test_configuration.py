@@ -98,3 +98,12 @@ def test_presets_can_be_built_twice(name):
 def test_an_unknown_preset_is_named():
     with pytest.raises(ValueError, match="14b-224px.*got '15b'"):
         InternVLConfig.from_preset("15b")
+
+
+@pytest.mark.parametrize("field", ["llm_config", "text_config"])
+def test_the_configuration_of_a_chat_is_not_taken_for_ours(tmp_path, field):
+    values = published()
+    values[field] = values.pop("qllama_config")
+    with pytest.raises(ValueError, match=f"is a chat model's configuration \\(it has {field}\\)"):
+        InternVLConfig.from_pretrained(write(tmp_path, values))
+    assert InternVisionConfig.from_pretrained(tmp_path).hidden_size == 48

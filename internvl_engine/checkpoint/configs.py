@@ -79,7 +79,8 @@ def read_config(
     if values is None:
         raise CheckpointNotFoundError(f"{place}: missing; add it, or pass config=")
     check_config(values, config_class, place)
-    known = set(inspect.signature(config_class).parameters) | set(values)
+    general = PretrainedConfig().to_dict()  # output_hidden_states, for one
+    known = {*inspect.signature(config_class).parameters, *values, *general}
     overrides = overrides_of(options, known)
     if unknown := sorted(set(overrides) - known):
         raise TypeError(

@@ -5,8 +5,10 @@ from typing import Any
 
 from .errors import CheckpointError
 from .families import FAMILIES, ROOTS, TOWER_ROOTS, Family
+from .files import open_weights
 from .hub import hub_options
 from .locate import Needed, Source
+from .names import canonical
 from .parts import needs
 
 ADAPTER = "adapter_config.json"
@@ -62,13 +64,15 @@ def check_takes(source: str | Path, model_class: Any, **options: Any) -> Source:
         options: of which those about the hub are taken.
 
     Raises:
-        CheckpointNotFoundError: it is not there.
+        CheckpointNotFoundError: it is not there, or has no weights.
         CheckpointError: it is of another kind; the message says of which, and which class takes it.
     """
     found = Source.find(source, **hub_options(options))
     refuse_adapter(found)
     if found.config is not None:
         check_config(found.config, model_class.config_class, found.folder / "config.json")
+    if found.hub is None:
+        found.weights()
     return found
 
 
@@ -110,8 +114,19 @@ def refuse_adapter(source: Source) -> None:
         return
     kind = f"a peft adapter ({values.get('peft_type', 'LORA')}, rank {values.get('r', 'unknown')})"
     base = values.get("base_model_name_or_path") or "the checkpoint it was trained on"
+    place = _adapted(source.folder)
     raise CheckpointError(
         f"{source.path}: {kind} without the weights that it adapts. Load {base} with "
-        "from_pretrained, and put the adapter on the tower that it belongs to: "
-        "model.qllama = peft.PeftModel.from_pretrained(model.qllama, folder), or vision_model"
+        f"from_pretrained, then {place} = peft.PeftModel.from_pretrained({place}, folder)"
     )
+
+
+def _adapted(folder: Path) -> str:
+    """The module that an adapter belongs on, by the names of its matrices."""
+    path = next(folder.glob("adapter_model.*"), None)
+    if path is None:
+        return "model"
+    name = canonical(next(iter(open_weights(path).names()), ""))
+    if name.partition(".")[0] in ROOTS:
+        return "model"
+    return "model.vision_model" if name.startswith("encoder.") else "model.qllama"

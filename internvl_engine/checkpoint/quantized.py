@@ -66,7 +66,9 @@ def stated_quantization(values: dict[str, Any]) -> str | None:
 
 def describe(given: Any) -> str:
     """A quantization_config as a phrase: AWQ, 4 bits."""
-    values = given if isinstance(given, dict) else given.to_dict()  # transformers' objects
+    if not isinstance(given, dict):
+        given = given.to_dict() if hasattr(given, "to_dict") else {}  # transformers' objects
+    values: dict[str, Any] = given
     method = values.get("quant_method")
     if method is None and {"load_in_4bit", "load_in_8bit"} & set(values):
         method = "bitsandbytes"

@@ -35,9 +35,10 @@ def fingerprint(
     """The hash of each part of a model that is there, hexadecimal.
 
     Args:
-        model: eager or accelerated: both give the same hashes.
+        model: eager or accelerated: both give the same hashes, unless `exact`.
         parts: which of "vision", "queries" and "text".
-        exact: every bit counts, and so does the dtype; for what is kept beside the model itself.
+        exact: every bit counts, the dtype, and the form that weights are held in; for what is kept
+            beside the model itself.
 
     Returns:
         {"vision": ..., "queries": ..., "text": ...}; parts that were not loaded are left out.
@@ -100,7 +101,7 @@ def _hash(states: dict[str, str | Tensor], exact: bool) -> str:
             digest.update(f"{name} {state} ".encode())
         else:
             digest.update(f"{name} {tuple(state.shape)} {state.dtype if exact else ''} ".encode())
-            samples += _samples(state.detach())
+            samples += _samples(state.detach(), as_held=exact)
     if len({sample.device for sample in samples}) > 1:
         samples = [sample.cpu() for sample in samples]
     values = torch.cat(samples).cpu() if samples else torch.empty(0, dtype=torch.float32)
@@ -110,23 +111,32 @@ def _hash(states: dict[str, str | Tensor], exact: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-def _samples(tensor: Tensor) -> list[Tensor]:
-    """Values of a tensor, flat, in one or several pieces: all up to WHOLE, or RUNS * RUN."""
-    size = tensor.numel()
-    step = _step(tensor)
-    try:
+def _samples(tensor: Tensor, as_held: bool = False) -> list[Tensor]:
+    """Values of a tensor, flat, in one or several pieces: all up to WHOLE, or RUNS * RUN.
+
+    Args:
+        as_held: of a weight in another form, look at the form: cheaper than at its values.
+    """
+    size, step = tensor.numel(), _step(tensor)
+    if type(tensor) is Tensor and tensor.is_contiguous():
         if size <= WHOLE:
             return [tensor.reshape(-1)]
-        if type(tensor) is Tensor and tensor.is_contiguous():
-            runs = tensor.as_strided((RUNS, RUN), (step, 1), tensor.storage_offset())
-            return [runs.reshape(-1)]
-        starts = torch.arange(RUNS, device=tensor.device) * step
-        places = starts[:, None] + torch.arange(RUN, device=tensor.device)
-        return [torch.take(tensor, places).reshape(-1)]
-    except (NotImplementedError, RuntimeError):
-        # A quantized weight of another package, without these operators: what it is made of.
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return [s for name in names for s in _samples(getattr(tensor, name))]
+        runs = tensor.as_strided((RUNS, RUN), (step, 1), tensor.storage_offset())
+        return [runs.reshape(-1)]
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    parts = [getattr(tensor, name) for name in names]
+    if not (parts and as_held and all(part.layout == torch.strided for part in parts)):
+        try:
+            if size <= WHOLE:
+                return [tensor.clone().reshape(-1)]
+            starts = torch.arange(RUNS, device=tensor.device) * step
+            places = starts[:, None] + torch.arange(RUN, device=tensor.device)
+            return [torch.take(tensor, places).reshape(-1)]
+        except (NotImplementedError, RuntimeError):
+            if not parts:
+                raise
+    # Also a quantized weight of another package, without these operators: what it is made of.
+    return [sample for part in parts for sample in _samples(part, as_held)]
 
 
 def _step(tensor: Tensor) -> int:

@@ -151,15 +151,14 @@ class FusedModule(nn.Module):
         self.prepare()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """As ever: plain tensors, no two of which share memory."""
-        state = super().state_dict(*args, **kwargs)
-        for name, value in state.items():
-            if isinstance(value, nn.Parameter):  # keep_vars
-                continue
-            if isinstance(value, WeightTensor):
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in (f"{prefix}{name}" for name, _ in self.named_parameters()):
+            value = state.get(name)
+            if isinstance(value, WeightTensor) and not isinstance(value, nn.Parameter):
                 state[name] = value.dense()
-            elif self._fusion.shares(value):
+            elif type(value) is Tensor and self._fusion.shares(value):  # no Parameter: keep_vars
                 state[name] = value.clone()
         return state
 
@@ -217,7 +216,9 @@ class Fusion:
     @staticmethod
     def contract_of(module: FusedModule) -> tuple:
         """The classes and settings of the submodules that are computed without being called."""
-        parts = [submodule(module, name) for name in type(module).COMPUTED]
+        if not module.COMPUTED:
+            return ()
+        parts = [submodule(module, name) for name in module.COMPUTED]
         kinds = [vars(type(part)).get("eager_class", type(part)) for part in parts]
         settings = [tuple(getattr(part, name, None) for name in SETTINGS) for part in parts]
         return tuple(zip(kinds, settings, strict=True))

@@ -35,6 +35,13 @@ class PackedTensor(WeightTensor):
     ) -> Tensor:
         return kernels.linear_packed(x, self.packed, self.shape[0], bias, epilogue, residual)
 
+    def take(self, places: Tensor) -> Tensor:  # type: ignore[override]
+        if self.packed.dim() != 4:  # opaque
+            return super().take(places)
+        rows, depth = self.packed.shape[2:]  # of panels, see kernels.pack
+        row, column = places // self.shape[1], places % self.shape[1]
+        return self.packed[row // rows, column // depth, row % rows, column % depth]
+
     def alias(self) -> "PackedTensor":
         return PackedTensor(self.packed, self.shape)
 

@@ -78,6 +78,10 @@ class WeightTensor(_OnDense):
         """The names of the inner tensors, and what else makes the form, for torch.compile."""
         raise NotImplementedError
 
+    def take(self, places: Tensor) -> Tensor:  # type: ignore[override]
+        """The values at some places of the flat weight, as `torch.take`; samples stay cheap so."""
+        return torch.take(self.dense(), places)
+
     def alias(self) -> "WeightTensor":
         """Another tensor with the same inner ones."""
         raise NotImplementedError
@@ -95,6 +99,8 @@ class WeightTensor(_OnDense):
         if func is torch.ops.internvl.linear.default and not isinstance(args[0], _OnDense):
             defaults: tuple[Any, ...] = (None, "none", None)  # which the dispatcher leaves out
             return args[1].linear(args[0], *args[2:], *defaults[len(args) - 2 :])
+        if func is aten.take.default and isinstance(args[0], WeightTensor):
+            return args[0].take(args[1])
         if func is aten.copy_.default and type(args[1]) is Tensor:
             weight, values = args[:2]
             weight.write(values.expand(weight.shape).to(weight.device, weight.dtype))

@@ -130,6 +130,8 @@ def test_a_configuration_of_ones_own(tmp_path, published, golden_g):
 def test_fields_of_the_configuration(published):
     model = InternVL_G.from_pretrained(published, label_smoothing=0.1, trust_remote_code=True)
     assert model.config.label_smoothing == 0.1
+    model = InternVL_G.from_pretrained(published, output_hidden_states=True)  # of any model
+    assert model.config.output_hidden_states is True
     with pytest.raises(TypeError, match="label_smooothing is neither an argument nor a field"):
         InternVL_G.from_pretrained(published, label_smooothing=0.1)
     with pytest.raises(CheckpointError, match=r"itm_head|shape"):

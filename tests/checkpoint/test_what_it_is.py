@@ -8,8 +8,9 @@ import torch
 from published_layout import write_published
 from safetensors.torch import save_file
 
-from internvl_engine.checkpoint import CheckpointError, check_takes
+from internvl_engine.checkpoint import CheckpointError, CheckpointNotFoundError, check_takes
 from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G, InternVLModel
+from internvl_engine.modeling.lora import QLLAMA_LORA, VISION_LORA
 from internvl_engine.modeling.qllama import LlamaForCausalLM
 
 FP32 = {"dtype": torch.float32}
@@ -115,6 +116,12 @@ def test_a_language_model_has_no_vision_tower_and_the_other_way_round(tmp_path, 
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_folder_with_nothing_but_a_configuration(tmp_path, published):
+    shutil.copy(published / "config.json", tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="no weights here"):
+        check_takes(tmp_path, InternVLModel)
+
+
 def test_what_it_takes_is_taken(published):
     assert check_takes(published, InternVLModel).folder == published
     assert check_takes(published, InternVisionModel, revision=None).folder == published
@@ -126,7 +133,8 @@ def test_a_peft_adapter_alone(tmp_path):
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     save_file(
-        {"base_model.model.q.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors"
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2)},
+        tmp_path / "adapter_model.safetensors",
     )
     for call in (InternVL_G.from_pretrained, lambda f: check_takes(f, InternVLModel)):
         with pytest.raises(
@@ -136,23 +144,37 @@ def test_a_peft_adapter_alone(tmp_path):
             call(tmp_path)
 
 
-def test_an_adapter_as_peft_saves_it(tmp_path, published, golden_g):
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("place", ["model", "model.qllama", "model.vision_model"])
+def test_an_adapter_as_peft_saves_it(tmp_path, published, golden_g, place):
     """What the message says is what works."""
     peft = pytest.importorskip("peft")
     model = InternVL_G.from_pretrained(published, **FP32)
-    model.wrap_qllama_lora(4)
+    targets = [*VISION_LORA, *QLLAMA_LORA]
+    adapted = peft.get_peft_model(
+        model.get_submodule(place.removeprefix("model").lstrip(".")),
+        peft.LoraConfig(r=4, target_modules=targets),
+    )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    model.qllama.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="a peft adapter"):
-        InternVL_G.from_pretrained(tmp_path)
-    other = InternVL_G.from_pretrained(published, **FP32)
-    other.qllama = peft.PeftModel.from_pretrained(other.qllama, tmp_path)
+    adapted.save_pretrained(tmp_path)
     image = golden_g.inputs["image"]
+    with torch.no_grad():  # peft adapts the modules in place
+        expected = model.eval().encode_image(image)
+    with pytest.raises(CheckpointError, match="a peft adapter") as error:
+        InternVL_G.from_pretrained(tmp_path)
+    advice = str(error.value).partition("then ")[2]
+    assert advice == f"{place} = peft.PeftModel.from_pretrained({place}, folder)"
+    names = {"model": InternVL_G.from_pretrained(published, **FP32), "folder": tmp_path}
+    exec(advice, names | {"peft": peft}, names)
     with torch.no_grad():
-        assert torch.equal(other.eval().encode_image(image), model.eval().encode_image(image))
+        actual = names["model"].eval().encode_image(image)
+    assert torch.equal(actual, expected)
+    assert not torch.equal(
+        actual, InternVL_G.from_pretrained(published, **FP32).encode_image(image)
+    )
 
 
 QUANTIZED = {
