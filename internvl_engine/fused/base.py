@@ -76,7 +76,7 @@ class FusedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The eager module's result."""
         found = NotImplemented
-        if not self.stays_eager:
+        if not (self.stays_eager or _is_for_onnx()):
             found = self.run("compute", *args, **kwargs)
         return super().forward(*args, **kwargs) if found is NotImplemented else found
 
@@ -226,6 +226,12 @@ class Fusion:
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of merged weights."""
         return any(linears.shares(value) for linears in self.linears.values())
+
+
+def _is_for_onnx() -> bool:
+    """Whether this call is traced for ONNX, which knows no operators of ours."""
+    tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return tracing and torch.onnx.is_in_onnx_export()
 
 
 def _own_code(method: Any) -> Any:
