@@ -101,15 +101,17 @@ class FusedModule(nn.Module):
         return self._fusion.linears[group]
 
     def prepare(self) -> None:
-        """Merges and packs weights, where they are for inference and the module is not training."""
-        if self._fusion.inference and not self.training:
-            for linears in self._fusion.linears.values():
+        """Gives the weights their form: packed or merged for inference, while it does not train."""
+        for linears in self._fusion.linears.values():
+            if self._fusion.inference and not self.training:
                 linears.prepare()
+            else:
+                linears.restore()
 
     def set_inference(self, inference: bool) -> bool:
         """Changes what the module is fused for; whether that is a change."""
         before, self._fusion.inference = self._fusion.inference, inference
-        self._settle()
+        self.prepare()
         return before != inference
 
     def restore(self) -> None:
@@ -124,13 +126,6 @@ class FusedModule(nn.Module):
         del self._fusion
         self.__class__ = self.eager_class
 
-    def _settle(self) -> None:
-        """Gives the weights the form that mode and use ask for."""
-        if self._fusion.inference and not self.training:
-            self.prepare()
-        else:
-            self._make_plain()
-
     def _make_plain(self) -> None:
         for linears in self._fusion.linears.values():
             linears.restore()
@@ -138,7 +133,7 @@ class FusedModule(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """Weights are packed in evaluation only."""
         super().train(mode)
-        self._settle()
+        self.prepare()
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
@@ -203,7 +198,7 @@ class Fusion:
         self.linears = {
             group: Linears(module, *names, tied=tied)
             for group, names in type(module).LINEARS.items()
-            if all(holds_submodule(module, name) for name in names)
+            if all(submodule(module, name) is not None for name in names)
         }
         self.inner = tuple(inner for inner in module.modules() if inner is not module)
         self.contract = self.contract_of(module)
@@ -270,11 +265,6 @@ def submodule(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = None if module is None else module._modules.get(name)
     return module
-
-
-def holds_submodule(module: Any, path: str) -> bool:
-    """Whether there is a module of a dotted name."""
-    return isinstance(submodule(module, path), nn.Module)
 
 
 def holds(module: Any, *names: str) -> bool:
