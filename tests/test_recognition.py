@@ -128,6 +128,19 @@ def test_what_computes_the_same_is_fused_and_left_untouched_by_the_trial(mode):
     assert calls
 
 
+@pytest.mark.parametrize("name, reason", [
+    ("gemma.GemmaRMSNorm", "computes something else"),
+    ("qwen3_next.Qwen3NextRMSNorm", "computes something else"),
+    ("qwen3.Qwen3RMSNorm", None),
+])  # fmt: skip
+def test_norms_of_transformers_that_look_alike(name, reason):
+    model, _, kind = name.partition(".")
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    norm = getattr(module, kind)(64)
+    report = accelerate(nn.ModuleDict({"one": norm}))
+    assert reason in report.kept["one"] if reason else report.replaced == ["one"]
+
+
 def test_one_of_a_kind_is_tried(monkeypatch):
     tried = []
     forward = MLP.forward
