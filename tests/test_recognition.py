@@ -305,3 +305,14 @@ def test_a_fused_layer_is_of_both_classes():
     assert type(first) is type(second) and type(first).__name__ == eager.__name__
     assert type(copy.deepcopy(first)) is type(first)
     assert isinstance(first.attn, InternAttention)
+
+
+def test_check_tries_what_is_known_too():
+    built = model()
+    report = accelerate(built, check=True, strict=True)
+    assert len(report.replaced) == 10
+    forward = {"forward": lambda self, x: F.rms_norm(x, (64,), self.weight, 1e-4)}
+    changed = type("InternRMSNorm", (Gated,), forward | {"__module__": "copy.modeling_intern_vit"})
+    assert accelerate(nn.ModuleDict({"one": changed()})).replaced == ["one"]  # it is trusted
+    kept = accelerate(nn.ModuleDict({"one": changed()}), check=True).kept
+    assert "computes something else than FusedRMSNorm" in kept["one"]
