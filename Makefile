@@ -1,12 +1,13 @@
 # Every target sets up .venv by itself, on any machine with Python 3.10 or newer.
 #
 #   make demo     the embedded model on held-out pictures: classify, caption, ask, search
-#   make test     the whole test suite             make test ARGS="tests/kernels -x"
+#   make test     the whole test suite             make test ARGS="tests/kernels -x" JOBS=1
 #   make bench    every operator against its rivals on this machine
 #   make lint     ruff and mypy
 #   make clean    removes build products; `make distclean` removes .venv too
 #
 #   PYTHON=python3.12     the interpreter for .venv
+#   JOBS=4                processes of make test; unset, as many as there are cores
 #   INTERNVL_CUDA=1 or 0  insists on the CUDA kernels or leaves them out (minutes of nvcc); else
 #                         they are built where there are both an NVIDIA GPU and nvcc
 SHELL := /bin/sh
@@ -21,6 +22,7 @@ export INTERNVL_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
+JOBS ?= auto
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -41,7 +43,7 @@ demo: $(READY)
 	$(BIN)/internvl demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(READY)
 	$(BIN)/internvl bench kernels $(ARGS)

@@ -78,7 +78,8 @@ def read_config(
         values = InternVLConfig.from_preset(layout.preset).to_dict()
     if values is None:
         raise CheckpointNotFoundError(f"{place}: missing; add it, or pass config=")
-    check_config(values, config_class, place)
+    if config is not None:
+        check_config(values, config_class, place)
     general = PretrainedConfig().to_dict()  # output_hidden_states, for one
     known = {*inspect.signature(config_class).parameters, *values, *general}
     overrides = overrides_of(options, known)

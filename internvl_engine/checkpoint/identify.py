@@ -30,11 +30,9 @@ def built_by(config_class: Any) -> Family | None:
 
 def tower_of(config_class: Any) -> str:
     """Which tower a configuration class is for: "vision" or "language"."""
-    vision = (each for each in FAMILIES if "vision" in each.towers and len(each.towers) == 1)
-    return (
-        "vision" if any(config_class.model_type in each.model_types for each in vision) else
-        "language"
-    )  # fmt: skip
+    alone = [each for each in FAMILIES if set(each.towers) == {"vision"}]
+    is_vision = any(config_class.model_type in each.model_types for each in alone)
+    return "vision" if is_vision else "language"
 
 
 def own_fields(values: dict[str, Any], config_class: Any) -> dict[str, Any]:
@@ -64,15 +62,13 @@ def check_takes(source: str | Path, model_class: Any, **options: Any) -> Source:
         options: of which those about the hub are taken.
 
     Raises:
-        CheckpointNotFoundError: it is not there, or has no weights.
+        CheckpointNotFoundError: it is not there.
         CheckpointError: it is of another kind; the message says of which, and which class takes it.
     """
     found = Source.find(source, **hub_options(options))
     refuse_adapter(found)
     if found.config is not None:
         check_config(found.config, model_class.config_class, found.folder / "config.json")
-    if found.hub is None:
-        found.weights()
     return found
 
 

@@ -21,7 +21,7 @@ from .contents import Contents
 from .dtypes import resolve_dtype
 from .fill import fill
 from .hub import hub_options
-from .identify import built_by, needed_by, own_fields, refuse_adapter
+from .identify import built_by, check_config, needed_by, own_fields, refuse_adapter
 from .locate import Source
 from .names import canonical, prefix_of
 from .parts import drop_absent
@@ -129,6 +129,8 @@ def prepare(
     given = fields_of(config, model_class.config_class)
     found = Source.find(source, **hub_options(options))
     refuse_adapter(found)
+    if given is None and found.config is not None:  # before weights are downloaded
+        check_config(found.config, model_class.config_class, found.folder / "config.json")
     if family is not None and parts is None:
         parts = (given or {}).get("parts") or (found.config or {}).get("parts")
     needed = needed_by(model_class, parts)

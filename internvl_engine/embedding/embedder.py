@@ -131,7 +131,7 @@ class Embedder:
             ValueError: unknown mode, parts that were not loaded, an image that cannot be used or
                 whose embedding is not finite.
         """
-        kinds = self._check_mode(mode)
+        kinds = self.check_mode(mode)
         pixels = self._pixels(images, pixel_values, batch_size)
         width = self.model.config.clip_embed_dim
         empty = torch.empty(kinds, 0, width, dtype=torch.float32, device=self.device)
@@ -164,7 +164,7 @@ class Embedder:
             For every image, in order, (number, value, error): its embedding (E,), or
             ImageEmbeddings of two for "both"; or why there is none.
         """
-        self._check_mode(mode)
+        self.check_mode(mode)
         processor, options = self.processor.image_processor, {"keep_errors": True}
         for batch in image_batches(processor, images, batch_size, self.dtype, **options):
             outcomes = list(batch.broken)
@@ -177,8 +177,8 @@ class Embedder:
                     outcomes.append(Outcome(number, value if sound else None, error))
             yield from sorted(outcomes, key=lambda outcome: outcome.number)
 
-    def _check_mode(self, mode: str) -> int:
-        """How many embeddings a mode gives for an image."""
+    def check_mode(self, mode: str) -> int:
+        """How many embeddings a mode gives for an image; ValueError where it is none, or cannot."""
         if mode not in ("c", "g", "both"):
             raise ValueError(f'encode_image: mode must be "c", "g" or "both", got {mode!r}')
         for kind in "cg" if mode == "both" else mode:

@@ -76,7 +76,7 @@ class FusedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The eager module's result."""
         found = NotImplemented
-        if not (self.stays_eager or _is_for_onnx()):
+        if not (self.stays_eager or is_for_onnx()):
             found = self.run("compute", *args, **kwargs)
         return super().forward(*args, **kwargs) if found is NotImplemented else found
 
@@ -223,7 +223,7 @@ class Fusion:
         return any(linears.shares(value) for linears in self.linears.values())
 
 
-def _is_for_onnx() -> bool:
+def is_for_onnx() -> bool:
     """Whether this call is traced for ONNX, which knows no operators of ours."""
     tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
     return tracing and torch.onnx.is_in_onnx_export()

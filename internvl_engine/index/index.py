@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,13 +112,12 @@ class FolderIndex:
         folder, started = Path(folder), time.perf_counter()
         if not folder.is_dir():
             raise NotADirectoryError(f"index: {folder} is not a folder")
-        engine._check_mode(mode)
+        engine.check_mode(mode)
         batch_size = checked_batch_size(batch_size)
         output = folder / FOLDER if output is None else Path(output)
         endings = normal_extensions(extensions)
         report = Report()
-        made = lambda: identity(engine, mode, folder, output)  # noqa: E731
-        with Shards.writing(output, made) as shards:
+        with Shards.writing(output, partial(identity, engine, mode, folder, output)) as shards:
             check_model(shards, engine, mode)
             check_pictures(shards, engine, folder)
             listing = list_images(folder, recursive, endings, output)

@@ -24,7 +24,7 @@ def wrap_lora(tower: nn.Module, r: int, alpha: int, dropout: float, targets: lis
             that no reader of checkpoints knows.
     """
     if any("lora_A" in name.split(".") for name, _ in tower.named_modules()):
-        bare: Any = tower.get_base_model() if hasattr(tower, "get_base_model") else tower
+        bare: Any = getattr(tower, "get_base_model", lambda: tower)()
         raise ValueError(
             f"{type(bare).__name__} has LoRA already: merge it first (tower.merge_and_unload()), "
             "or take it out (tower.unload())"

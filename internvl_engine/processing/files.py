@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import read_json
-from ..checkpoint.hub import download
+from ..checkpoint.hub import download, hub_options
 from ..printable import printable
 
 OURS = "processor_config.json"
@@ -18,7 +18,6 @@ CLIP_STYLE = "preprocessor_config.json"
 MODEL = "config.json"
 TOKENIZER = "tokenizer.model"
 BICUBIC = 3  # Pillow's number
-DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
@@ -29,20 +28,20 @@ def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
 
     Args:
         source: directory, or hub id "owner/name".
-        options: `subfolder`, and the download options of huggingface_hub; others, which
-            transformers' Auto classes pass along, are ignored.
+        options: of which `checkpoint.HUB_OPTIONS` are taken; others, which transformers' Auto
+            classes pass along, are ignored.
 
     Raises:
-        FileNotFoundError: no such directory, or a repository that can not be read and is not in
+        FileNotFoundError: no such directory, or a repository that cannot be read and is not in
             the cache.
     """
-    text, subfolder = os.fspath(source), options.get("subfolder") or ""
+    text, options = os.fspath(source), hub_options(options)
+    subfolder = options.pop("subfolder", "")
     if os.path.isdir(source):
         return Path(source, subfolder)
     if text.count("/") != 1 or text[0] in "/.~":
         raise FileNotFoundError(f"InternVLProcessor: no directory {printable(text)}")
     names = [os.path.join(subfolder, name) for name in (OURS, CLIP_STYLE, MODEL, TOKENIZER)]
-    options = {key: value for key, value in options.items() if key in DOWNLOAD_OPTIONS}
     return download(text, names, **options) / subfolder
 
 
@@ -58,9 +57,9 @@ def image_settings(folder: Path) -> dict[str, Any]:
         stored = read_json(ours).get("image_processor")
         if not isinstance(stored, dict):
             raise ValueError(f"InternVLProcessor: {ours} has no image_processor settings")
-        settings = _stored(stored, ours)
+        settings = stored_settings(stored, ours)
     elif clip.is_file():
-        settings = _stored(read_json(clip), clip)
+        settings = stored_settings(read_json(clip), clip)
     if model.is_file():
         config = read_json(model)
         vision = config.get("vision_config")
@@ -76,14 +75,14 @@ def image_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _stored(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def stored_settings(values: dict[str, Any], path: Path | str) -> dict[str, Any]:
     """Settings of a file, ours or CLIP's; transformers 5 keeps either in either file."""
     if {"geometry", "size"} <= set(values):
         return {key: value for key, value in values.items() if key != "image_processor_type"}
     return _from_clip(values, path)
 
 
-def _from_clip(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def _from_clip(values: dict[str, Any], path: Path | str) -> dict[str, Any]:
     """Settings of a CLIP-style file; what would give other pixels than it asks for is refused."""
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if values.get(step, True) is False:
@@ -114,7 +113,7 @@ def _from_clip(values: dict[str, Any], path: Path) -> dict[str, Any]:
     return settings
 
 
-def _side(size: Any, path: Path) -> int | None:
+def _side(size: Any, path: Path | str) -> int | None:
     """The one number in 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if size is None:

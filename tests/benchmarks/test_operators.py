@@ -86,6 +86,18 @@ RIVALS = {
 }
 
 
+def has_native(operator: str) -> bool:
+    """Whether a native kernel serves it here; attention has none without vector instructions."""
+    attends = operator.endswith("attention") and operator not in (
+        "decode_attention",
+        "pooling_attention",
+    )
+    name = "attention" if operator == "cross_attention" else operator
+    if "native" not in operators.backends(name)["CPU"]:
+        return False
+    return not attends or _library.native.instruction_set() != "portable"
+
+
 @ON_CPU
 def test_everybody_computes_the_same_and_is_timed(tmp_path):
     file = tmp_path / "rows.json"
@@ -94,11 +106,7 @@ def test_everybody_computes_the_same_and_is_timed(tmp_path):
     for operator in kernels.operators():
         names = {row.provider for row in found.rows if row.operator == operator}
         assert {"eager", "torch.compile"} | RIVALS.get(operator, set()) <= names
-        served_by = "attention" if operator == "cross_attention" else operator
-        native = "native" in operators.backends(served_by)["CPU"]
-        if native and _library.native.instruction_set() == "portable":
-            native = "attention" not in operator or operator == "decode_attention"
-        assert ("ours (native)" in names) == native
+        assert ("ours (native)" in names) == has_native(operator)
     stored = json.loads(file.read_text())
     assert stored["machine"] == timing.machine("cpu") and set(stored["peaks"]) == {
         "float32", "bfloat16",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from published_layout import write_published
 
-from internvl_engine.checkpoint import CheckpointNotFoundError
+from internvl_engine.checkpoint import CheckpointError, CheckpointNotFoundError
 from internvl_engine.modeling import InternVisionModel, InternVL_G
 
 from golden_vectors import load_golden
@@ -112,3 +112,12 @@ def test_a_folder_of_the_repository(hub, golden_g):
     assert torch.equal(model.query_tokens, golden_g.state["query_tokens"])
     local = InternVL_G.from_pretrained(hub.repository, subfolder="weights", **FP32)
     assert torch.equal(local.query_tokens, golden_g.state["query_tokens"])
+
+
+def test_a_chat_is_refused_before_its_weights_come_down(hub, golden_g):
+    write_published(hub.repository, golden_g)
+    config = {"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}}
+    (hub.repository / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="this is a chat checkpoint"):
+        InternVL_G.from_pretrained(NAME)
+    assert hub.files == {"config.json", "model.safetensors.index.json"}

@@ -8,7 +8,8 @@ import torch
 from published_layout import write_published
 from safetensors.torch import save_file
 
-from internvl_engine.checkpoint import CheckpointError, CheckpointNotFoundError, check_takes
+from internvl_engine.checkpoint import CheckpointError, check_takes
+from internvl_engine.configuration import InternVisionConfig
 from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G, InternVLModel
 from internvl_engine.modeling.lora import QLLAMA_LORA, VISION_LORA
 from internvl_engine.modeling.qllama import LlamaForCausalLM
@@ -110,16 +111,15 @@ def test_other_kinds_of_checkpoints_are_called_so(tmp_path, name):
         check_takes(tmp_path, InternVLModel)
 
 
+def test_a_configuration_of_another_class_in_place_of_the_file(published):
+    with pytest.raises(CheckpointError, match="config: not a InternVLConfig: this is an InternViT"):
+        InternVL_G.from_pretrained(published, config=InternVisionConfig())
+
+
 def test_a_language_model_has_no_vision_tower_and_the_other_way_round(tmp_path, published):
     InternVisionModel.from_pretrained(published, **FP32).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="vision tower alone.*, not a language model"):
         LlamaForCausalLM.from_pretrained(tmp_path)
-
-
-def test_a_folder_with_nothing_but_a_configuration(tmp_path, published):
-    shutil.copy(published / "config.json", tmp_path)
-    with pytest.raises(CheckpointNotFoundError, match="no weights here"):
-        check_takes(tmp_path, InternVLModel)
 
 
 def test_what_it_takes_is_taken(published):

@@ -15,6 +15,7 @@ from internvl_engine.assets import held_out
 IMAGES = pictures(5)
 TEXTS = ["a red panda", "two dogs", "a"]
 LABELS = ["cat", "dog"]
+PANELS = "panels" in (kernels.layout_of(torch.empty(64, 64, dtype=torch.bfloat16)) or "")
 
 
 def everything(engine):
@@ -190,7 +191,7 @@ def test_an_engine_goes_to_other_processes(dtype):
 @pytest.mark.parametrize(
     "dtype",
     [
-        "bfloat16",
+        pytest.param("bfloat16", marks=pytest.mark.xfail(not PANELS, reason="PyTorch multiplies")),
         pytest.param(
             "float32",
             marks=pytest.mark.xfail(

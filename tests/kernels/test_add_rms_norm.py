@@ -10,7 +10,7 @@ from numerics import assert_as_accurate_as_eager, assert_gradient_as_accurate_as
 EPS = 1e-6
 RUNS = runs("add_rms_norm")
 # The vision tower's width and QLLaMA's, odd and narrow widths, one element, no rows.
-SHAPES = [(2, 257, 3200), (1025, 3200), (96, 4096), (130, 41), (1, 1), (0, 3200), (300, 64)]
+SHAPES = [(2, 257, 3200), (96, 4096), (130, 41), (1, 1), (0, 3200), (300, 64)]
 
 
 def inputs(shape, dtype=torch.float32, device="cpu", has_scale=True):
@@ -60,8 +60,7 @@ def test_gradient_where_only_one_output_is_used(device, backend, dtype):
 
 @pytest.mark.parametrize("device, backend, dtype", RUNS)
 def test_outlier_channels(device, backend, dtype):
-    rows = 512 if interpreted(backend, device) else 2048
-    x, residual, scale, weight = inputs((rows, 96), dtype, device)
+    x, residual, scale, weight = inputs((2048, 96), dtype, device)
     args = (x, with_outliers(residual), scale, weight)
     with backend_in_use("add_rms_norm", backend):
         result = add_rms_norm(*args, EPS)

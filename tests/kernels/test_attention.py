@@ -283,3 +283,10 @@ def test_the_flash_attn_package_is_called_as_it_is_documented(name, wants_lse, m
         )
         torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dim, served", [(16, True), (128, True), (136, False), (20, False)])
+def test_heads_that_the_kernels_do_not_take_are_named(dim, served):
+    reason = kernels.unsupported_head_dim(dim)
+    assert (reason is None) == served
+    assert served or f"{dim} wide; the kernels take multiples of 8 up to 128" in reason

@@ -57,9 +57,9 @@ def test_works_without_triton_and_without_native_modules():
 
 
 @pytest.mark.skipif(_library.native is None, reason="built without a C++ compiler")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "portable"])
 def test_every_instruction_set_gives_the_right_result(isa):
-    """The tests elsewhere run on the best one; these are what other processors get."""
+    """The tests elsewhere run on the best one, and in CI on avx2 too; these are the others."""
     code = (
         "import sys, torch\n"
         "from internvl_engine import _native, kernels, reference\n"

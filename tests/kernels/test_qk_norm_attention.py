@@ -140,10 +140,10 @@ def test_triton_twice_the_same_bits(triton_small_tiles):
 
 @interpreted
 def test_triton_reads_a_slice_of_a_larger_tensor(triton_small_tiles):
-    qkv, *weights = inputs((4, 40, 2, 16), torch.float16)
-    slice_of_tokens = qkv.detach()[1:3, 3:36].requires_grad_()  # 33 of 40 tokens of 2 of 4 images
+    qkv, *weights = inputs((3, 24, 2, 16), torch.float16)
+    slice_of_tokens = qkv.detach()[1:2, 3:20].requires_grad_()  # 17 of 24 tokens of one image
     check(slice_of_tokens, *weights)
-    check(qkv.detach().transpose(3, 4).contiguous().transpose(3, 4).requires_grad_(), *weights)
+    check(qkv.detach()[:1].transpose(3, 4).contiguous().transpose(3, 4).requires_grad_(), *weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

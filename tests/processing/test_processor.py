@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, pipeline
 
+from internvl_engine import InternVLProcessor  # and with it all of the Auto classes
 from internvl_engine.assets import held_out, nano_directory
 from internvl_engine.configuration import InternVLConfig
-from internvl_engine.processing import InternVLImageProcessor, InternVLProcessor
+from internvl_engine.processing import InternVLImageProcessor
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 31, 3), dtype=np.uint8)
 PUBLISHED_CONFIG = {
