@@ -130,8 +130,12 @@ def step(built: nn.Module, optimizer: torch.optim.Optimizer, times: int = 2) -> 
         optimizer.step()
 
 
-def assert_same_weights(found: nn.Module, expected: nn.Module, rtol: float = 1e-4) -> None:
-    """Asserts equal names and, within rtol of the norm, equal values of two state dicts."""
+def assert_same_weights(found: nn.Module, expected: nn.Module, rtol: float = 1e-3) -> None:
+    """Asserts equal names and, within rtol of the norm, equal values of two state dicts.
+
+    The default is for a few steps of training, which enlarge roundings up to 1e-4; a step that is
+    left out, or made twice, shows as 1e-2.
+    """
     ours, theirs = found.state_dict(), expected.state_dict()
     assert ours.keys() == theirs.keys()
     wrong = {
@@ -139,4 +143,4 @@ def assert_same_weights(found: nn.Module, expected: nn.Module, rtol: float = 1e-
         for name, t in theirs.items()
         if (ours[name].double() - t.double()).norm() > rtol * t.double().norm() + 1e-7
     }
-    assert not wrong
+    assert not wrong, wrong
