@@ -2,9 +2,9 @@
 
 A known class is trusted by where it is defined; its structure (names and shapes of what it holds)
 is checked all the same. A module with that structure from elsewhere may scale, clamp or turn in
-between: of transformers 5.23, Gemma's, OLMo's and others' norms and MLPs hold exactly what LLaMA's
-do and compute something else (tests/acceleration/test_recognition.py lists them). So one of its
-kind is tried: a stand-in with random float32 weights on the CPU computes both ways.
+between: of 182 norms of transformers 5.23 that look alike, 16 compute something else (Gemma's,
+Qwen3-Next's: weights count from 1). A table would miss the others or take these, so one of a kind
+is tried: a stand-in with random float32 weights on the CPU computes both ways.
 """
 
 from collections import OrderedDict

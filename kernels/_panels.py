@@ -51,6 +51,8 @@ def to_panels(weight: Tensor, panel: Panel) -> Tensor:
 def from_panels(packed: Tensor, features: int) -> Tensor:
     """The weight (F, C), bit for bit, in memory of its own; the shape says how it was packed."""
     panels, steps, rows, depth = packed.shape
+    if torch.compiler.is_exporting():  # ONNX has no views of another dtype
+        return packed.transpose(1, 2).reshape(panels * rows, -1)[:features].clone()
     words = _as_words(packed).transpose(1, 2)
     dense = words.clone(memory_format=torch.contiguous_format).view(packed.dtype)
     dense = dense.view(panels * rows, steps * depth)

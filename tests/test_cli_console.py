@@ -111,6 +111,8 @@ def test_control_characters_are_escaped_wherever_text_comes_out(capsys):
     assert "\x1b" not in out + err and "\x9b" not in out + err and "\u202e" not in out + err
     assert out.count(r"\x1b[2Jred\x9b\u202e") == 3
     assert json.loads(out[out.index("{") :]) == {"name": text}
+    print_title("\n\na\nb")
+    assert capsys.readouterr().out == "\n\na\\nb\n"
     show("two\nlines", end="")
     assert capsys.readouterr().out == "two\nlines"
 

@@ -128,6 +128,19 @@ def test_what_computes_the_same_is_fused_and_left_untouched_by_the_trial(mode):
     assert calls
 
 
+@pytest.mark.parametrize("name, reason", [
+    ("gemma.GemmaRMSNorm", "computes something else"),
+    ("qwen3_next.Qwen3NextRMSNorm", "computes something else"),
+    ("qwen3.Qwen3RMSNorm", None),
+])  # fmt: skip
+def test_norms_of_transformers_that_look_alike(name, reason):
+    model, _, kind = name.partition(".")
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    norm = getattr(module, kind)(64)
+    report = accelerate(nn.ModuleDict({"one": norm}))
+    assert reason in report.kept["one"] if reason else report.replaced == ["one"]
+
+
 def test_one_of_a_kind_is_tried(monkeypatch):
     tried = []
     forward = MLP.forward
@@ -292,3 +305,14 @@ def test_a_fused_layer_is_of_both_classes():
     assert type(first) is type(second) and type(first).__name__ == eager.__name__
     assert type(copy.deepcopy(first)) is type(first)
     assert isinstance(first.attn, InternAttention)
+
+
+def test_check_tries_what_is_known_too():
+    built = model()
+    report = accelerate(built, check=True, strict=True)
+    assert len(report.replaced) == 10
+    forward = {"forward": lambda self, x: F.rms_norm(x, (64,), self.weight, 1e-4)}
+    changed = type("InternRMSNorm", (Gated,), forward | {"__module__": "copy.modeling_intern_vit"})
+    assert accelerate(nn.ModuleDict({"one": changed()})).replaced == ["one"]  # it is trusted
+    kept = accelerate(nn.ModuleDict({"one": changed()}), check=True).kept
+    assert "computes something else than FusedRMSNorm" in kept["one"]

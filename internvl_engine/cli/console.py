@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,11 +83,8 @@ def _say(message: str) -> None:
 
 def show(text: Any, *, end: str = "\n") -> None:
     """Prints a result, at once."""
-    typer.echo(_lines(text) + end, nl=False)
-
-
-def _lines(text: Any) -> str:
-    return "\n".join(printable(line, None) for line in str(text).split("\n"))
+    lines = [printable(line, None) for line in str(text).split("\n")]
+    typer.echo("\n".join(lines) + end, nl=False)
 
 
 def print_json(document: Any) -> None:
@@ -111,8 +109,9 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, indent: s
 
 
 def print_title(text: str) -> None:
-    """A heading."""
-    typer.secho(_lines(text), bold=True)
+    """A heading, on one line after those that it begins with."""
+    title = text.lstrip("\n")
+    typer.secho("\n" * (len(text) - len(title)) + printable(title, None), bold=True)
 
 
 def progress(total: int | None, unit: str) -> Any:
@@ -128,6 +127,24 @@ def progress(total: int | None, unit: str) -> Any:
         ncols=columns,
         nrows=lines,
     )
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises before anything is computed where a file could not be written in the end.
+
+    Args:
+        path: of the file.
+        option: what gave it, for the message.
+
+    Raises:
+        FileNotFoundError: the folder that it would be in is not there.
+        PermissionError: it is a folder, or must not be written.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option}: there is no folder {folder} to write {path.name} in")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(f"{option}: {path} cannot be written")
 
 
 def prepare_streams() -> None:

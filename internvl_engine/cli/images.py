@@ -1,15 +1,14 @@
 """Commands on single images: classify, caption, ask, embed."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..printable import printable
-from .console import Json, command, print_json, print_table, print_title, show
+from .console import Json, check_writable, command, print_json, print_table, print_title, show
 from .labels import read_labels
-from .model import BatchSize, Mode, ModelOptions, check_mode
+from .model import BatchSize, Mode, ModelOptions, check_mode, parts_for
 from .pictures import Results, sources
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def classify(
     internvl classify photo.jpg --labels "cat,dog,red panda"
     """
     names, pictures = read_labels(labels), sources(images)
-    engine = model.load(check_mode(mode))
+    engine = model.load(parts_for(check_mode(mode), texts=True))
     options: dict[str, Any] = {"templates": template, "mode": mode, "top_k": top}
 
     def show_labels(image: str, rows: Any) -> None:
@@ -171,11 +170,11 @@ def embed(
         raise typer.BadParameter("give images, or texts with --text", param_hint="IMAGE...")
     check_mode(mode, "both")
     if output is not None:
-        _check_writable(output)
+        if output.suffix != ".safetensors":
+            raise typer.BadParameter("needs the ending .safetensors", param_hint="--output")
+        check_writable(output, "--output")
     pictures = sources(images)
-    tower = "image" if mode == "c" else "g"
-    parts = "text" if not images else tower if not texts else "c" if mode == "c" else "g"
-    engine = model.load(parts)
+    engine = model.load(parts_for(mode, images=bool(images), texts=bool(texts)))
     results = Results(images, None)
     vectors: dict[str, Tensor] = {}
     if images:
@@ -200,17 +199,6 @@ def _columns(rows: list[Any], mode: str, width: int) -> "dict[str, Tensor]":
     kinds = {"c": 0, "g": 1} if mode == "both" else {mode: None}
     of = {k: [row if i is None else row[i] for row in rows] for k, i in kinds.items()}
     return {k: torch.stack(found) if found else torch.empty(0, width) for k, found in of.items()}
-
-
-def _check_writable(output: Path) -> None:
-    """Raises before anything is computed for a file that could not be written in the end."""
-    if output.suffix != ".safetensors":
-        raise typer.BadParameter("needs the ending .safetensors", param_hint="--output")
-    folder = output.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--output: there is no folder {folder} to write {output.name} in")
-    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
-        raise PermissionError(f"--output: {output} cannot be written")
 
 
 def _give(

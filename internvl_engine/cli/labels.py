@@ -20,7 +20,8 @@ def read_labels(given: list[str]) -> list[str]:
             between commas are not.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is not there, or not text; they name it.
+        FileNotFoundError: no such file.
+        ValueError: a file that is not text in UTF-8 or UTF-16.
         typer.BadParameter: no label at all.
     """
     found: list[str] = []

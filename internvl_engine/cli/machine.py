@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from .console import Json, command, notice, print_json, print_table, show
+from .console import Json, check_writable, command, notice, print_json, print_table, show
 from .model import Device
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def demo(
     Classifies, describes, questions and searches 360 handwritten digits that it never saw, and
     draws what came of it.
     """
+    check_writable(out, "--out")
     from .demo import run
     from .sheet import draw
 
@@ -105,12 +106,13 @@ def verify(
     from ..verification import verify as check
 
     report = check(directory, images or None, hashes=hashes)
+    failure = f"{directory}: the checkpoint is damaged or not one of InternVL-14B"
     if as_json:
-        print_json(report.as_dict())
+        print_json(report.as_dict() | ({} if report.ok else {"error": failure}))
     else:
         show(report)
     if not report.ok:
-        notice(f"{directory}: the checkpoint is damaged or not one of InternVL-14B")
+        notice(failure)
         raise typer.Exit(1)
 
 
@@ -170,6 +172,8 @@ class BenchOptions(NamedTuple):
             else Effort(300.0, self.rounds, self.cpu_time)
         )
         printed = self.json == Path("-")
+        if self.json is not None and not printed:
+            check_writable(self.json, "--json")
         with contextlib.redirect_stdout(sys.stderr if printed else sys.stdout):
             report = measure(
                 suites, effort=effort, json_file=None if printed else self.json, plot=self.plot,

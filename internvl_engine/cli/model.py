@@ -57,3 +57,12 @@ def check_mode(mode: str, *others: str) -> str:
         message = f"'{printable(mode)}' is not one of {', '.join(known)}"
         raise typer.BadParameter(message, param_hint="--mode")
     return mode
+
+
+def parts_for(mode: str, *, images: bool = True, texts: bool = False) -> str:
+    """The least parts of the model that embed images, in a mode that exists, or texts, or both."""
+    if not images:
+        return "text"
+    if mode != "c":
+        return "g"
+    return "c" if texts else "image"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import Json, command, notice, print_json, print_table, progress, show
-from .model import BatchSize, Mode, ModelOptions, check_mode
+from .model import BatchSize, Mode, ModelOptions, check_mode, parts_for
 
 NO_MODEL = ModelOptions()
 
@@ -32,7 +32,7 @@ def index(
 
     May be interrupted at any time: the next run goes on from there.
     """
-    engine = model.load("image" if check_mode(mode) == "c" else "g")
+    engine = model.load(parts_for(check_mode(mode)))
     with progress(None, "images") as bar:
 
         def advance(done: int, total: int) -> None:
@@ -49,6 +49,11 @@ def index(
         return
     for path, reason in report.broken.items():
         notice(f"left out {path}: {reason}")
+    for path, reason in report.kept.items():
+        notice(f"kept as it was {path}: {reason}")
+    if report.skipped:
+        others = ", ".join(f"{count} {ending}" for ending, count in sorted(report.skipped.items()))
+        notice(f"no images by their names: {others}")
     show(
         f"{len(found)} images in {found.shards.folder}: {report.added} new, {report.unchanged} "
         f"known, {report.removed} gone, {len(report.broken)} broken ({report.seconds:.1f} s)"
@@ -75,7 +80,7 @@ def search(
 
     found = FolderIndex.open(folder)
     mode = found.shards.identity["mode"]
-    parts = "text" if image is None else "image" if mode == "c" else "g"
+    parts = parts_for(mode, images=image is not None, texts=query is not None)
     engine = model.load(parts)
     hits = found.search(engine, query if image is None else image, count)
     if as_json:

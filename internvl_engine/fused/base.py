@@ -8,6 +8,7 @@ going back is to set the class again.
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class FusedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The eager module's result."""
         found = NotImplemented
-        if not self.stays_eager:
+        if not (self.stays_eager or is_for_onnx()):
             found = self.run("compute", *args, **kwargs)
         return super().forward(*args, **kwargs) if found is NotImplemented else found
 
@@ -90,7 +91,10 @@ class FusedModule(nn.Module):
 
     def compile_fused(self, **options: Any) -> None:
         """Compiles what the module computes, with the options of `torch.compile`."""
-        self._fusion.compiled = torch.compile(getattr(self, self.COMPILED), **options)
+        method = getattr(self, self.COMPILED)
+        if hasattr(self, "layer_idx"):
+            method = _own_code(method)
+        self._fusion.compiled = torch.compile(method, **options)
 
     def product(self, group: str) -> Linears:
         """The linears of a group as one product."""
@@ -217,6 +221,26 @@ class Fusion:
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of merged weights."""
         return any(linears.shares(value) for linears in self.linears.values())
+
+
+def is_for_onnx() -> bool:
+    """Whether this call is traced for ONNX, which knows no operators of ours."""
+    tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return tracing and torch.onnx.is_in_onnx_export()
+
+
+def _own_code(method: Any) -> Any:
+    """The same method with a code object of its own.
+
+    Layers that write to a cache differ in their index, which becomes part of their graphs, and
+    PyTorch (2.13) compiles one code object eight times at most.
+    """
+    of = method.__func__
+    own = FunctionType(
+        of.__code__.replace(), of.__globals__, of.__name__, of.__defaults__, of.__closure__
+    )
+    own.__kwdefaults__ = of.__kwdefaults__
+    return MethodType(own, method.__self__)
 
 
 @cache

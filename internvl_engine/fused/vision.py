@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .. import kernels
 from ..weights import is_hooked
-from .base import FusedModule, holds, submodule
+from .base import FusedModule, holds, is_for_onnx, submodule
 from .norm import add_normalize, add_scaled, epsilon, is_rms_norm, normalize
 
 EXACT_GELU = ("GELU", "GELUActivation")  # torch's, and transformers' "gelu"
@@ -62,7 +62,7 @@ class FusedVisionEncoder(FusedModule):
 def carries(layer: Any) -> bool:
     """Whether a loop may run a layer by its `step`: it is fused, and nobody watches it."""
     steps = isinstance(layer, FusedModule) and layer.COMPILED == "step"
-    return steps and not is_hooked(layer) and not layer.stays_eager
+    return steps and not (is_hooked(layer) or layer.stays_eager or is_for_onnx())
 
 
 class FusedVisionLayer(FusedModule):

@@ -1,5 +1,6 @@
 """The eager model: plain, readable PyTorch, and the reference of everything faster."""
 
+import transformers
 from transformers import AutoModel, AutoModelForZeroShotImageClassification
 
 from ..configuration import InternVisionConfig, InternVLConfig
@@ -11,5 +12,10 @@ __all__ = ["InternVL_C", "InternVL_G", "InternVLModel", "InternVisionModel"]
 # The class that a configuration names in `architectures`, or else the first.
 COMPOSITES = (InternVLModel, InternVL_C, InternVL_G)
 AutoModel.register(InternVLConfig, COMPOSITES, exist_ok=True)
-AutoModelForZeroShotImageClassification.register(InternVLConfig, COMPOSITES, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(
+    InternVLConfig,
+    # The pipelines of transformers 4 fail where several classes are entered for one configuration.
+    InternVLModel if transformers.__version__.startswith("4.") else COMPOSITES,
+    exist_ok=True,
+)
 AutoModel.register(InternVisionConfig, InternVisionModel, exist_ok=True)

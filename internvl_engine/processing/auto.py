@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from ..configuration import InternVLConfig
-from .files import TOKENIZER, image_settings, processor_folder
+from .files import TOKENIZER, image_settings, processor_folder, stored_settings
 from .images import InternVLImageProcessor
 from .processor import IMAGE_FILE_CLASS, InternVLProcessor
 from .text import InternVLTokenizer
@@ -55,6 +55,12 @@ class InternVL14BImageProcessor(InternVLImageProcessor, BaseImageProcessor):
     def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> Any:  # type: ignore[override]
         """Reads the settings of the images where `InternVLProcessor.from_pretrained` does."""
         return cls(**image_settings(processor_folder(source, **options)))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **options: Any) -> Any:
+        """From what a file holds; transformers 4 reads the file itself."""
+        processor = cls(**stored_settings(image_processor_dict, "the settings"))
+        return (processor, options) if options.pop("return_unused_kwargs", False) else processor
 
 
 class InternVL14BTokenizer(InternVLTokenizer):

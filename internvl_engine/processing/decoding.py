@@ -24,6 +24,7 @@ from .sources import (
     held,
     open_image,
     picture_in_row,
+    pillow_limit,
     source_name,
 )
 
@@ -100,7 +101,8 @@ def _load(
         raise ImageError(f"{limits[0]}: {image.format} files are programs, not pictures")
     if draft_side is not None:
         image.draft("RGB", (draft_side, draft_side))
-    image.load()
+    with pillow_limit(image.width * image.height):  # which TIFF looks at once more
+        image.load()
     _check_size(image.size, *limits)  # icons choose on load
     return _turn(image)
 

@@ -32,7 +32,7 @@ def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
             classes pass along, are ignored.
 
     Raises:
-        FileNotFoundError: no such directory, or a repository that can not be read and is not in
+        FileNotFoundError: no such directory, or a repository that cannot be read and is not in
             the cache.
     """
     text, options = os.fspath(source), hub_options(options)
@@ -57,9 +57,9 @@ def image_settings(folder: Path) -> dict[str, Any]:
         stored = read_json(ours).get("image_processor")
         if not isinstance(stored, dict):
             raise ValueError(f"InternVLProcessor: {ours} has no image_processor settings")
-        settings = _stored(stored, ours)
+        settings = stored_settings(stored, ours)
     elif clip.is_file():
-        settings = _stored(read_json(clip), clip)
+        settings = stored_settings(read_json(clip), clip)
     if model.is_file():
         config = read_json(model)
         vision = config.get("vision_config")
@@ -75,14 +75,14 @@ def image_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _stored(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def stored_settings(values: dict[str, Any], path: Path | str) -> dict[str, Any]:
     """Settings of a file, ours or CLIP's; transformers 5 keeps either in either file."""
     if {"geometry", "size"} <= set(values):
         return {key: value for key, value in values.items() if key != "image_processor_type"}
     return _from_clip(values, path)
 
 
-def _from_clip(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def _from_clip(values: dict[str, Any], path: Path | str) -> dict[str, Any]:
     """Settings of a CLIP-style file; what would give other pixels than it asks for is refused."""
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if values.get(step, True) is False:
@@ -113,7 +113,7 @@ def _from_clip(values: dict[str, Any], path: Path) -> dict[str, Any]:
     return settings
 
 
-def _side(size: Any, path: Path) -> int | None:
+def _side(size: Any, path: Path | str) -> int | None:
     """The one number in 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if size is None:

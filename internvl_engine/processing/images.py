@@ -35,8 +35,10 @@ class InternVLImageProcessor:
     Args:
         size: side S of the square that the model sees.
         geometry: how a photo becomes that square, see the head of this file.
-        mean, std: of the three channels, on a scale of 0..1.
-        max_pixels, max_aspect_ratio: larger or longer images are refused, see `load_image`.
+        mean: of the three channels, on a scale of 0..1.
+        std: standard deviations of the three channels, on the same scale.
+        max_pixels: larger images are refused, see `load_image`.
+        max_aspect_ratio: longer images are refused, see `load_image`.
         draft: decode JPEGs at reduced size, faster and not pixel-exact.
 
     Raises:
@@ -91,7 +93,9 @@ class InternVLImageProcessor:
             (B, 3, S, S) on the CPU.
 
         Raises:
-            FileNotFoundError, ImageError, TypeError: as `load_image`, naming the image.
+            FileNotFoundError: no such file; the message has the number of the image.
+            ImageError: an image that cannot be used, by number and name.
+            TypeError: not an image in any of its forms.
         """
         return self.pixel_values(images, dtype=dtype, workers=workers, first=first)
 

@@ -93,7 +93,8 @@ def open_image(source: Any, name: str, max_pixels: int) -> Image.Image:
     """The image with its header read, from a source that `check_type` passes.
 
     Raises:
-        FileNotFoundError, ImageError: as `load_image`.
+        FileNotFoundError: no such file.
+        ImageError: no image, or none that is bounded.
     """
     if isinstance(source, torch.Tensor):
         source = _tensor_to_array(source, name)
@@ -206,14 +207,21 @@ def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
 
 
 def _open_within(file: Any, max_pixels: int) -> Image.Image:
-    """Image.open, where Pillow's own limit would be in the way with that limit raised meanwhile."""
-    if max_pixels <= MAX_PIXELS:
+    with pillow_limit(max_pixels):
         return Image.open(file)
+
+
+@contextmanager
+def pillow_limit(pixels: int) -> Iterator[None]:
+    """Raises Pillow's own limit meanwhile, where pictures of so many pixels exceed it."""
+    if pixels <= MAX_PIXELS:
+        yield
+        return
     with _PILLOW_LIMIT:
         limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, max_pixels)
+        Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, pixels)
         try:
-            return Image.open(file)
+            yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from company import (
     KINDS,
+    PAIRS,
     STATES,
     assert_same_weights,
     close,
@@ -240,7 +241,7 @@ def linears(built):
     return [name for name, m in built.named_modules() if isinstance(m, nn.Linear)]
 
 
-@pytest.mark.parametrize("kind", ["ours", "chat"])  # the published pooler reads its weights itself
+@pytest.mark.parametrize("kind, state", PAIRS[:-1])  # the published pooler reads its weights
 @torch.no_grad()
 def test_quantize_dynamic_finds_every_linear(kind, state):
     from torch.ao.quantization import quantize_dynamic
@@ -310,9 +311,11 @@ def torchao(built, wanted=lambda name: True):
 QUANTIZERS = {"a subclass": quantize, "torchao": torchao}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+WEIGHTS = [(kind, torch.float32) for kind in KINDS] + [("chat", torch.bfloat16)]
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, dtype", WEIGHTS)
 @torch.no_grad()
 def test_quantized_weights_are_multiplied_as_they_are(kind, quantizer, dtype):
     """Before `accelerate` and after it, all Linears and some; nobody reads their address."""
@@ -344,7 +347,7 @@ def test_the_report_says_which_weights_are_in_a_form_of_their_own(quantizer):
     assert name in text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, state", PAIRS)
 def test_flops_are_counted(kind, state):
     counts = []
     for one in (eager(kind), put(eager(kind), state).eval()):
@@ -358,7 +361,7 @@ def test_flops_are_counted(kind, state):
 
 
 @pytest.mark.parametrize("register", ["forward", "forward_pre", "full_backward"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, state", PAIRS)
 def test_global_hooks_see_every_module(kind, register, state):
     from torch.nn.modules import module as nn_module
 
@@ -382,7 +385,7 @@ def test_global_hooks_see_every_module(kind, register, state):
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook",
                                       "register_full_backward_hook"])  # fmt: skip
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, state", PAIRS)
 def test_hooks_on_every_module_see_what_they_did(kind, register, state):
     found = []
     for one in (eager(kind), put(eager(kind), state)):
@@ -398,7 +401,7 @@ def test_hooks_on_every_module_see_what_they_did(kind, register, state):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, state", PAIRS)
 @torch.no_grad()
 def test_a_hook_may_change_what_goes_through(kind, state):
     path = PARTS[kind]["one of three"]
@@ -433,7 +436,7 @@ def test_observers_of_operators_see_plain_tensors(state):
     assert len(profile.key_averages()) > 10
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, state", PAIRS)
 def test_weights_that_are_edited_in_place_are_what_computes(kind, state):
     """As initialisers, clipping, task arithmetic and weight tying by hand do it."""
     expected, built = eager(kind), put(eager(kind), state)
@@ -458,7 +461,7 @@ def test_weights_that_are_edited_in_place_are_what_computes(kind, state):
         close(run(built), run(expected))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, state", PAIRS)
 @torch.no_grad()
 def test_weights_can_be_read_as_tensors(kind, state):
     expected, built = eager(kind), put(eager(kind), state)

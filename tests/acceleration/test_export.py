@@ -133,7 +133,7 @@ def test_onnx_takes_the_eager_path(kind, tmp_path):
     assert all(torch.equal(t, before[name]) for name, t in built.state_dict().items())
 
 
-DEEP = {"num_hidden_layers": 10}  # PyTorch compiles one code object eight times
+DEEP = {"num_hidden_layers": 9}  # PyTorch compiles one code object eight times
 
 
 def many_layers():
@@ -168,7 +168,7 @@ def test_more_layers_than_may_be_recompiled(kind, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     torch._dynamo.reset()
     report = accelerate(built, compile=True)
-    assert len(compiled) >= 10
+    assert len(compiled) >= 9
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for _ in range(2):
             close(outputs(), expected)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, pipeline
 
-from internvl_engine import InternVLProcessor  # which fills transformers' Auto classes
+from internvl_engine import InternVLProcessor  # and with it all of the Auto classes
 from internvl_engine.assets import held_out, nano_directory
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.processing import InternVLImageProcessor

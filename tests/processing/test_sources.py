@@ -17,6 +17,7 @@ from internvl_engine.processing import (
     InternVLImageProcessor,
     load_image,
     read_image_file,
+    sources,
 )
 
 PNG = encoded(Image.fromarray(noise(24, 30)), "PNG")
@@ -43,11 +44,13 @@ def test_one_object_is_read_many_times_and_by_many_threads(tmp_path):
     assert torch.equal(rows, processor(data).expand(16, -1, -1, -1))
 
 
-def test_large_pictures_open_where_the_caller_allows_it(monkeypatch):
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("TIFF", {"compression": "tiff_deflate"})])
+def test_large_pictures_open_where_the_caller_allows_it(monkeypatch, kind, options):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # in place of a picture of 200 megapixels
-    data = encoded(Image.fromarray(noise(40, 50)), "PNG")
+    monkeypatch.setattr(sources, "MAX_PIXELS", 1000)
+    data = encoded(Image.fromarray(noise(40, 50)), kind, **options)
     with pytest.raises(ImageError, match="exceeds limit of 1000 pixels"):
-        load_image(data)
+        load_image(data, max_pixels=1000)
     assert load_image(data, max_pixels=10**9).size == (50, 40)
     assert InternVLImageProcessor(8, max_pixels=10**9)([data] * 9, workers=3).shape[0] == 9
     assert Image.MAX_IMAGE_PIXELS == 500
