@@ -164,17 +164,18 @@ class FusedModule(nn.Module):
     @property
     def stays_eager(self) -> bool:
         """Whether the eager module must compute this call: it drops, or was changed or hooked."""
-        drops = self.training and self.drops()
-        return drops or self.is_changed or any(map(is_hooked, self._fusion.inner))
+        parts = self.parts()
+        watched = any(map(is_hooked, parts)) or any(map(is_hooked, self._fusion.left_out))
+        return watched or self._fusion.contract != contract(parts) or self.training and self.drops()
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether a part that is computed without being called is not of the class it was."""
-        return self._fusion.contract != self._fusion.contract_of(self)
+    def parts(self) -> list[nn.Module]:
+        """The submodules that are computed without being called."""
+        found = (submodule(self, name) for name in self.COMPUTED)
+        return [part for part in found if part is not None]
 
     def drops(self) -> bool:
         """Whether dropout changes an output while training."""
-        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._fusion.inner)
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
 
     def _get_name(self) -> str:
         return self.fused_class.__name__
@@ -200,27 +201,31 @@ class Fusion:
             for group, names in type(module).LINEARS.items()
             if all(submodule(module, name) is not None for name in names)
         }
-        self.inner = tuple(inner for inner in module.modules() if inner is not module)
-        self.contract = self.contract_of(module)
+        parts = module.parts()
+        self.contract = contract(parts)
+        # What `compute` leaves out, as dropout, and a hook may be on. (Linears look for themselves.)
+        self.left_out = tuple(
+            inner
+            for inner in module.modules()
+            if inner is not module and inner not in parts and not isinstance(inner, nn.Linear)
+        )
         self.compiled: Callable | None = None
         self.after_load = module.register_load_state_dict_post_hook(_prepare)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled": None}
 
-    @staticmethod
-    def contract_of(module: FusedModule) -> tuple:
-        """The classes and settings of the submodules that are computed without being called."""
-        if not module.COMPUTED:
-            return ()
-        parts = [submodule(module, name) for name in module.COMPUTED]
-        kinds = [vars(type(part)).get("eager_class", type(part)) for part in parts]
-        settings = [tuple(getattr(part, name, None) for name in SETTINGS) for part in parts]
-        return tuple(zip(kinds, settings, strict=True))
-
     def shares(self, value: Tensor) -> bool:
         """Whether a tensor lies in the storage of merged weights."""
         return any(linears.shares(value) for linears in self.linears.values())
+
+
+def contract(parts: list[nn.Module]) -> list[tuple]:
+    """The classes and settings of modules, on which a fused computation relies."""
+    return [
+        (vars(type(part)).get("eager_class", type(part)), *map(vars(part).get, SETTINGS))
+        for part in parts
+    ]
 
 
 def is_for_onnx() -> bool:

@@ -23,7 +23,7 @@ from ..modeling.qllama import LlamaAttention, LlamaCrossAttention, LlamaDecoderL
 from ..modeling.qllama_layers import split_heads
 from ..weights import is_hooked
 from .attention import Angles, Heads, attend, rotate
-from .base import FusedModule
+from .base import FusedModule, contract
 from .cross_attention import attend_image, read_image
 from .llama import is_silu
 from .norm import add_normalize, normalize
@@ -43,7 +43,8 @@ class FusedDecoder(FusedModule):
 
     @property
     def stays_eager(self) -> bool:
-        watched = self.is_changed or is_hooked(self.norm)
+        parts = self.parts()
+        watched = any(map(is_hooked, parts)) or self._fusion.contract != contract(parts)
         return watched or torch.is_grad_enabled() or not all(map(carries, self.layers))
 
     forward = LlamaModel.forward  # whose loop is `_decode`

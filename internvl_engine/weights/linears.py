@@ -26,6 +26,7 @@ class Linears:
         other modules use too, which stay as they are."""
         self.owner = owner
         self.names = names
+        self._paths = [name.split(".") for name in names]
         self.tied = tied
         self._weight: Merged | None = None
         self._bias: Merged | None = None
@@ -44,7 +45,13 @@ class Linears:
 
     def linears(self) -> list[Any]:
         """The modules as they are now."""
-        return [self.owner.get_submodule(name) for name in self.names]
+        found = []
+        for path in self._paths:
+            module: Any = self.owner
+            for name in path:  # a wrapper passes on what it holds
+                module = module._modules.get(name) or getattr(module, name)
+            found.append(module)
+        return found
 
     def prepare(self) -> None:
         """Packs the weights where the machine has a layout for them, else merges neighbours."""
