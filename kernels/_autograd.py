@@ -64,13 +64,13 @@ def register_autograd(
     apply = Gradient.apply  # type: ignore[attr-defined]
 
     def run(keyset, *args):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(overload, args)
         if any_requires_grad(*args) and torch.is_grad_enabled():
             if not transforms_active():
                 return apply(keyset, *args)
             with enable_single_level_autograd_function():
                 return apply(keyset, *args)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(overload, args)
         with below():
             return redispatch(keyset & after, *args)
 

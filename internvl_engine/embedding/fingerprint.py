@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..weights import WeightTensor
+
 WHOLE = 65_536  # values of a tensor that is read whole
 RUNS, RUN = 64, 16  # of larger ones
 GOLDEN = 0.6180339887498949
@@ -101,7 +103,7 @@ def _hash(states: dict[str, str | Tensor], exact: bool) -> str:
             digest.update(f"{name} {state} ".encode())
         else:
             digest.update(f"{name} {tuple(state.shape)} {state.dtype if exact else ''} ".encode())
-            samples += _samples(state.detach(), as_held=exact)
+            samples += _samples(state, as_held=exact)
     if len({sample.device for sample in samples}) > 1:
         samples = [sample.cpu() for sample in samples]
     values = torch.cat(samples).cpu() if samples else torch.empty(0, dtype=torch.float32)
@@ -118,7 +120,7 @@ def _samples(tensor: Tensor, as_held: bool = False) -> list[Tensor]:
         as_held: of a weight in another form, look at the form: cheaper than at its values.
     """
     size, step = tensor.numel(), _step(tensor)
-    if type(tensor) is Tensor and tensor.is_contiguous():
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous():
         if size <= WHOLE:
             return [tensor.reshape(-1)]
         runs = tensor.as_strided((RUNS, RUN), (step, 1), tensor.storage_offset())
@@ -128,10 +130,11 @@ def _samples(tensor: Tensor, as_held: bool = False) -> list[Tensor]:
     if not (parts and as_held and all(part.layout == torch.strided for part in parts)):
         try:
             if size <= WHOLE:
-                return [tensor.clone().reshape(-1)]
+                whole = tensor.dense() if isinstance(tensor, WeightTensor) else tensor.clone()
+                return [whole.reshape(-1)]
             starts = torch.arange(RUNS, device=tensor.device) * step
             places = starts[:, None] + torch.arange(RUN, device=tensor.device)
-            return [torch.take(tensor, places).reshape(-1)]
+            return [tensor.take(places).reshape(-1)]
         except (NotImplementedError, RuntimeError):
             if not parts:
                 raise

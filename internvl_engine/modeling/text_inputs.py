@@ -34,7 +34,7 @@ def last_tokens(
     else:
         mask = attention_mask.to(ids.device)
         last = (mask * torch.arange(ids.shape[1], device=ids.device)).argmax(1)
-    if ids.numel() and not (torch.compiler.is_compiling() or ids.is_meta or _is_captured(ids)):
+    if not (torch.compiler.is_compiling() or ids.is_meta or _is_captured(ids)) and ids.numel():
         _warn(ids, mask, last, attention_mask is None, eos_token_id)
     return mask, last
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from operator_examples import examples
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
 from internvl_engine import kernels
@@ -111,6 +112,9 @@ class TestEveryOperator:
             jvp(case.loss, tuple(case.tensors), tuple(case.tensors))
         with error:
             hessian(lambda x: case.loss(x, *case.tensors[1:]))(case.tensors[0])
+        with error, forward_ad.dual_level():
+            leaf, *rest = case.leaves()
+            case.loss(forward_ad.make_dual(leaf, leaf.detach()), *rest)
 
 
 def test_torch_func_of_attention_that_was_not_told_of_a_gradient():

@@ -44,9 +44,9 @@ def triton_small_tiles(monkeypatch):
 
 
 def check(*args) -> None:
-    """Eager sums the gradients of shared keys row by row of the batch, r * G short sums and then
-    one of r * G terms; ours is one sum, whose float32 rounding is that of sqrt(r * G) such terms,
-    of which a product's own rounding hides the half.
+    """The gradient of a shared key is one sum over r * G times the rows of each of eager's sums,
+    which it adds afterwards: rounding errors of float32 grow with the square root of the length,
+    so up to sqrt(r * G) times eager's; about half of that is allowed.
     """
     out = attention(*args)
     assert_written(out)

@@ -55,3 +55,18 @@ def test_a_wrong_end_is_warned_of(ids, mask, message):
         if "id 0 stands" not in message:
             last_tokens(ids, mask, None)
             last_tokens(ids, mask, [2, 9, 8, 0])  # configurations may list several ends
+
+
+def test_compiling_looks_at_no_value():
+    """One graph for every batch, and no warning: it would break the graph."""
+    shapes = []
+
+    def count(graph, inputs):
+        shapes.append(len(inputs))
+        return graph.forward
+
+    compiled = torch.compile(last_tokens, backend=count, dynamic=True, fullgraph=True)
+    for ids in (RIGHT, RIGHT[:, :4].contiguous(), torch.cat([RIGHT] * 3)):
+        mask, last = compiled(ids, None, 2)
+        assert torch.equal(last, (ids > 0).sum(1) - 1)
+    assert len(shapes) == 1
