@@ -161,16 +161,14 @@ def test_the_operator_serves_where_it_can(heads, monkeypatch):
         calls.append((name, *mask, tuple(q.shape), tuple(k.shape)))
         return operator(q, k, v, *mask, **options)
 
-    for name in ("attention", "cross_attention", "decode_attention"):
+    for name in ("attention", "decode_attention"):
         monkeypatch.setattr(kernels, name, partial(counted, name, getattr(kernels, name)))
     accelerate(built)
     cache = built(IDS, use_cache=True).past_key_values
-    prefill = [("attention", "causal", (2, 4, 11, 16), (2, 4, 11, 16))] * 3
-    assert calls == (prefill if heads == 4 else [])  # keys of shared heads would have to be copied
+    assert calls == [("attention", "causal", (2, 4, 11, 16), (2, heads, 11, 16))] * 3
     calls.clear()
     built(IDS[:, :1], past_key_values=cache)
-    name = "decode_attention" if heads == 4 else "cross_attention"
-    assert calls == [(name, (2, heads, 4 // heads, 16), (2, heads, 12, 16))] * 3
+    assert calls == [("decode_attention", (2, 4, 1, 16), (2, heads, 12, 16))] * 3
     calls.clear()
     built(IDS, attention_mask=LEFT)
     assert not calls
