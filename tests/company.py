@@ -144,3 +144,15 @@ def assert_same_weights(found: nn.Module, expected: nn.Module, rtol: float = 1e-
         if (ours[name].double() - t.double()).norm() > rtol * t.double().norm() + 1e-7
     }
     assert not wrong, wrong
+
+
+def trainable(built: nn.Module) -> dict[str, int]:
+    """The parameters to train, and their sizes."""
+    return {name: p.numel() for name, p in built.named_parameters() if p.requires_grad}
+
+
+def assert_same_outputs(built: nn.Module, expected: nn.Module) -> None:
+    """Of two trained models, with the weights of one."""
+    expected.load_state_dict(built.state_dict())
+    with torch.no_grad():
+        close(run(built.eval()), run(expected.eval()))

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from company import KINDS, PAIRS, STATES, assert_same_weights, close, eager, put, run, spread
+from company import KINDS, PAIRS, assert_same_weights, close, eager, put, run, spread
 from foreign_towers import composite
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=STATES)
-def state(request):
-    return request.param
 
 
 def assert_same_tensors(found, expected):

@@ -161,7 +161,7 @@ def test_the_operator_serves_where_it_can(heads, monkeypatch):
         calls.append((name, *mask, tuple(q.shape), tuple(k.shape)))
         return operator(q, k, v, *mask, **options)
 
-    for name in ("attention", "cross_attention", "decode_attention"):
+    for name in ("attention", "decode_attention"):
         monkeypatch.setattr(kernels, name, partial(counted, name, getattr(kernels, name)))
     accelerate(built)
     cache = built(IDS, use_cache=True).past_key_values
