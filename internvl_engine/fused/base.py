@@ -203,7 +203,7 @@ class Fusion:
         }
         parts = module.parts()
         self.contract = contract(parts)
-        # What `compute` leaves out, as dropout, and a hook may be on. (Linears look for themselves.)
+        # What `compute` leaves out, as dropout, and may be hooked. (Linears look for themselves.)
         self.left_out = tuple(
             inner
             for inner in module.modules()
