@@ -5,7 +5,8 @@ many parts keys are split, and with which tiles a matrix product runs (cuBLAS ch
 With the switch on these choices depend on widths and numbers of keys only, and products run in
 Triton. On the CPU the native kernels are so always, but not the products of MKL and oneDNN: with
 the switch on, weights that are not in panels (kernels/linear_packed.py) are packed for each call.
-Forward passes of this library's operators only; what PyTorch computes beside them is not covered.
+Forward passes of this library's operators only; what PyTorch computes beside them is not covered:
+the engine's embeddings run one image, or one text, at a time then.
 Source: He et al., Defeating Nondeterminism in LLM Inference, Thinking Machines Lab, 2025.
 """
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..processing.text import EMBEDDING_PREFIX, MAX_LENGTH
 from .batches import Outcome, checked_batch_size, image_batches, padded, text_batches
 from .fingerprint import fingerprint
@@ -207,6 +208,9 @@ class Embedder:
         """C, or G, or both: (1 or 2, B, E) float32 on the engine's device."""
         from ..modeling.internvl import unit
 
+        if len(pixels) > 1 and kernels.is_batch_invariant():  # PyTorch's own products are not
+            rows = [self._embed_pixels(row, mode, normalize) for row in pixels.split(1)]
+            return torch.cat(rows, dim=1)
         model, pixels = self.model, pixels.to(self.device, self.dtype)
         if mode == "c":
             found = [model.clip_projector(model.vision_model(pixel_values=pixels)[0])]
@@ -265,6 +269,7 @@ class Embedder:
 
         width = self.model.config.clip_embed_dim
         found = torch.empty(len(rows), width, dtype=torch.float32, device=self.device)
+        max_tokens = 1 if kernels.is_batch_invariant() else max_tokens  # one row at a time
         for batch in text_batches(rows, max_tokens):
             ids, mask = (t.to(self.device) for t in padded([rows[index] for index in batch]))
             places = torch.tensor(batch, dtype=torch.long, device=self.device)

@@ -58,6 +58,8 @@ class FusedAttentionPooling(FusedModule):
         is_plain = all(map(is_plain_linear, (attention.q, attention.k, attention.v)))
         if self.training or torch.is_grad_enabled() or not is_plain:
             return NotImplemented
+        if len(x) > 1 and kernels.is_batch_invariant():  # einsum is not
+            return torch.cat([self.compute(image) for image in x.split(1)])
         heads = attention.num_heads
         asked = self.norm1_q(x.mean(1))
         q = F.linear(asked, attention.q.weight, attention.q_bias).unflatten(-1, (heads, -1))

@@ -15,7 +15,6 @@ from internvl_engine.assets import held_out
 IMAGES = pictures(5)
 TEXTS = ["a red panda", "two dogs", "a"]
 LABELS = ["cat", "dog"]
-PANELS = "panels" in (kernels.layout_of(torch.empty(64, 64, dtype=torch.bfloat16)) or "")
 
 
 def everything(engine):
@@ -188,18 +187,7 @@ def test_an_engine_goes_to_other_processes(dtype):
                                atol=2e-5 if dtype == "float32" else 2e-2, rtol=0)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param("bfloat16", marks=pytest.mark.xfail(not PANELS, reason="PyTorch multiplies")),
-        pytest.param(
-            "float32",
-            marks=pytest.mark.xfail(
-                reason="PyTorch multiplies in the pooler and by text_projection"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_batch_counts_for_nothing_where_that_is_asked(dtype):
     """The embedder groups texts by length, and images by the batch size."""
     engine = InternVL.nano(dtype=dtype)
