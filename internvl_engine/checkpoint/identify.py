@@ -69,6 +69,8 @@ def check_takes(source: str | Path, model_class: Any, **options: Any) -> Source:
     refuse_adapter(found)
     if found.config is not None:
         check_config(found.config, model_class.config_class, found.folder / "config.json")
+    if found.hub is None:
+        found.weights()  # which raises where a folder has none
     return found
 
 

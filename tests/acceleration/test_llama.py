@@ -37,8 +37,9 @@ def test_everything_is_replaced_and_the_numbers_stay(name, built):
         close(states(built, mask), logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize(
+    "mode, dtype", [("inference", torch.bfloat16), ("training", torch.float32)]
+)
 @torch.no_grad()
 def test_every_weight_exists_once_and_comes_back(built, mode, dtype):
     built.to(dtype)
