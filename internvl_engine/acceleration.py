@@ -51,7 +51,8 @@ class Report:
         return {entry.name: entry.reason for entry in self.entries if not entry.fused}
 
     def undo(self) -> None:
-        """Makes every module eager again, with the bits of every weight as they were."""
+        """Makes every module that this call fused eager again, with the bits of every weight as
+        they were."""
         for module in reversed(self._fused):
             if isinstance(module, FusedModule):
                 module.restore()
@@ -115,17 +116,24 @@ def accelerate(
         raise ValueError(
             f"accelerate: {len(report.kept)} modules cannot be fused; {name}: {reason}"
         )
-    inference = mode == "inference"
-    for module, kind, entry in found:
-        if isinstance(module, FusedModule):
-            if module.set_inference(inference):
-                entry.reason = f"already fused, for {mode} from now on"
-        elif kind is not None and entry.fused:
-            kind.fuse(module, inference, tied)
-            entry.reason = "; ".join(module.called())
-            report._fused.append(module)
-            if compile and kind not in LOOPS:
+    try:
+        for module, kind, entry in found:
+            if isinstance(module, FusedModule):
+                if module.set_inference(mode == "inference"):
+                    entry.reason = f"already fused, for {mode} from now on"
+            elif kind is not None and entry.fused:
+                report._fused.append(module)
+                kind.fuse(module, mode == "inference", tied)
+                entry.reason = "; ".join(module.called())
+            if (
+                compile
+                and isinstance(module, FusedModule)
+                and type(module).fused_class not in LOOPS
+            ):
                 module.compile_fused(fullgraph=True, dynamic=True)
+    except BaseException:
+        report.undo()
+        raise
     return report
 
 

@@ -79,6 +79,10 @@ TOLERANCE = 1e-4
 SCALES = torch.logspace(-2, 3, 17, dtype=torch.float32, device="cpu")[:, None]
 
 
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+_PLAIN = (bool, int, float, str, type(None), tuple, list, dict, torch.dtype)  # by what they say
+
+
 class Recognition:
     """Finds the fused class of a module; of every kind that it does not know one is tried."""
 
@@ -119,10 +123,11 @@ class Recognition:
 
 
 def is_known(kind: type[FusedModule], module: Any) -> bool:
-    """Whether the table has the class of a module."""
+    """Whether the table has the class of a module, and nobody gave that another forward."""
     path = _path(module)
     places = KNOWN[kind].get(type(module).__name__, ())
-    return any(place in (path, path.rpartition(".")[2]) for place in places)
+    own = getattr(type(module).forward, "__module__", path) == path
+    return own and any(place in (path, path.rpartition(".")[2]) for place in places)
 
 
 def _path(module: Any) -> str:
@@ -133,7 +138,7 @@ def _has_known_parts(kind: type[FusedModule], module: Any) -> bool:
     """Whether all that is computed without being called is of the same file, or known itself."""
     parts = (submodule(module, name) for name in kind.COMPUTED)
     return all(
-        _path(part) == _path(module)
+        _path(part) == _path(module) == getattr(type(part).forward, "__module__", None)
         or _path(part).startswith(TRUSTED)
         or is_known(FusedRMSNorm, part)
         for part in parts
@@ -142,14 +147,18 @@ def _has_known_parts(kind: type[FusedModule], module: Any) -> bool:
 
 
 def _settings(module: nn.Module) -> tuple:
-    """All of a module that decides what it computes, but its weights."""
-    plain = (bool, int, float, str)
+    """All of a module that decides what it computes, but its weights; objects by their identity."""
     return tuple(
         (
             name,
             type(m),
-            tuple(sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain))),
+            tuple(
+                (key, repr(value) if isinstance(value, _PLAIN) else id(value))
+                for key, value in vars(m).items()
+                if key not in _OF_EVERY_MODULE
+            ),
             tuple((k, None if p is None else p.shape) for k, p in m._parameters.items()),
+            tuple((k, None if b is None else id(b)) for k, b in m._buffers.items()),
         )
         for name, m in module.named_modules()
     )

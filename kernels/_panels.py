@@ -38,8 +38,10 @@ def to_panels(weight: Tensor, panel: Panel) -> Tensor:
     features, channels = weight.shape
     whole, steps = features // panel.rows, channels // panel.depth
     packed = weight.new_empty(-(-features // panel.rows), steps, *panel)
-    words = _as_words(packed)
-    rows = _as_words(weight.contiguous().view(features, steps, panel.depth))
+    words, weight = _as_words(packed), weight.contiguous()
+    if weight.storage_offset() % panel.depth:  # a view as words must begin with one
+        weight = weight.clone()
+    rows = _as_words(weight.view(features, steps, panel.depth))
     words[:whole] = rows[: whole * panel.rows].view(whole, panel.rows, steps).transpose(1, 2)
     rest = features - whole * panel.rows
     if rest:

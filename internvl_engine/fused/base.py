@@ -7,7 +7,7 @@ going back is to set the class again.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -96,17 +96,17 @@ class FusedModule(nn.Module):
             method = _own_code(method)
         self._fusion.compiled = torch.compile(method, **options)
 
-    def product(self, group: str) -> Linears:
-        """The linears of a group as one product."""
-        return self._fusion.linears[group]
+    def product(self, group: str) -> Callable[..., Tensor]:
+        """The linears of a group as one product; see `Linears.__call__`."""
+        return partial(self._fusion.linears[group], self)
 
     def prepare(self) -> None:
         """Gives the weights their form: packed or merged for inference, while it does not train."""
         for linears in self._fusion.linears.values():
             if self._fusion.inference and not self.training:
-                linears.prepare()
+                linears.prepare(self)
             else:
-                linears.restore()
+                linears.restore(self)
 
     def set_inference(self, inference: bool) -> bool:
         """Changes what the module is fused for; whether that is a change."""
@@ -116,19 +116,19 @@ class FusedModule(nn.Module):
 
     def restore(self) -> None:
         """Makes it the eager module again, with plain weights in storage of their own."""
-        self._make_plain()
         if "eager_class" not in vars(type(self)):
             raise ValueError(
                 f"undo: the class of a fused {self.eager_class.__name__} was changed since, to "
                 f"{type(self).__name__}; take that back first"
             )
+        self._make_plain()
         self._fusion.after_load.remove()
         del self._fusion
         self.__class__ = self.eager_class
 
     def _make_plain(self) -> None:
         for linears in self._fusion.linears.values():
-            linears.restore()
+            linears.restore(self, replace=True)
 
     def train(self, mode: bool = True) -> Any:
         """Weights are packed in evaluation only."""
@@ -146,27 +146,30 @@ class FusedModule(nn.Module):
         self.prepare()
         return self
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As ever: plain tensors, no two of which share memory."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for name in (f"{prefix}{name}" for name, _ in self.named_parameters()):
-            value = state.get(name)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever: plain tensors, of which only tied ones share memory."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            value = state.get(prefix + name)
             if isinstance(value, WeightTensor) and not isinstance(value, nn.Parameter):
-                state[name] = value.dense()
+                state[prefix + name] = value.dense()
             elif type(value) is Tensor and self._fusion.shares(value):  # no Parameter: keep_vars
-                state[name] = value.clone()
+                state[prefix + name] = value.clone()
         return state
 
     def called(self) -> list[str]:
         """Linears that are called as the modules they are, and why."""
-        return [each for linears in self._fusion.linears.values() for each in linears.called()]
+        groups = self._fusion.linears.values()
+        return [each for linears in groups for each in linears.called(self)]
 
     @property
     def stays_eager(self) -> bool:
         """Whether the eager module must compute this call: it drops, or was changed or hooked."""
         parts = self.parts()
         watched = any(map(is_hooked, parts)) or any(map(is_hooked, self._fusion.left_out))
-        return watched or self._fusion.contract != contract(parts) or self.training and self.drops()
+        changed = self._fusion.contract != contract(self, parts)
+        return watched or changed or self.training and self.drops()
 
     def parts(self) -> list[nn.Module]:
         """The submodules that are computed without being called."""
@@ -197,12 +200,12 @@ class Fusion:
     def __init__(self, module: FusedModule, inference: bool, tied: frozenset[int]) -> None:
         self.inference = inference
         self.linears = {
-            group: Linears(module, *names, tied=tied)
+            group: Linears(*names, tied=tied)
             for group, names in type(module).LINEARS.items()
             if all(submodule(module, name) is not None for name in names)
         }
         parts = module.parts()
-        self.contract = contract(parts)
+        self.contract = contract(module, parts)
         # What `compute` leaves out, as dropout, and may be hooked. (Linears look for themselves.)
         self.left_out = tuple(
             inner
@@ -220,11 +223,15 @@ class Fusion:
         return any(linears.shares(value) for linears in self.linears.values())
 
 
-def contract(parts: list[nn.Module]) -> list[tuple]:
-    """The classes and settings of modules, on which a fused computation relies."""
+def contract(module: FusedModule, parts: list[nn.Module]) -> list:
+    """What a fused computation relies on: the classes, forwards and settings of its parts."""
+    kinds = [vars(type(part)).get("eager_class", type(part)) for part in parts]
     return [
-        (vars(type(part)).get("eager_class", type(part)), *map(vars(part).get, SETTINGS))
-        for part in parts
+        module.eager_class.forward,
+        *(
+            (kind, kind.forward, *map(vars(part).get, SETTINGS))
+            for kind, part in zip(kinds, parts, strict=True)
+        ),
     ]
 
 

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..modeling.qllama_layers import split_heads
-from ..weights import Linears
 from .base import FusedModule, holds
 from .norm import is_rms_norm, normalize
 
+Product = Callable[..., Tensor]  # of linears with the same input
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("norm1", "norm2")
 
 
-def read_image(kv: Linears, norm: nn.Module, image: Tensor, num_heads: int) -> list[Tensor]:
+def read_image(kv: Product, norm: nn.Module, image: Tensor, num_heads: int) -> list[Tensor]:
     """Keys and values (B, H, N, D) of an image (B, N, C_v), of which norm is the pre-norm."""
     return [split_heads(x, num_heads) for x in kv(normalize(norm, image)).chunk(2, dim=-1)]
 
 
-def attend_image(q: Linears, o: Linears, normed: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_image(q: Product, o: Product, normed: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What normed queries (r * B, Q, C) read, row i of image i % B: (r * B, Q, C)."""
     heads = split_heads(q(normed), k.shape[1])
     return o(kernels.cross_attention(heads, k, v).transpose(1, 2).flatten(2))

@@ -44,7 +44,7 @@ class FusedDecoder(FusedModule):
     @property
     def stays_eager(self) -> bool:
         parts = self.parts()
-        watched = any(map(is_hooked, parts)) or self._fusion.contract != contract(parts)
+        watched = any(map(is_hooked, parts)) or self._fusion.contract != contract(self, parts)
         return watched or torch.is_grad_enabled() or not all(map(carries, self.layers))
 
     forward = LlamaModel.forward  # whose loop is `_decode`

@@ -1,6 +1,7 @@
 """Linear submodules with the same input as one product, whatever their weights are."""
 
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -14,26 +15,35 @@ from .tensor import WeightTensor, linear, make_plain
 Weights = list[Tensor]
 
 
+# One thread at a time changes the forms of weights.
+_LOCK = threading.RLock()
+
+
 class Linears:
-    """One or several Linear submodules of a module.
+    """One or several Linear submodules of a module, which every method is given.
 
     Weights and biases are looked up at every call: what was replaced, wrapped (LoRA), quantized or
-    hooked since is called as the module it is, and a weight that was moved is computed by itself.
+    hooked since is called as the module it is, and a weight that is no longer where its neighbours
+    are is multiplied with by itself.
     """
 
-    def __init__(self, owner: nn.Module, *names: str, tied: frozenset[int] = frozenset()) -> None:
-        """names: submodules of owner, in the order of their rows. tied: ids of parameters that
-        other modules use too, which stay as they are."""
-        self.owner = owner
+    def __init__(self, *names: str, tied: frozenset[int] = frozenset()) -> None:
+        """
+        Args:
+            names: submodules, in the order of their rows.
+            tied: ids of parameters that other modules use too, which stay as they are.
+        """
         self.names = names
-        self._paths = [name.split(".") for name in names]
         self.tied = tied
+        self._paths = [name.split(".") for name in names]
         self._weight: Merged | None = None
         self._bias: Merged | None = None
 
-    def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, owner: nn.Module, x: Tensor, epilogue: str = "none", residual: Tensor | None = None
+    ) -> Tensor:
         """residual + epilogue([linear(x), ...]): (..., C) to (..., F)."""
-        linears = self.linears()
+        linears = self.linears(owner)
         if not all(map(is_plain_linear, linears)):
             return self._finish([each(x) for each in linears], epilogue, residual)
         weights, biases = [each.weight for each in linears], [each.bias for each in linears]
@@ -43,46 +53,51 @@ class Linears:
         products = [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return self._finish(products, epilogue, residual)
 
-    def linears(self) -> list[Any]:
-        """The modules as they are now."""
+    def linears(self, owner: Any) -> list[Any]:
+        """The modules as they are now; none where one is gone."""
         found = []
         for path in self._paths:
-            module: Any = self.owner
+            module = owner
             for name in path:  # a wrapper passes on what it holds
-                module = module._modules.get(name) or getattr(module, name)
+                module = module._modules.get(name) or getattr(module, name, None)
+                if module is None:
+                    return []
             found.append(module)
         return found
 
-    def prepare(self) -> None:
+    def prepare(self, owner: nn.Module) -> None:
         """Packs the weights where the machine has a layout for them, else merges neighbours."""
-        linears = self.linears()
-        if not all(map(is_plain_linear, linears)):
-            return
-        weights, biases = [each.weight for each in linears], [each.bias for each in linears]
-        if any(id(each) in self.tied for each in weights):
-            return
-        packed = [isinstance(each, WeightTensor) for each in weights]
-        if not all(packed) and (self._weight is None or not self._weight.holds(weights)):
-            for weight in weights:
-                make_plain(weight)
-            self._weight = merge(weights)
-        if len(linears) > 1 and not any(bias is None for bias in biases):
-            if self._bias is None or not self._bias.holds(biases):
-                self._bias = merge(biases)
+        linears = self.linears(owner)
+        with _LOCK, torch.inference_mode(False):
+            if not linears or not all(map(is_plain_linear, linears)):
+                self._weight = self._bias = None
+                return
+            weights, biases = [each.weight for each in linears], [each.bias for each in linears]
+            if any(id(each) in self.tied for each in weights):
+                return
+            in_form = all(isinstance(each, WeightTensor) for each in weights)
+            if not in_form and (self._weight is None or not self._weight.holds(weights)):
+                for each in linears:
+                    make_plain(each)
+                self._weight = merge([each.weight for each in linears])
+            if len(linears) > 1 and not any(bias is None for bias in biases):
+                if self._bias is None or not self._bias.holds(biases):
+                    self._bias = merge(biases)
 
-    def restore(self) -> None:
-        """Makes every weight plain, in a storage of its own."""
-        for parameter in (p for module in self.linears() for p in module.parameters()):
-            make_plain(parameter)
-        for merged in (self._weight, self._bias):
-            if merged is not None:
-                merged.restore()
-        self._weight = self._bias = None
+    def restore(self, owner: nn.Module, replace: bool = False) -> None:
+        """Makes every weight plain, in a storage of its own; see `make_plain`."""
+        with _LOCK, torch.inference_mode(False):
+            for module in self.linears(owner):
+                make_plain(module, replace)
+            for merged in (self._weight, self._bias):
+                if merged is not None:
+                    merged.restore()
+            self._weight = self._bias = None
 
-    def called(self) -> list[str]:
+    def called(self, owner: nn.Module) -> list[str]:
         """Linears that must be called as modules for what they or their weights are, and why."""
         found = []
-        for name, module in zip(self.names, self.linears(), strict=True):
+        for name, module in zip(self.names, self.linears(owner), strict=True):
             odd = module if type(module) is not nn.Linear else module.weight
             if odd is module or not _is_plain(odd):
                 found.append(f"{name} is called, a {type(odd).__name__}")

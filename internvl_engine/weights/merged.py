@@ -75,4 +75,5 @@ def _address(x: Tensor) -> int | None:
 
 
 def _storage(x: Tensor) -> int | None:
-    return x.untyped_storage().data_ptr() if type(x) in (Tensor, nn.Parameter) else None
+    is_plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+    return x.untyped_storage().data_ptr() if is_plain else None

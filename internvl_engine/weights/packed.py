@@ -28,7 +28,9 @@ class PackedTensor(WeightTensor):
         return kernels.unpack(self.packed, *self.shape)
 
     def write(self, values: Tensor) -> None:
-        self.packed.copy_(kernels.pack(values))
+        with torch.inference_mode(False):
+            self.packed.data.copy_(kernels.pack(values))
+        torch.autograd.graph.increment_version(self.packed)  # a graph that saved it must notice
 
     def linear(
         self, x: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None
@@ -38,6 +40,10 @@ class PackedTensor(WeightTensor):
     def take(self, places: Tensor) -> Tensor:  # type: ignore[override]
         if self.packed.dim() != 4:  # opaque
             return super().take(places)
+        size = self.numel()
+        if places.numel() and not bool(((places >= -size) & (places < size)).all()):
+            raise IndexError(f"take: places must lie within the {size} values of the weight")
+        places = places % size
         rows, depth = self.packed.shape[2:]  # of panels, see kernels.pack
         row, column = places // self.shape[1], places % self.shape[1]
         return self.packed[row // rows, column // depth, row % rows, column % depth]
@@ -86,6 +92,8 @@ def pack(parameters: list[nn.Parameter]) -> PackedTensor | None:
             whole = packed.new_empty(sum(panels), *packed.shape[1:])
         part = whole.narrow(0, sum(panels[:index]), panels[index]).copy_(packed)
         if not swap(parameter, PackedTensor(part, parameter.shape)):
+            for before in parameters[:index]:  # without the memory of the others
+                before.packed = before.packed.clone()  # type: ignore[attr-defined]
             return None
     assert whole is not None
     return PackedTensor(whole, torch.Size((sum(counts), parameters[0].shape[1])))

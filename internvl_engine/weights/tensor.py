@@ -23,33 +23,44 @@ class _OnDense(Tensor):
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
-    def opened(self) -> tuple[Tensor, Tensor]:
-        """(the dense values of the whole weight, this tensor as a view of them)."""
+    def whole(self) -> "WeightTensor":
+        """The weight that this tensor is, or is a view of."""
         raise NotImplementedError
 
-    def write(self, values: Tensor) -> None:
-        """Takes the dense values of the whole weight."""
+    def within(self, values: Tensor) -> Tensor:
+        """This tensor as a view of the dense values of the whole weight."""
         raise NotImplementedError
+
+    def values(self) -> Tensor:
+        """A copy of what this tensor holds."""
+        return self.within(self.whole().dense())
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        opened: dict[int, tuple[_OnDense, Tensor, Tensor]] = {}
+        # By the memory of a weight, which several tensors of one call may be views of.
+        wholes: dict[int, tuple[WeightTensor, Tensor]] = {}
+        held_of: dict[int, _OnDense] = {}
 
         def dense(x: Any) -> Any:
             if not isinstance(x, _OnDense):
                 return x
-            if id(x) not in opened:
-                opened[id(x)] = (x, *x.opened())
-            return opened[id(x)][2]
+            whole = x.whole()
+            key = whole.memory()
+            if key not in wholes:
+                wholes[key] = whole, whole.dense()
+            view = x.within(wholes[key][1])
+            held_of[id(view)] = x
+            return view
 
         kwargs = kwargs or {}
-        output = func(*tree_map(dense, args), **tree_map(dense, kwargs))
+        opened = tree_map(dense, (args, kwargs))
+        output = func(*opened[0], **opened[1])
         if func._schema.is_mutable:
-            for held in _written(func, args, kwargs):
-                held.write(opened[id(held)][1])
-            held_of = {id(view): held for held, _, view in opened.values()}
+            for key in {held.whole().memory() for held in _written(func, args, kwargs)}:
+                whole, values = wholes[key]
+                whole.write(values)
             return tree_map(lambda x: held_of.get(id(x), x), output)
         if isinstance(args[0], _OnDense) and _is_view(func):
             if isinstance(output, Tensor):
@@ -59,6 +70,46 @@ class _OnDense(Tensor):
                 for index, each in enumerate(output)
             ]
         return output
+
+    @property  # type: ignore[misc]
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The same tensor, not recorded by autograd."""
+        return self.detach()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        # PyTorch's own would take over the outside of the tensor and leave the form.
+        same = (values.shape, values.dtype, values.device) == (self.shape, self.dtype, self.device)
+        with torch.no_grad():
+            if same:
+                self.copy_(values)
+            elif not swap(self, values):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {values.dtype} data of shape {tuple(values.shape)} "
+                    f"cannot replace {self.dtype} of {tuple(self.shape)} while a graph that is "
+                    "alive, or a weak reference, holds it"
+                )
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The dense values; a write to them does not reach the weight."""
+        return self.values().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The dense values as lists."""
+        return self.values().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._plain_copy()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return self._plain_copy().__reduce_ex__(protocol)
+
+    def _plain_copy(self) -> Tensor:
+        values = self.values().clone()
+        is_parameter = isinstance(self, nn.Parameter)
+        return nn.Parameter(values, self.requires_grad) if is_parameter else values
 
 
 class WeightTensor(_OnDense):
@@ -86,9 +137,29 @@ class WeightTensor(_OnDense):
         """Another tensor with the same inner ones."""
         raise NotImplementedError
 
-    def opened(self) -> tuple[Tensor, Tensor]:
-        values = self.dense()
-        return values, values
+    def write(self, values: Tensor) -> None:
+        """Takes the dense values of the weight."""
+        raise NotImplementedError
+
+    def memory(self) -> int:
+        """What identifies the inner tensors, which aliases of a weight share."""
+        return id(getattr(self, self.__tensor_flatten__()[0][0]))
+
+    def whole(self) -> "WeightTensor":
+        return self
+
+    def within(self, values: Tensor) -> Tensor:
+        return values
+
+    def share_memory_(self) -> Any:
+        """Moves the inner tensors to shared memory."""
+        for name in self.__tensor_flatten__()[0]:
+            getattr(self, name).share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the inner tensors are in shared memory."""
+        return all(getattr(self, name).is_shared() for name in self.__tensor_flatten__()[0])
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -106,39 +177,6 @@ class WeightTensor(_OnDense):
             weight.write(values.expand(weight.shape).to(weight.device, weight.dtype))
             return weight
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-    @property  # type: ignore[misc]
-    def data(self) -> Tensor:  # type: ignore[override]
-        """The same weight, not recorded by autograd."""
-        return self.detach()
-
-    @data.setter
-    def data(self, values: Tensor) -> None:
-        # PyTorch's own would take over the outside of the tensor and leave the form.
-        same = (values.shape, values.dtype, values.device) == (self.shape, self.dtype, self.device)
-        with torch.no_grad():
-            if same:
-                self.copy_(values)
-            else:
-                swap(self, values)
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """The dense values; a write to them does not reach the weight."""
-        return self.dense().numpy(force=force)
-
-    def tolist(self) -> Any:
-        """The dense values as lists."""
-        return self.dense().tolist()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = _plain_copy(self)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        if isinstance(self, nn.Parameter):
-            return nn.Parameter, (self.dense(), self.requires_grad)
-        return self.dense().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
@@ -159,17 +197,16 @@ class _View(_OnDense):
     ) -> None:  # fmt: skip
         self.base, self.recipe = base, (func, args, kwargs, index)
 
-    def opened(self) -> tuple[Tensor, Tensor]:
-        func, args, kwargs, index = self.recipe
-        whole, base = self.base.opened()
-        view = func(base, *args, **kwargs)
-        return whole, view if index is None else view[index]
+    def whole(self) -> WeightTensor:
+        return self.base.whole()
 
-    def write(self, values: Tensor) -> None:
-        self.base.write(values)
+    def within(self, values: Tensor) -> Tensor:
+        func, args, kwargs, index = self.recipe
+        view = func(self.base.within(values), *args, **kwargs)
+        return view if index is None else view[index]
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return repr(self.opened()[1])
+        return repr(self.values())
 
 
 def linear(
@@ -183,25 +220,19 @@ def linear(
     return kernels.linear(x, weight, bias, epilogue, residual)
 
 
-def make_plain(parameter: nn.Parameter) -> None:
-    """Gives a parameter in another form its dense values; it stays the same object.
-
-    What somebody else keeps from being swapped (a weak reference, a graph that is alive) stays as
-    it is: every form computes the same.
-    """
-    if isinstance(parameter, WeightTensor):
-        swap(parameter, parameter.dense())
-
-
 def swap(parameter: Tensor, values: Tensor) -> bool:
     """Makes a parameter hold other values, in any form, as the same object.
 
     Its gradient, hooks and attributes stay.
 
     Returns:
-        Whether it could: PyTorch refuses where weak references or a live graph hold it.
+        Whether it could: PyTorch refuses where a weak reference or a graph that is alive holds it,
+        and hooks on its node in such a graph would be lost.
     """
     gradient, parameter.grad = parameter.grad, None
+    if parameter._use_count() > 1:
+        parameter.grad = gradient
+        return False
     backward_hooks = parameter._backward_hooks
     gradient_hooks = parameter._post_accumulate_grad_hooks
     other = nn.Parameter(values, parameter.requires_grad)
@@ -211,7 +242,8 @@ def swap(parameter: Tensor, values: Tensor) -> bool:
     except RuntimeError:
         return False
     finally:
-        parameter.grad = gradient
+        fits = gradient is None or gradient.shape == parameter.shape
+        parameter.grad = gradient if fits and _same_kind(gradient, parameter) else None
     if backward_hooks is not None:
         parameter._backward_hooks = backward_hooks
     if gradient_hooks is not None:
@@ -225,10 +257,25 @@ def _form_of(parameter: Tensor) -> tuple[str, ...]:
     return (*inner, "_is_param")
 
 
-def _plain_copy(weight: WeightTensor) -> Tensor:
-    values = weight.dense()
-    is_parameter = isinstance(weight, nn.Parameter)
-    return nn.Parameter(values, weight.requires_grad) if is_parameter else values
+def _same_kind(gradient: Tensor | None, parameter: Tensor) -> bool:
+    return gradient is None or (gradient.dtype, gradient.device) == (
+        parameter.dtype,
+        parameter.device,
+    )
+
+
+def make_plain(module: nn.Module, replace: bool = False) -> None:
+    """Gives the parameters of a module that are in another form their dense values.
+
+    Each stays the same object. Where PyTorch refuses that, it keeps its form, which computes the
+    same, or with `replace` is replaced by another parameter, as `Module.to` replaces some.
+    """
+    for each in module.modules():
+        for name, parameter in each._parameters.items():
+            if isinstance(parameter, WeightTensor):
+                values = parameter.dense()
+                if not swap(parameter, values) and replace:
+                    each._parameters[name] = nn.Parameter(values, parameter.requires_grad)
 
 
 def _is_view(func: Any) -> bool:

@@ -329,3 +329,11 @@ def test_is_a_wellformed_operator(epilogue):
     leaves = [tensor.requires_grad_() for tensor in (x, bias, residual)]
     arguments = (leaves[0], packed, 6, leaves[1], epilogue, leaves[2])
     library.opcheck(torch.ops.internvl.linear_packed.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_may_lie_anywhere_in_its_storage(dtype):
+    weight = torch.randn(1 + 48 * 8, dtype=dtype)[1:].view(48, 8)
+    if layout_of(weight) is None:
+        pytest.skip("this machine has no packed layout for it")
+    assert torch.equal(unpack(pack(weight), 48, 8), weight)

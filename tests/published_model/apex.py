@@ -23,3 +23,4 @@ class FusedRMSNorm(nn.Module):
 
 
 FusedRMSNorm.__module__ = "apex.normalization.fused_layer_norm"
+FusedRMSNorm.forward.__module__ = FusedRMSNorm.__module__

@@ -34,10 +34,28 @@ def owner(dtype, request):
     return Owner(dtype, request.param)
 
 
+class Pair:
+    """Linears of one owner."""
+
+    def __init__(self, owner, **options):
+        self.owner, self.group = owner, Linears(*NAMES, **options)
+
+    def __call__(self, *args):
+        return self.group(self.owner, *args)
+
+    def prepare(self):
+        self.group.prepare(self.owner)
+        return self
+
+    def restore(self):
+        self.group.restore(self.owner)
+
+    def linears(self):
+        return self.group.linears(self.owner)
+
+
 def prepared(owner):
-    pair = Linears(owner, *NAMES)
-    pair.prepare()
-    return pair
+    return Pair(owner).prepare()
 
 
 def is_packed(owner):
@@ -80,7 +98,7 @@ def test_epilogues_are_those_of_the_modules(owner, dtype, epilogue, merged):
         epilogue, nn.functional.silu(gate) * up
     )
     residual = torch.randn_like(expected)
-    pair = prepared(owner) if merged else Linears(owner, *NAMES)
+    pair = prepared(owner) if merged else Pair(owner)
     near(pair(x, epilogue, residual), residual + expected)
 
 
@@ -176,7 +194,7 @@ def test_one_of_two_may_be_wrapped_where_they_are_packed(owner, dtype, name):
 
 def test_a_gradient_reaches_the_weights_in_training(owner, dtype):
     x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
-    Linears(owner, *NAMES)(x).sum().backward()
+    Pair(owner)(x).sum().backward()
     near(owner.first.weight.grad, x.detach().sum(0).expand(32, 64))
 
 
@@ -184,7 +202,7 @@ def test_a_gradient_reaches_the_weights_in_training(owner, dtype):
 def test_a_gradient_reaches_weights_in_every_form(owner, dtype, merged):
     x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
     expected = torch.autograd.grad(owner(x).square().sum(), [*owner.parameters(), x])
-    pair = prepared(owner) if merged else Linears(owner, *NAMES)
+    pair = prepared(owner) if merged else Pair(owner)
     found = torch.autograd.grad(pair(x).square().sum(), [*owner.parameters(), x])
     for ours, theirs in zip(found, expected, strict=True):
         # Squares double the outputs' roundings, of sums of up to 128 products.
@@ -192,8 +210,29 @@ def test_a_gradient_reaches_weights_in_every_form(owner, dtype, merged):
 
 
 def test_a_tied_weight_is_left_as_it_is(owner):
-    pair = Linears(owner, *NAMES, tied=frozenset({id(owner.second.weight)}))
+    pair = Pair(owner, tied=frozenset({id(owner.second.weight)}))
     pair.prepare()
     assert is_packed(owner) == [False, False]
     storages = {linear.weight.untyped_storage().data_ptr() for linear in pair.linears()}
     assert len(storages) == 2
+
+
+@torch.no_grad()
+def test_a_linear_that_is_gone_is_no_error(owner):
+    pair = prepared(owner)
+    del owner.second
+    pair.prepare()
+    pair.restore()
+    assert pair.linears() == []
+
+
+def test_a_weight_that_a_graph_holds_is_replaced_where_that_is_asked(owner, dtype):
+    pair = prepared(owner)
+    y = pair(torch.randn(2, 64, dtype=dtype, requires_grad=True))
+    weight = owner.first.weight
+    pair.restore()
+    assert owner.first.weight is weight
+    pair.group.restore(owner, replace=True)
+    assert type(owner.first.weight) is nn.Parameter
+    y.sum().backward()  # of the weight that was there
+    assert weight.grad is not None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from internvl_engine import kernels
-from internvl_engine.weights import PackedTensor, linear, make_plain
+from internvl_engine.weights import PackedTensor, linear
 from internvl_engine.weights.tensor import swap
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16)
@@ -49,6 +49,8 @@ WRITES = {
     "data": lambda w: setattr(w, "data", torch.full_like(w, 2)),
     "data +=": lambda w: setattr(w, "data", w.data.add_(1)),
     "lists": lambda w: torch._foreach_mul_([w], 2.0),
+    "several views": lambda w: torch._foreach_mul_(list(w.split(32)), 2.0),
+    "aliases": lambda w: torch._foreach_add_([w.detach()[0], w.data[1]], 1.0),
 }
 
 
@@ -79,6 +81,9 @@ READS = {
     "numpy": lambda w: torch.from_numpy(w.detach().float().numpy()),
     "lists": lambda w: torch.tensor(w.detach().tolist()),
     "comparison": lambda w: w == w.clone(),
+    "take": lambda w: torch.take(w.detach(), torch.tensor([3, -1, -70])),
+    "a view's lists": lambda w: torch.tensor(w.detach()[3].tolist()),
+    "a copy of a view": lambda w: copy.deepcopy(w.detach()[3]),
 }
 
 
@@ -135,7 +140,7 @@ def test_its_form_changes_and_the_object_stays(weight, values):
     handle = weight.register_hook(lambda gradient: gradient * 2)
     (weight * 1.0).sum().backward()
     gradient, identity = weight.grad, id(weight)
-    make_plain(weight)
+    assert swap(weight, weight.dense())
     assert id(weight) == identity and type(weight) is nn.Parameter and torch.equal(weight, values)
     assert weight.grad is gradient and weight.flag == "kept" and (gradient == 2).all()
     weight.grad = None
@@ -151,6 +156,37 @@ def test_what_cannot_change_its_form_stays_right(weight, values):
     watcher = weakref.ref(weight)
     assert not swap(weight, values) and watcher() is weight
     assert isinstance(weight, PackedTensor) and torch.equal(dense(weight), values)
+
+
+def test_places_that_are_not_there_are_refused(weight):
+    with pytest.raises(IndexError, match="6144 values"):
+        torch.take(weight.detach(), torch.tensor([6144]))
+
+
+def test_other_data_is_refused_while_a_graph_holds_it(weight):
+    y = weight * 2
+    with pytest.raises(RuntimeError, match="a graph that is alive"):
+        weight.data = torch.ones(3, 4)
+    y.sum().backward()
+    assert (weight.grad == 2).all()
+
+
+def test_it_can_be_shared(weight, values):
+    if weight.packed.layout != torch.strided:
+        pytest.skip("oneDNN's tensors cannot be shared")
+    assert not weight.is_shared() and weight.share_memory_().is_shared()
+    assert torch.equal(dense(weight), values)
+
+
+def test_a_change_between_forward_and_backward_is_refused(weight):
+    weight.requires_grad_(False)
+    if weight.packed.layout != torch.strided:
+        pytest.skip("oneDNN's tensors count no changes")
+    x = torch.randn(2, 64, dtype=weight.dtype, requires_grad=True)
+    y = linear(x, weight)
+    weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_other_data_makes_it_plain(weight):
