@@ -52,6 +52,10 @@ def decode_attention_by_rows(
     out = empty_output(q, False).out
     every = [k_cache.shape[2]] * q.shape[0]
     for row, length in enumerate(every if lengths is None else lengths.tolist()):
+        if not 1 <= length <= k_cache.shape[2]:  # as csrc/cpu/decode_attention.h says it
+            raise IndexError(
+                f"decode_attention: length {length} is outside [1, {k_cache.shape[2]}]"
+            )
         one = slice(row, row + 1)
         bias = None
         if key_padding_mask is not None:

@@ -230,7 +230,7 @@ def swap(parameter: Tensor, values: Tensor) -> bool:
         and hooks on its node in such a graph would be lost.
     """
     gradient, parameter.grad = parameter.grad, None
-    if parameter._use_count() > 1:
+    if parameter._use_count() > 1:  # type: ignore[attr-defined]
         parameter.grad = gradient
         return False
     backward_hooks = parameter._backward_hooks
@@ -271,11 +271,12 @@ def make_plain(module: nn.Module, replace: bool = False) -> None:
     same, or with `replace` is replaced by another parameter, as `Module.to` replaces some.
     """
     for each in module.modules():
-        for name, parameter in each._parameters.items():
+        parameters: dict[str, Any] = each._parameters
+        for name, parameter in parameters.items():
             if isinstance(parameter, WeightTensor):
                 values = parameter.dense()
                 if not swap(parameter, values) and replace:
-                    each._parameters[name] = nn.Parameter(values, parameter.requires_grad)
+                    parameters[name] = nn.Parameter(values, parameter.requires_grad)
 
 
 def _is_view(func: Any) -> bool:
