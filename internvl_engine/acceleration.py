@@ -13,12 +13,11 @@ from typing import Any
 from torch import nn
 
 from .checkpoint.parts import AbsentModule
-from .fused import FusedDecoder, FusedModule, FusedVisionEncoder
-from .recognition import EXPECTED, Recognition
+from .fused import FusedModule
+from .recognition import EXPECTED, LOOPS, Recognition
 from .weights import has_own_forward
 
 MODES = ("inference", "training")
-LOOPS = (FusedVisionEncoder, FusedDecoder)  # whose layers are fused by themselves
 
 
 @dataclass

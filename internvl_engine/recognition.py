@@ -3,8 +3,9 @@
 A known class is trusted by where it is defined; its structure (names and shapes of what it holds)
 is checked all the same. A module with that structure from elsewhere may scale, clamp or turn in
 between: of 182 norms of transformers 5.23 that look alike, 16 compute something else (Gemma's,
-Qwen3-Next's: weights count from 1). A table would miss the others or take these, so one of a kind
-is tried: a stand-in with random float32 weights on the CPU computes both ways.
+Qwen3-Next's: weights count from 1). A table would miss the 166 or take the 16 for them, so one
+module of each class and configuration is tried: a stand-in with random float32 weights on the CPU
+computes both ways.
 """
 
 from collections import OrderedDict
@@ -61,11 +62,13 @@ KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
         "LlamaRMSNorm": (
             f"{OURS}qllama_layers", f"{MODELS}llama.modeling_llama", "modeling_qllama",
         ),
+        # apex's, which the published code takes where apex is installed
         "FusedRMSNorm": ("apex.normalization.fused_layer_norm",),
     },
 }  # fmt: skip
+LOOPS = (FusedVisionEncoder, FusedDecoder)  # whose layers are fused by themselves
 # Served where the table has the class: what they do beside computing could not be tried.
-BY_TABLE_ONLY = (FusedVisionEncoder, FusedDecoder, FusedLlamaAttention)
+BY_TABLE_ONLY = (*LOOPS, FusedLlamaAttention)
 # Parts that a known class may have from elsewhere.
 TRUSTED = ("torch.nn.modules.", "transformers.activations", "timm.")
 # Classes that the report names even where they hold something else.
@@ -94,8 +97,7 @@ class Recognition:
     def kind_of(self, module: Any) -> type[FusedModule] | None:
         """The fused class for a module of this structure, or None."""
         for kind in KNOWN:
-            loop = kind in (FusedVisionEncoder, FusedDecoder)
-            if kind.matches(module) and (not loop or is_known(kind, module)):
+            if kind.matches(module) and (kind not in LOOPS or is_known(kind, module)):
                 return kind
         return None
 

@@ -1,4 +1,4 @@
-"""Fused modules on the operators: eager modules with another forward, and the table of them."""
+"""Fused modules: eager modules that compute on the operators. Known classes: recognition.py."""
 
 from .base import FusedModule
 from .cross_attention import FusedCrossAttention

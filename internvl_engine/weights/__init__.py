@@ -5,9 +5,10 @@
     packed   the layout that the CPU's matrix product reads, in a tensor subclass
 
 Every weight exists once and is an `nn.Parameter` of its Linear in every form: counts, freezing,
-optimizers and adapters see it. A form that is not plain is a `WeightTensor`: `linear(x, bias,
-epilogue, residual)`, `dense()` and `nbytes` are all that a form must have. Another one (int8, int4,
-fp8) is another subclass; nothing above this room asks which it is.
+optimizers and adapters see it. A form that is not plain is a `WeightTensor`, which has `linear(x,
+bias, epilogue, residual)`, `dense()`, `write(values)` and `nbytes`, and says what its inner tensors
+are. Another one (int8, int4, fp8) is another subclass; nothing above this room asks which it is.
+Packed weights of neighbours are parts of one storage too, where they fill whole panels.
 """
 
 from .linears import Linears, has_own_forward, is_hooked, is_plain_linear

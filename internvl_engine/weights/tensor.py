@@ -141,6 +141,11 @@ class WeightTensor(_OnDense):
         """Takes the dense values of the weight."""
         raise NotImplementedError
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of the form."""
+        raise NotImplementedError
+
     def memory(self) -> int:
         """What identifies the inner tensors, which aliases of a weight share."""
         return id(getattr(self, self.__tensor_flatten__()[0][0]))
