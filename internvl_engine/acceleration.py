@@ -87,7 +87,8 @@ def accelerate(
     For inference the weights of neighbouring products are merged and, on the CPU, packed while a
     module is in evaluation; every weight exists once. All of them stay parameters of their modules:
     counts, optimizers, freezing, adapters, loading and saving find what they did. `train()` gives
-    weights their plain form, `eval()` packs again. Training mode leaves every weight as it is.
+    weights their plain form, `eval()` packs again. Training mode leaves every weight as it is: use
+    it where parameters are views of a flat buffer that somebody else writes to.
 
     What a fused module cannot serve (attention probabilities, hooks inside it, parts that were
     replaced since) its eager computation serves. Calling it again changes nothing but the mode.

@@ -73,7 +73,11 @@ class _OnDense(Tensor):
 
     @property  # type: ignore[misc]
     def data(self) -> Tensor:  # type: ignore[override]
-        """The same tensor, not recorded by autograd."""
+        """The same tensor, not recorded by autograd.
+
+        Not for the `.data` of a plain parameter: PyTorch would take an empty tensor over without
+        a word. Give that one `dense()`, or its Linear this parameter.
+        """
         return self.detach()
 
     @data.setter
