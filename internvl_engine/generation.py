@@ -50,7 +50,7 @@ class KVCache(Cache):
         layer = self.layers[layer_idx]
         start = layer.length
         layer.reserve(k)
-        slots = torch.arange(start, start + k.shape[2], device=k.device)
+        slots = torch.arange(start, start + k.shape[2], dtype=torch.int64, device=k.device)
         k_cache, v_cache = self.storage[layer_idx]
         q = kernels.rotary_append(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
         return q, layer.keys, layer.values

@@ -198,7 +198,8 @@ def _columns(rows: list[Any], mode: str, width: int) -> "dict[str, Tensor]":
 
     kinds = {"c": 0, "g": 1} if mode == "both" else {mode: None}
     of = {k: [row if i is None else row[i] for row in rows] for k, i in kinds.items()}
-    return {k: torch.stack(found) if found else torch.empty(0, width) for k, found in of.items()}
+    none = torch.empty(0, width, dtype=torch.float32, device="cpu")
+    return {k: torch.stack(found) if found else none for k, found in of.items()}
 
 
 def _give(

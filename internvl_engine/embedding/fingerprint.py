@@ -106,7 +106,9 @@ def _hash(states: dict[str, str | Tensor], exact: bool) -> str:
             samples += _samples(state, as_held=exact)
     if len({sample.device for sample in samples}) > 1:
         samples = [sample.cpu() for sample in samples]
-    values = torch.cat(samples).cpu() if samples else torch.empty(0, dtype=torch.float32)
+    values = (
+        torch.cat(samples).cpu() if samples else torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     if not exact:
         values = values.to(torch.bfloat16)
     digest.update(values.view(torch.uint8).numpy().data)
@@ -132,8 +134,9 @@ def _samples(tensor: Tensor, as_held: bool = False) -> list[Tensor]:
             if size <= WHOLE:
                 whole = tensor.dense() if isinstance(tensor, WeightTensor) else tensor.clone()
                 return [whole.reshape(-1)]
-            starts = torch.arange(RUNS, device=tensor.device) * step
-            places = starts[:, None] + torch.arange(RUN, device=tensor.device)
+            starts = torch.arange(RUNS, dtype=torch.int64, device=tensor.device) * step
+            run = torch.arange(RUN, dtype=torch.int64, device=tensor.device)
+            places = starts[:, None] + run
             return [tensor.take(places).reshape(-1)]
         except (NotImplementedError, RuntimeError):
             if not parts:

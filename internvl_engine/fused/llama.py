@@ -161,7 +161,11 @@ class FusedPublishedAttention(FusedModule):
 
     @classmethod
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
-        return draw(2, 17, module.q_proj.in_features), None, torch.arange(17).expand(2, 17)
+        return (
+            draw(2, 17, module.q_proj.in_features),
+            None,
+            torch.arange(17, dtype=torch.int64, device="cpu").expand(2, 17),
+        )
 
     def compute(
         self,
@@ -225,7 +229,7 @@ def _cache_name(eager: type) -> str:
 def _angles(cos: Tensor, sin: Tensor) -> Angles:
     """transformers' cos and sin (B or 1, S, D) as the rotary operator takes them: a row a token."""
     rows, tokens, dim = cos.shape
-    positions = torch.arange(rows * tokens, device=cos.device).view(rows, tokens)
+    positions = torch.arange(rows * tokens, dtype=torch.int64, device=cos.device).view(rows, tokens)
     # The second half of a head's angles is the first again.
     cos, sin = (x[..., : dim // 2].reshape(rows * tokens, -1) for x in (cos, sin))
     return Angles(cos, sin, positions)

@@ -77,8 +77,7 @@ def embed_files(
             rows += [found.embedding for found in news if found.embedding is not None]
             late = time.monotonic() - written > SHARD_SECONDS
             if entries and (len(entries) >= shard_size or late or not chunk):
-                width = shards.identity["width"]
-                shards.append(entries, torch.stack(rows) if rows else torch.empty(0, width))
+                shards.append(entries, torch.stack(rows) if rows else shards.no_rows())
                 entries, rows, written = [], [], time.monotonic()
             yield results
 

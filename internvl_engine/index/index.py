@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..embedding import Embedder, Mode
 from ..embedding.batches import checked_batch_size
 from .embed import embed_files, is_known
@@ -202,7 +200,7 @@ def _forget(shards: Shards, folder: Path, listing: Listing, report: Report) -> N
     unlisted = [path for path in shards.entries if path not in listing.files]
     lost, unseen = gone(unlisted, folder, listing)
     if lost:
-        shards.append([], torch.empty(0, shards.identity["width"]), lost)
+        shards.append([], shards.no_rows(), lost)
     report.removed = len(lost)
     report.kept |= unseen
     for place, reason in report.kept.items():

@@ -171,6 +171,10 @@ class Shards:
                 write_whole(folder / HEAD, [text.encode()])
             yield cls(folder)
 
+    def no_rows(self) -> Tensor:
+        """What to append where there is nothing but entries: (0, E) float32."""
+        return torch.empty(0, self.identity["width"], dtype=torch.float32, device="cpu")
+
     def append(
         self,
         entries: Sequence[Entry],

@@ -189,7 +189,7 @@ class InternVLModel(InternVLPreTrainedModel):
         eos = self.config.qllama_config.eos_token_id
         attention_mask, last = last_tokens(ids, attention_mask, eos)
         features = self.get_text_features(input_ids=ids, attention_mask=attention_mask)
-        rows = torch.arange(features.shape[0], device=features.device)
+        rows = torch.arange(features.shape[0], dtype=torch.int64, device=features.device)
         return features[rows, last.to(features.device)] @ self.text_projection
 
     def get_text_features(

@@ -170,7 +170,9 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             new = 1 if past else input_ids.shape[1]
             inputs = {"input_ids": input_ids[:, -new:]}
         if attention_mask is None:  # transformers 5 drops a mask of ones
-            positions = torch.arange(past, past + new, device=input_ids.device)[None]
+            positions = torch.arange(past, past + new, dtype=torch.int64, device=input_ids.device)[
+                None
+            ]
         else:
             positions = count_positions(attention_mask)[:, -new:]
         if past < num_query_token(self.config):

@@ -33,7 +33,7 @@ def last_tokens(
         last = mask.sum(1) - 1
     else:
         mask = attention_mask.to(ids.device)
-        last = (mask * torch.arange(ids.shape[1], device=ids.device)).argmax(1)
+        last = (mask * torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)).argmax(1)
     if not (torch.compiler.is_compiling() or ids.is_meta or _is_captured(ids)) and ids.numel():
         _warn(ids, mask, last, attention_mask is None, eos_token_id)
     return mask, last
@@ -55,7 +55,7 @@ def _warn(ids: Tensor, mask: Tensor, last: Tensor, guessed: bool, eos_token_id: 
     if eos_token_id is None:
         return
     ends = ids.gather(1, last.clamp_min(0)[:, None].long())[:, 0]
-    wrong = ~torch.isin(ends, torch.as_tensor(eos_token_id, device=ids.device))
+    wrong = ~torch.isin(ends, torch.as_tensor(eos_token_id, dtype=torch.int64, device=ids.device))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         warnings.warn(

@@ -104,5 +104,7 @@ def encode_for_training(
 def _labels(texts: TokenBatch, unscored: int) -> Tensor:
     """The ids as targets: -100 on padding and on the first `unscored` positions."""
     ids, mask = texts
-    skip = (mask == 0) | (torch.arange(ids.shape[1], device=ids.device) < unscored)
+    skip = (mask == 0) | (
+        torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device) < unscored
+    )
     return ids.masked_fill(skip, IGNORED)

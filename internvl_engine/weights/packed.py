@@ -38,11 +38,11 @@ class PackedTensor(WeightTensor):
         return kernels.linear_packed(x, self.packed, self.shape[0], bias, epilogue, residual)
 
     def take(self, places: Tensor) -> Tensor:  # type: ignore[override]
-        if self.packed.dim() != 4:  # opaque
-            return super().take(places)
         size = self.numel()
         if places.numel() and not bool(((places >= -size) & (places < size)).all()):
             raise IndexError(f"take: places must lie within the {size} values of the weight")
+        if self.packed.dim() != 4:  # opaque
+            return super().take(places)
         places = places % size
         rows, depth = self.packed.shape[2:]  # of panels, see kernels.pack
         row, column = places // self.shape[1], places % self.shape[1]

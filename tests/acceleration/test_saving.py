@@ -259,7 +259,12 @@ def test_casts_and_moves_carry_every_weight(kind, state):
     built, other = put(eager(kind), state), eager(kind)
     with torch.no_grad():
         for dtype in (torch.float64, torch.bfloat16, torch.float32):
-            close(run(built.to(dtype)), run(other.to(dtype)))
+            found, expected = run(built.to(dtype)), run(other.to(dtype))
+            if dtype == torch.bfloat16:  # in which eager itself may be 0.13 from the truth
+                truth = run(copy.deepcopy(other).double())
+                assert (found - truth).norm() <= 1.25 * (expected - truth).norm()
+            else:
+                close(found, expected)
             assert {p.dtype for p in built.parameters()} == {dtype}
             assert_same_weights(built, other, rtol=0)
     assert all(p.is_meta for p in built.to("meta").parameters())
