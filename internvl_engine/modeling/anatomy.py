@@ -48,6 +48,11 @@ class Anatomy:
     layers: list[nn.Module]
     tied: bool
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of the model, each once."""
+        for part in (*self.parts.values(), *self.adapters.values()):
+            yield from part.parameters.values()
+
 
 def bare(module: Any) -> Any:
     """A module out of peft's wrapper, or itself."""
@@ -128,6 +133,7 @@ def _cross_attention(language: nn.Module) -> list[nn.Module]:
 def _adapters(model: nn.Module) -> dict[int, bool]:
     """The parameters that belong to adapters: their ids, and whether the adapter is active."""
     found: dict[int, bool] = {}
+    module: Any
     for module in model.modules():
         kinds: Any = tuple(getattr(module, "adapter_layer_names", ()))
         if "modules_to_save" in module._modules:

@@ -107,9 +107,10 @@ def freeze(
     optimizer would go on moving it.
 
     A frozen language model, and both towers of InternVL-14B, are put into eval mode as in the
-    published scripts; dropout of adapters on it stays on. `model.train()`, which trainers call,
-    undoes that: what is frozen stays frozen, but drop path and dropout of the towers are on again.
-    The vision tower of a chat model keeps its mode, drop path included; `model.vision_model.eval()`
+    published scripts, which switches off dropout, drop path and the recomputation of layers
+    (gradient checkpointing); layers and adapters that train keep their mode. `model.train()`, which
+    trainers call, undoes that: what is frozen stays frozen, but computes as in training. The
+    vision tower of a chat model keeps its mode, drop path included; `model.vision_model.eval()`
     switches that off.
 
     Args:
@@ -150,15 +151,14 @@ def freeze(
         wanted[part] = wanted["language"] or wanted[part]
     flags = _flags(found, wanted, adapters, _last_layers(found, last_vision_layers))
     _check_dtypes(found, flags)
-    for part in (*found.parts.values(), *found.adapters.values()):
-        for parameter in part.parameters.values():
-            if id(parameter) in flags:
-                parameter.requires_grad_(flags[id(parameter)])
-                if not flags[id(parameter)]:
-                    parameter.grad = None
+    for parameter in found.parameters():
+        if id(parameter) in flags:
+            parameter.requires_grad_(flags[id(parameter)])
+            if not flags[id(parameter)]:
+                parameter.grad = None
     for name in RESTING[found.kind]:
         if whole[name] and getattr(found, name) is not None:
-            _rest(getattr(found, name))
+            _rest(getattr(found, name), found.layers[len(found.layers) - last_vision_layers :])
     return Freezing(tuple(_rows(found)), tuple(_notes(model, found, last_vision_layers, trains)))
 
 
@@ -233,16 +233,13 @@ def _check_dtypes(found: Anatomy, flags: dict[int, bool]) -> None:
                 )
 
 
-def _rest(tower: nn.Module) -> None:
-    """Puts a tower into eval mode, but for the dropout of its adapters."""
-    dropouts = [
-        module.lora_dropout
-        for module in tower.modules()
-        if "lora_dropout" in module._modules and module.lora_dropout.training
-    ]
+def _rest(tower: nn.Module, layers: list[nn.Module]) -> None:
+    """Puts a tower into eval mode, but for the layers that train and the dropout of adapters."""
+    dropouts: list[Any] = [m for m in tower.modules() if "lora_dropout" in m._modules]
+    still = [m for m in (*layers, *(each.lora_dropout for each in dropouts)) if m.training]
     tower.eval()
-    for dropout in dropouts:
-        dropout.train()  # type: ignore[operator]
+    for module in still:
+        module.train()
 
 
 def _rows(found: Anatomy) -> Iterator[Row]:
