@@ -17,10 +17,11 @@ from transformers.activations import ACT2FN
 from ..configuration import VisionLanguageConfig
 from ..configuration.language import language_class
 from .base import InternVLPreTrainedModel
+from .lora import ChatLora
 from .vision import InternVisionModel
 
 
-class VisionLanguageModel(InternVLPreTrainedModel):
+class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
     """A chat model; its parameters have the published names."""
 
     config_class: Any = VisionLanguageConfig
@@ -34,6 +35,10 @@ class VisionLanguageModel(InternVLPreTrainedModel):
         self.img_context_token_id = config.img_context_token_id
         self.post_init()
         self.mlp1 = _projector(config)  # keeps PyTorch's own initialisation, as published
+        if config.use_backbone_lora:
+            self.wrap_backbone_lora(config.use_backbone_lora, config.backbone_lora_alpha)
+        if config.use_llm_lora:
+            self.wrap_llm_lora(config.use_llm_lora, config.llm_lora_alpha)
 
     @property
     def mlp_projector(self) -> nn.Sequential:
