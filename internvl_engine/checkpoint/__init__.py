@@ -15,6 +15,7 @@ _PUBLIC = {  # name: the module that defines it
     "CheckpointNotFoundError": "errors",
     "Contents": "contents",
     "HUB_OPTIONS": "hub",
+    "Origin": "saving",
     "PARTS": "parts",
     "PartNotLoadedError": "parts",
     "Placement": "placement",
@@ -30,6 +31,7 @@ _PUBLIC = {  # name: the module that defines it
     "refuse_pointer": "files",
     "replaced_weights": "writing",
     "resolve_dtype": "dtypes",
+    "save_chat": "saving",
 }
 if TYPE_CHECKING:
     from .contents import Contents as Contents
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from .parts import needs as needs
     from .placement import Placement as Placement
     from .pretrained import load_pretrained as load_pretrained
+    from .saving import Origin as Origin
+    from .saving import save_chat as save_chat
     from .writing import replaced_weights as replaced_weights
 
 __all__ = list(_PUBLIC)

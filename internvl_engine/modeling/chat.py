@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from ..checkpoint import Origin, save_chat
 from ..configuration import VisionLanguageConfig
 from ..configuration.language import language_class
 from .base import InternVLPreTrainedModel
@@ -27,6 +28,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
     config_class: Any = VisionLanguageConfig
     main_input_name = "pixel_values"
     _no_split_modules = ["InternVisionEncoderLayer"]
+    origin: Origin | None = None  # set by loading
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
@@ -49,6 +51,11 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         """Tokens a tile of the configured size becomes."""
         grid = self.config.image_size // self.config.vision_config.patch_size
         return int(grid**2 * self.config.downsample_ratio**2)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Saves in layout="published" or "transformers", by default the one it was loaded from; see
+        `internvl_engine.checkpoint.save_chat`."""
+        save_chat(self, save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
