@@ -152,7 +152,14 @@ TRANSFORMERS_VISION = Family(
     towers={"vision": Tower(fields=_TRANSFORMERS_VISION)},
     advice=_VISION_ADVICE,
 )
-FAMILIES = (INTERNVL_14B, CHAT, TRANSFORMERS_CHAT, VISION, TRANSFORMERS_VISION)
+QUERY_BRIDGE = Family(
+    title="a query bridge (learned queries and QLLaMA alone)",
+    model_types=("internvl_query_bridge",),
+    builds="internvl_query_bridge",
+    advice="QueryBridge takes it",
+    parts={"all": ("",)},
+)
+FAMILIES = (INTERNVL_14B, CHAT, TRANSFORMERS_CHAT, VISION, TRANSFORMERS_VISION, QUERY_BRIDGE)
 
 # Names at the top of a composite. Whatever stands before one of them is a trainer's prefix.
 ROOTS = frozenset({
