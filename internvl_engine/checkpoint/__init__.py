@@ -25,6 +25,7 @@ _PUBLIC = {  # name: the module that defines it
     "computes_in_bfloat16": "dtypes",
     "download": "hub",
     "hub_options": "hub",
+    "load_language_model": "language",
     "load_pretrained": "pretrained",
     "needs": "parts",
     "read_json": "files",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .hub import download as download
     from .hub import hub_options as hub_options
     from .identify import check_takes as check_takes
+    from .language import load_language_model as load_language_model
     from .locate import Source as Source
     from .parts import PARTS as PARTS
     from .parts import AbsentModule as AbsentModule
