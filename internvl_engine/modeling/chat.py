@@ -22,13 +22,14 @@ from ..configuration import VisionLanguageConfig
 from ..configuration.language import language_class
 from .base import InternVLPreTrainedModel
 from .continuation import continue_prompts
+from .lora import ChatLora
 from .pixel_shuffle import pixel_shuffle
 from .placeholders import check_count, fill, used_tiles
 from .rotary import replace_dynamic_rotary
 from .vision import InternVisionModel
 
 
-class VisionLanguageModel(InternVLPreTrainedModel):
+class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
     """A chat model; its parameters have the published names.
 
     `img_context_token_id`, the id of the placeholder, comes from the configuration where that knows
@@ -49,6 +50,10 @@ class VisionLanguageModel(InternVLPreTrainedModel):
         ]  # fmt: skip
         self.post_init()
         self.mlp1 = projector(config)  # after post_init: published ones start as PyTorch's
+        if config.use_backbone_lora:
+            self.wrap_backbone_lora(config.use_backbone_lora, config.backbone_lora_alpha)
+        if config.use_llm_lora:
+            self.wrap_llm_lora(config.use_llm_lora, config.llm_lora_alpha)
 
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Features of tiles.
