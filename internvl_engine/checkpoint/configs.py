@@ -144,6 +144,7 @@ def _build_chat(config_class: Any, values: dict[str, Any], overrides: dict[str, 
         )
     for name, value in overrides.items():
         setattr(config.vision_config if name in OF_VISION else config, name, value)
+    config.check()
     return config
 
 
