@@ -48,7 +48,8 @@ def seen_by(mask: Tensor) -> Tensor | None:
     if dtype is None:
         return None
     shape = mask.shape
-    mask = mask[tuple(slice(None if step else 1) for step in mask.stride())]  # without its repeats
+    once = tuple(slice(None if step else 1) for step in mask.stride()[:3])  # without its repeats
+    mask = mask[once]
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     seen = torch.empty(mask.shape, dtype=torch.bool, device=mask.device)
     threads = torch.get_num_threads()
@@ -168,8 +169,8 @@ def attention_with_mask(
             float64 runs the reference.
         k, v: (B, Hk, T, D), the dtype of q. Hk divides H, and query head h reads key head
             h // (H / Hk).
-        mask: (B or 1, H or 1, S, T), bool with True = may be attended, or floating and added to the
-            scores; no gradient.
+        mask: (B or 1, H or 1, S or 1, T), bool with True = may be attended, or floating and added
+            to the scores; no gradient.
         scale: of the scores; None is D ** -0.5.
 
     Returns:
@@ -178,6 +179,8 @@ def attention_with_mask(
     Raises:
         ValueError: shapes or dtypes do not fit, or the mask requires a gradient.
     """
+    if mask.dim() == 4 and mask.shape[2] == 1:
+        mask = mask.expand(-1, -1, q.shape[-2], -1)
     _check(q, k, v, mask)
     scale = scale_of(scale, q.shape[-1])
     if needs_gradient(mask):

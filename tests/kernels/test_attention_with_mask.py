@@ -1,4 +1,4 @@
-"""Attention under masks that are tensors: whatever they say, and read rightly where it is simple."""
+"""Attention under masks that are tensors: whatever they say, and read rightly where simple."""
 
 import pytest
 import torch
