@@ -109,7 +109,7 @@ class VisionLanguageConfig(PretrainedConfig):
         self.llm_lora_alpha = llm_lora_alpha
         self.img_context_token_id = theirs.get("img_context_token_id", img_context_token_id)
         self.projector_hidden_act = projector_hidden_act
-        self._check()
+        self.check()
         if theirs and tied is not None:
             self.tie_word_embeddings = tied
         elif isinstance(llm_config, dict) and not theirs and not tied:
@@ -118,7 +118,8 @@ class VisionLanguageConfig(PretrainedConfig):
                 self.tie_word_embeddings = False
         super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError where a field has no such value."""
         if self.ps_version not in ("v1", "v2"):
             raise ValueError(
                 f"VisionLanguageConfig: ps_version must be v1 or v2, got {self.ps_version!r}"

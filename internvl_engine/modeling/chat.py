@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..checkpoint import Origin, save_chat
 from ..configuration import VisionLanguageConfig
 from ..configuration.language import language_class
 from .base import InternVLPreTrainedModel
@@ -39,6 +40,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
 
     config_class: Any = VisionLanguageConfig
     main_input_name = "pixel_values"
+    origin: Origin | None = None  # set by loading
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
@@ -257,6 +259,11 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
     def num_image_token(self) -> int:
         """Tokens that a tile of the configured size becomes."""
         return self.config.num_image_token
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Saves in layout="published" or "transformers", by default the one it was loaded from; see
+        `internvl_engine.checkpoint.save_chat`."""
+        save_chat(self, save_directory, **kwargs)
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()

@@ -5,8 +5,10 @@ sentence of a system comes from the checkpoint or the caller: none ships with th
 """
 
 import ast
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,43 @@ class PublishedTemplate:
         return text + (self.assistant + self.gap.rstrip(" ") if open_turn else "")
 
 
+def as_jinja(template: PublishedTemplate, system: str | None, image: str) -> str:
+    """A published template as a Jinja template of transformers.
+
+    Args:
+        template: the published one.
+        system: the sentence of the system where a conversation has none.
+        image: the token of images.
+    """
+    system_head, system_end, user, user_end, assistant, assistant_end, gap, start, sentence = (
+        json.dumps(text, ensure_ascii=False)
+        for text in (
+            template.system, template.system_end, template.user, template.user_end,
+            template.assistant, template.assistant_end, template.gap, template.gap.rstrip(" "),
+            system or "",
+        )
+    )  # fmt: skip
+    return (
+        "{%- macro words(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+        "{%- for part in content -%}"
+        "{%- if part['type'] == 'image' -%}{{- " + json.dumps(image + "\n") + " -}}"
+        "{%- elif part['type'] == 'video' -%}{{- '<video>\\n' -}}"
+        "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        "{%- if messages[0]['role'] != 'system' -%}"
+        f"{{{{- {system_head} + {sentence} + {system_end} -}}}}"
+        "{%- endif -%}{%- for message in messages -%}"
+        "{%- set said = words(message['content']) -%}"
+        "{%- if message['role'] == 'system' -%}"
+        f"{{{{- {system_head} + said + {system_end} -}}}}"
+        "{%- elif message['role'] == 'user' -%}"
+        f"{{{{- {user} + ({gap} + said + {user_end} if said else {start}) -}}}}"
+        "{%- else -%}"
+        f"{{{{- {assistant} + ({gap} + said + {assistant_end} if said else {start}) -}}}}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {assistant} + {start} -}}}}{{%- endif -%}}"
+    )
+
+
 def _chatml(name: str, end: str) -> PublishedTemplate:
     system, user, assistant = (f"<|im_start|>{role}\n" for role in ("system", "user", "assistant"))
     return PublishedTemplate(name, system, end, user, end, assistant, end)
@@ -104,21 +143,13 @@ class JinjaTemplate:
 
     def __init__(self, source: str, tokenizer: Any) -> None:
         self.source, self.tokenizer = source, tokenizer
-        self._separator: str | None = None
 
-    @property
-    def takes_pictures(self) -> bool:
-        """Whether it says where pictures go; that of a mere language model does not."""
-        return "image" in self.source or "IMG_CONTEXT" in self.source
-
-    @property
+    @cached_property
     def separator(self) -> str:
         """What ends an answer: what the template writes after one, up to white space."""
-        if self._separator is None:
-            turns = [("user", "?"), ("assistant", PROBE)]
-            tail = self.render(turns, None, False).rpartition(PROBE)[2].strip()
-            self._separator = tail.split()[0] if tail else ""
-        return self._separator
+        turns = [("user", "?"), ("assistant", PROBE)]
+        tail = self.render(turns, None, False).rpartition(PROBE)[2].split()
+        return tail[0] if tail else ""
 
     def render(self, turns: Sequence[tuple[str, Any]], system: str | None, open_turn: bool) -> str:
         """The prompt of (role, content) pairs.
@@ -145,6 +176,11 @@ class JinjaTemplate:
             if isinstance(error, ImportError):
                 raise
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+
+def takes_pictures(source: str) -> bool:
+    """Whether a Jinja template says where pictures go; that of a mere language model does not."""
+    return "image" in source or "IMG_CONTEXT" in source
 
 
 def sentence_in(path: Path, template: str) -> str | None:

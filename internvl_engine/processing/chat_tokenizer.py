@@ -1,6 +1,6 @@
 """The tokenizer of a chat checkpoint, without code from it.
 
-Folders with a `tokenizer.model` alone (InternLM2, whose class is remote code; LLaMA, Yi) are read by
+Folders with a `tokenizer.model` of InternLM2 (whose class is remote code), LLaMA or Yi are read by
 `SentencePieceTokenizer`: the pieces of the SentencePiece library between the added tokens, which is
 what their slow classes do. Everything else is transformers' own.
 """
@@ -8,21 +8,28 @@ what their slow classes do. Everything else is transformers' own.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from ..checkpoint.files import read_json, refuse_pointer
 from ..printable import printable
 
 SETTINGS, MODEL, FAST = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
+JINJA = "chat_template.jinja"
 FILES = (
     SETTINGS, MODEL, FAST, "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "special_tokens_map.json", JINJA, "chat_template.json",
 )  # fmt: skip
 SPACE = "\u2581"  # how SentencePiece writes a space
-# The field of a SentencePiece model by which a text begins no word: protobuf merges what is appended.
+# What makes a SentencePiece model begin no word with a text; protobuf merges what is appended.
 WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 
 
@@ -178,14 +185,42 @@ def load_tokenizer(folder: Path) -> Any:
         if (folder / file).is_file():
             refuse_pointer(folder / file)
     try:
-        if "auto_map" in settings and (folder / FAST).is_file():  # its class is remote code
+        own = "auto_map" in settings or "tokenizer_class" not in settings
+        if own and (folder / FAST).is_file():  # its class is remote code, or nowhere named
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # With a configuration given, that of the model is not looked at, which may be remote code.
+        options: dict[str, Any] = {"config": PretrainedConfig(), "trust_remote_code": False}
+        return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(
             f"VisionLanguageProcessor: the tokenizer in {printable(folder)} cannot be read: "
             f"{printable(error, 300)}"
         ) from error
+
+
+def save_tokenizer(
+    tokenizer: Any, folder: Path, names: Mapping[str, str], template: str
+) -> list[str]:
+    """Writes a tokenizer; returns the paths.
+
+    Args:
+        tokenizer: one of transformers'.
+        folder: where to.
+        names: tokens that transformers' processor asks for by name; none in published folders.
+        template: Jinja template in place of the tokenizer's own; "" keeps that.
+    """
+    written = [str(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
+    if template:
+        (folder / JINJA).write_text(template, encoding="utf-8")
+    if names:
+        path = folder / SETTINGS
+        settings = read_json(path)
+        known = settings.get("extra_special_tokens")
+        extra = known if isinstance(known, dict) else {}
+        settings["extra_special_tokens"] = extra | dict(names)
+        settings.pop("chat_template", None)
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return written
 
 
 def _pieces(path: str, appended: bytes) -> Any:
