@@ -172,8 +172,8 @@ class _Reading:
         if not packed.shape or not self.heads.fit(packed.shape[0]):
             query, key = self.heads
             raise CheckpointError(
-                f"{packed}: needed rows for {query} heads that share {key} key heads, a multiple of "
-                f"{query + 2 * key}, got shape {packed.shape}"
+                f"{packed}: needed rows for {query} heads that share {key} key heads, a multiple "
+                f"of {query + 2 * key}, got shape {packed.shape}"
             )
         return Grouped(packed, rows, self.heads)
 

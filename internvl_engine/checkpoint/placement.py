@@ -44,11 +44,7 @@ class Placement:
 
 def blocks(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The blocks below a model: topmost modules that must not be split or have own parameters."""
-    whole = {
-        name
-        for module in model.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    }
+    whole = set(getattr(model, "_no_split_modules", None) or ())
     yield from _blocks(model, path, whole)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..configuration import VisionLanguageConfig
 from . import ties
 from .adoption import adopt
+from .arranging import OF_TRANSFORMERS, PUBLISHED
 from .building import build
 from .configs import Reading, fields_of, read_config
 from .contents import Contents
@@ -30,12 +32,15 @@ from .identify import (
     own_fields,
     refuse_adapter,
 )
+from .layouts import TRANSFORMERS
 from .locate import Source
 from .names import canonical, prefix_of
 from .parts import drop_absent
 from .placement import Placement, place
 from .plan import Plan, Reader, match
 from .quantized import refuse_quantized
+from .saving import Origin
+from .tokens import IMG_CONTEXT, added_token_id
 
 
 def load_pretrained(
@@ -99,7 +104,7 @@ def load_pretrained(
         placement = place(model, device, device_map, max_memory, dtype)
         dtype = resolve_dtype(dtype, placement.main)
         fill(model, plan, placement, dtype, offload_folder, progress)
-        _finish(model, found, placement, dtype)
+        _finish(model, plan, found, placement, dtype)
     if not output_loading_info:
         return model
     info: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -191,7 +196,9 @@ def _plan(
     return Plan(names, contents, Reader(contents, merge, alphas), patch_size, tied=tied)
 
 
-def _finish(model: Any, source: Source, placement: Placement, dtype: torch.dtype) -> None:
+def _finish(
+    model: Any, plan: Plan, source: Source, placement: Placement, dtype: torch.dtype
+) -> None:
     """What a loaded model has beside its weights."""
     model.eval()
     model.config.dtype = dtype
@@ -200,7 +207,20 @@ def _finish(model: Any, source: Source, placement: Placement, dtype: torch.dtype
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.placement = placement
+    if isinstance(model.config, VisionLanguageConfig):
+        is_published = plan.contents.layout is not TRANSFORMERS
+        model.origin = Origin(source.folder, PUBLISHED if is_published else OF_TRANSFORMERS)
+        _take_context_id(model, source)
+        if is_published:  # the published code goes by llm_config
+            return
     if source.json("generation_config.json") is not None:
         generator: Any = model if model.can_generate() else getattr(model, "language_model", None)
         if hasattr(generator, "generation_config"):
             generator.generation_config = GenerationConfig.from_pretrained(source.folder)
+
+
+def _take_context_id(model: Any, source: Source) -> None:
+    """The placeholder's id out of the tokenizer's files, where the configuration has none."""
+    if model.img_context_token_id is None:
+        model.img_context_token_id = added_token_id(source, IMG_CONTEXT)
+        model.config.img_context_token_id = model.img_context_token_id
