@@ -5,20 +5,38 @@ from .cross_attention import FusedCrossAttention
 from .llama import FusedLlamaAttention, FusedLlamaMLP, FusedPublishedAttention
 from .norm import FusedRMSNorm
 from .pooling import FusedAttentionPooling
+from .prenorm import FusedPreNormBlock
 from .qllama import FusedDecoder, FusedDecoderLayer
+from .towers import (
+    FusedCLIPLayer,
+    FusedDinov2Layer,
+    FusedDinov2LayerOf4,
+    FusedResidualAttentionBlock,
+    FusedTimmBlock,
+    FusedViTLayer,
+    FusedViTLayerOf4,
+)
 from .vision import FusedTransformersVisionLayer, FusedVisionEncoder, FusedVisionLayer
 
 __all__ = [
     "FusedAttentionPooling",
+    "FusedCLIPLayer",
     "FusedCrossAttention",
     "FusedDecoder",
     "FusedDecoderLayer",
+    "FusedDinov2Layer",
+    "FusedDinov2LayerOf4",
     "FusedLlamaAttention",
     "FusedLlamaMLP",
     "FusedModule",
+    "FusedPreNormBlock",
     "FusedPublishedAttention",
     "FusedRMSNorm",
+    "FusedResidualAttentionBlock",
+    "FusedTimmBlock",
     "FusedTransformersVisionLayer",
+    "FusedViTLayer",
+    "FusedViTLayerOf4",
     "FusedVisionEncoder",
     "FusedVisionLayer",
 ]
