@@ -25,6 +25,7 @@ class InternVisionConfig(PretrainedConfig):
         hidden_act: activation of the MLP.
         norm_type: "rms_norm" or "layer_norm" (chat variants).
         layer_norm_eps: epsilon of every norm.
+        qk_norm_eps: epsilon of the norms of q and k; None is layer_norm_eps.
         dropout: after the attention's output projection.
         attention_dropout: on the attention probabilities.
         drop_path_rate: stochastic depth of the last layer, rising linearly from 0.
@@ -57,6 +58,7 @@ class InternVisionConfig(PretrainedConfig):
         attention_dropout: float = 0.0,
         initializer_range: float = 0.02,
         initializer_factor: float = 0.1,
+        qk_norm_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("model_type", None)
@@ -79,6 +81,7 @@ class InternVisionConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.initializer_factor = initializer_factor
+        self.qk_norm_eps = qk_norm_eps
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"InternVisionConfig: hidden_size must be a multiple of num_attention_heads, "
@@ -88,6 +91,11 @@ class InternVisionConfig(PretrainedConfig):
             raise ValueError(
                 f"InternVisionConfig: norm_type must be rms_norm or layer_norm, got {norm_type!r}"
             )
+
+    @property
+    def qk_eps(self) -> float:
+        """Epsilon of the norms of q and k."""
+        return self.layer_norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]

@@ -2,9 +2,16 @@
 
 from .base import FusedModule
 from .cross_attention import FusedCrossAttention
-from .llama import FusedLlamaAttention, FusedLlamaMLP, FusedPublishedAttention
+from .llama import (
+    FusedLlamaAttention,
+    FusedLlamaLayer,
+    FusedPackedAttention,
+    FusedPackedLayer,
+)
+from .mlp import FusedInternLM2MLP, FusedLlamaMLP, FusedPackedMLP
 from .norm import FusedRMSNorm
 from .pooling import FusedAttentionPooling
+from .published import FusedInternLM2Attention, FusedPublishedAttention
 from .qllama import FusedDecoder, FusedDecoderLayer
 from .vision import FusedTransformersVisionLayer, FusedVisionEncoder, FusedVisionLayer
 
@@ -13,9 +20,15 @@ __all__ = [
     "FusedCrossAttention",
     "FusedDecoder",
     "FusedDecoderLayer",
+    "FusedInternLM2Attention",
+    "FusedInternLM2MLP",
     "FusedLlamaAttention",
+    "FusedLlamaLayer",
     "FusedLlamaMLP",
     "FusedModule",
+    "FusedPackedAttention",
+    "FusedPackedLayer",
+    "FusedPackedMLP",
     "FusedPublishedAttention",
     "FusedRMSNorm",
     "FusedTransformersVisionLayer",
