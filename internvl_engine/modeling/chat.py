@@ -23,6 +23,7 @@ from ..configuration import VisionLanguageConfig
 from ..configuration.language import language_class
 from .base import InternVLPreTrainedModel
 from .continuation import continue_prompts
+from .heads import follow_head
 from .lora import ChatLora
 from .pixel_shuffle import pixel_shuffle
 from .placeholders import check_count, fill, used_tiles
@@ -52,6 +53,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         ]  # fmt: skip
         self.post_init()
         self.mlp1 = projector(config)  # after post_init: published ones start as PyTorch's
+        self.register_load_state_dict_pre_hook(follow_head)
         if config.use_backbone_lora:
             self.wrap_backbone_lora(config.use_backbone_lora, config.backbone_lora_alpha)
         if config.use_llm_lora:
