@@ -4,7 +4,7 @@
     48 times:  h = h + ls1 * proj(attention(qk_norm(qkv(norm1(h)))))
                h = h + ls2 * mlp(norm2(h))
 
-The 6B has RMSNorm and norms of q and k, the 300M LayerNorm and a qkv bias; neither has a final norm.
+The 6B has RMSNorm and norms of q and k, the 300M LayerNorm and a qkv bias; none has a final norm.
 Source: OpenGVLab/InternVL, modeling_intern_vit.py; Chen et al., InternVL, 2023.
 
     B batch, N = 1 + patches tokens (257 at 224 px), C = 3200 width, H = 25 heads, D = 128 head size
