@@ -205,7 +205,9 @@ def test_another_alpha_is_kept_and_said(tmp_path):
     pytest.importorskip("peft")
     case = "internlm2_lora"
     model = load(tmp_path / "a", case, lora_alpha=20)  # of both towers
-    with pytest.warns(UserWarning, match="llm_lora_alpha is 20.*published code takes 2 [*] rank, 12"):
+    with pytest.warns(
+        UserWarning, match="llm_lora_alpha is 20.*published code takes 2 [*] rank, 12"
+    ):
         model.save_pretrained(tmp_path / "b")
     again = VisionLanguageModel.from_pretrained(tmp_path / "b", **FP32)
     assert torch.equal(logits(again, case), logits(model, case))
@@ -244,6 +246,14 @@ def test_the_files_beside_the_weights_come_along(tmp_path):
         WEIGHTS, "config.json", "added_tokens.json", "tokenizer.model", "preprocessor_config.json",
         "generation_config.json",
     }  # fmt: skip
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert not {"auto_map", "system_message", "_name_or_path"} & set(config)
+    (tmp_path / "a" / "modeling_internvl_chat.py").write_text("raise SystemExit")
+    model.save_pretrained(tmp_path / "b")
+    stored = json.loads((tmp_path / "a" / "config.json").read_text())
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["auto_map"] == stored["auto_map"]
+    assert (tmp_path / "b" / "modeling_internvl_chat.py").is_file()
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "tokenizer.model").write_text("of the user")
     model.save_pretrained(tmp_path / "c", layout="transformers")
