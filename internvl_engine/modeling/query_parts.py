@@ -62,8 +62,7 @@ def query_parts(source: Any, pool: bool, options: dict[str, Any]) -> QueryParts:
         raise TypeError(f"from_internvl: {', '.join(sorted(options))}: only for a checkpoint")
     if not hasattr(source, "qllama") or not hasattr(source, "query_tokens"):
         raise TypeError(
-            "from_internvl: needed an InternVLModel or its checkpoint, got "
-            f"{type(source).__name__}"
+            f"from_internvl: needed an InternVLModel or its checkpoint, got {type(source).__name__}"
         )
     # Touching what was not loaded raises, and says so.
     source.query_tokens.shape, pool and source.clip_projector2.cross_attn
