@@ -26,7 +26,7 @@ KINDS = {
     ),
     "qwen3 experts": (
         partial(llama, "Qwen3Moe", heads=2, mlp_only_layers=[1], **EXPERTS),
-        # The layer without experts is whole; of the others the attention, with norms in it, and norms.
+        # The layer without experts is whole; of the others the attention and the norms beside it.
         {"FusedLlamaLayer": 1, "FusedLlamaAttention": 2, "FusedRMSNorm": 2 * 2 + 1},
     ),
     "gpt_oss": (
