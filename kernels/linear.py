@@ -1,6 +1,6 @@
 """The linear layer: a matrix product with the activation and the residual add in its epilogue.
 
-    y = residual + epilogue(x @ weight.T + bias)      epilogue: none, GELU (exact, with erf), SwiGLU
+    y = residual + epilogue(x @ weight.T + bias)      epilogue: one of _epilogue.py
 
 Products accumulate in fp32. Where the epilogue is fused it sees that accumulator and the result is
 rounded once; eager rounds after the product, after the activation and after the add. cuBLASLt's own
@@ -153,8 +153,8 @@ def linear(
         x: (..., C), any strides.
         weight: (F, C), the dtype of x, but under autocast, which casts both.
         bias: (F,), or None.
-        epilogue: "none", "gelu" (exact, with erf) or "swiglu": weight rows are [gate; up] and the
-            result is silu(gate) * up.
+        epilogue: "none", "gelu" (exact, with erf), "gelu_tanh", "gelu_quick" (y * sigmoid(1.702 *
+            y)) or "swiglu": weight rows are [gate; up] and the result is silu(gate) * up.
         residual: the shape of the result, added last, or None.
 
     Returns:
@@ -191,7 +191,7 @@ def check_operands(
         )
     if epilogue not in EPILOGUES or (epilogue == "swiglu" and features % 2):
         raise ValueError(
-            f"{operator}: epilogue must be none, gelu or, for an even number of features, swiglu; "
+            f"{operator}: epilogue must be in {EPILOGUES}, swiglu for an even number of features; "
             f"got {epilogue!r} for {features} features"
         )
     if residual is not None and residual.shape != output_shape(x, features, epilogue):

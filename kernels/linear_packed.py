@@ -41,6 +41,8 @@ from .linear import (
     linear_backward_blas,
 )
 
+ONEDNN_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # oneDNN's names of its approximations
+
 
 def _packed_shape(packed: Tensor, features: int) -> torch.Size:
     """(F, C) of a packed weight that is said to have `features` rows."""
@@ -81,15 +83,15 @@ def linear_packed_onednn(
     x: Tensor, packed: Tensor, features: int, bias: Tensor | None = None, epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Calls oneDNN, the epilogue as its post-operation but for SwiGLU, which joins two columns."""
+    """Calls oneDNN, GELUs that it knows as its post-operation."""
     if packed.layout == torch.strided or is_batch_invariant():  # it sums by the number of rows
         return NotImplemented
     onednn = torch.ops.mkldnn._linear_pointwise
     if epilogue == "none" and residual is not None and residual.dtype == x.dtype:
         return onednn.binary(x, residual, packed, bias, "add")
-    if epilogue == "swiglu":
+    if epilogue not in ONEDNN_GELU:
         return apply_epilogue(onednn(x, packed, bias, "none", [], ""), epilogue, residual)
-    y = onednn(x, packed, bias, epilogue, [], "none")  # algorithm "none" is the exact, erf GELU
+    y = onednn(x, packed, bias, "gelu", [], ONEDNN_GELU[epilogue])
     return y if residual is None else residual + y
 
 
@@ -175,7 +177,7 @@ def linear_packed(
         packed: a weight (F, C) as `pack` returned it.
         features: F.
         bias: (F,), the dtype of the weight, or None.
-        epilogue: "none", "gelu" (exact, with erf) or "swiglu" (weight rows are [gate; up]).
+        epilogue: as in `linear`.
         residual: the shape of the output, added last, or None.
 
     Returns:

@@ -152,7 +152,7 @@ def linear_triton(
 ) -> Tensor:  # fmt: skip
     """Launches the kernel; takes CPU tensors too under TRITON_INTERPRET=1."""
     C, features = x.shape[-1], weight.shape[0]
-    if x.dtype == torch.float64 or C == 0:
+    if x.dtype == torch.float64 or C == 0 or epilogue not in EPILOGUES:
         return NotImplemented
     F = features // 2 if epilogue == "swiglu" else features
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
