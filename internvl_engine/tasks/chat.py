@@ -152,7 +152,9 @@ def _inputs(
     settings = {"pad_token_id": words.pad_token_id, **settings}
     if words.stop_token_id is not None:
         settings.setdefault("eos_token_id", [words.stop_token_id])
-    settings["max_new_tokens"] = min(settings["max_new_tokens"], room)
+    for name in ("max_new_tokens", "min_new_tokens"):
+        if settings.get(name):
+            settings[name] = min(settings[name], room)
     return inputs, settings
 
 
