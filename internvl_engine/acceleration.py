@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedModule
-from .recognition import EXPECTED, LAYERS, LOOPS, Recognition
+from .recognition import LAYERS, LOOPS, Recognition, is_expected
 from .weights import has_own_forward
 
 MODES = ("inference", "training")
@@ -159,7 +159,7 @@ def _find(module: nn.Module, name: str, recognition: Recognition) -> Iterator[Fo
             fused = None if reason else kind.__name__
             yield module, kind, Entry(name, type(module).__name__, fused, reason or "")
             inside = bool(kind in LOOPS or (reason and not fixed))
-        elif type(module).__name__ in EXPECTED:
+        elif is_expected(module):
             reason = "it does not hold what this class is known to hold"
             yield module, None, Entry(name, type(module).__name__, None, reason)
     if inside:

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from .fused import (
     FusedAttentionPooling,
+    FusedCLIPLayer,
     FusedCrossAttention,
     FusedDecoder,
     FusedDecoderLayer,
+    FusedDinov2Layer,
+    FusedDinov2LayerOf4,
     FusedInternLM2Attention,
     FusedInternLM2MLP,
     FusedLlamaAttention,
@@ -30,11 +33,16 @@ from .fused import (
     FusedPackedAttention,
     FusedPackedLayer,
     FusedPackedMLP,
+    FusedPreNormBlock,
     FusedPublishedAttention,
+    FusedResidualAttentionBlock,
     FusedRMSNorm,
+    FusedTimmBlock,
     FusedTransformersVisionLayer,
     FusedVisionEncoder,
     FusedVisionLayer,
+    FusedViTLayer,
+    FusedViTLayerOf4,
 )
 from .fused.base import submodule
 
@@ -53,6 +61,29 @@ KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
     FusedVisionLayer: {"InternVisionEncoderLayer": (f"{OURS}vision", "modeling_intern_vit")},
     FusedTransformersVisionLayer: {
         "InternVLVisionLayer": (f"{MODELS}internvl.modeling_internvl",),
+    },
+    FusedTimmBlock: {"Block": ("timm.models.vision_transformer",)},
+    FusedCLIPLayer: {
+        "CLIPEncoderLayer": (f"{MODELS}clip.modeling_clip",),
+        "SiglipEncoderLayer": (f"{MODELS}siglip.modeling_siglip",),
+        "Siglip2EncoderLayer": (f"{MODELS}siglip2.modeling_siglip2",),
+    },
+    **{
+        kind: {
+            "Dinov2Layer": (f"{MODELS}dinov2.modeling_dinov2",),
+            "Dinov2WithRegistersLayer": (
+                f"{MODELS}dinov2_with_registers.modeling_dinov2_with_registers",
+            ),
+        }
+        for kind in (FusedDinov2Layer, FusedDinov2LayerOf4)
+    },
+    **{
+        kind: {"ViTLayer": (f"{MODELS}vit.modeling_vit",)}
+        for kind in (FusedViTLayer, FusedViTLayerOf4)
+    },
+    FusedResidualAttentionBlock: {
+        "ResidualAttentionBlock": ("open_clip.transformer",),
+        "CustomResidualAttentionBlock": ("open_clip.transformer",),  # named, never served
     },
     FusedDecoder: {"LlamaModel": (f"{OURS}qllama",)},
     FusedDecoderLayer: {"LlamaDecoderLayer": (f"{OURS}qllama_layers",)},
@@ -92,13 +123,20 @@ LOOPS = (FusedVisionEncoder, FusedDecoder)  # whose layers are fused by themselv
 LAYERS = (FusedLlamaLayer, FusedPackedLayer)
 # Served where the table has the class: what they do beside computing could not be tried.
 BY_TABLE_ONLY = (*LOOPS, *LAYERS, FusedLlamaAttention, FusedPackedAttention)
-# Parts that a known class may have from elsewhere.
-TRUSTED = ("torch.nn.modules.", "transformers.activations", "timm.")
-# Classes that the report names even where they hold something else.
-EXPECTED = {name for kind in KNOWN if kind not in LAYERS for name in KNOWN[kind]} - {
-    "LlamaModel",
-    "LlamaDecoderLayer",
+# Parts that a known class may have from elsewhere, by where those are defined, and by name too.
+TRUSTED = (
+    "torch.nn.modules.", "transformers.activations", "timm.layers.activations", "timm.layers.drop",
+    "timm.models.layers.drop",
+)  # fmt: skip
+PARTS = {
+    "Attention": ("timm.layers.attention", "timm.models.vision_transformer"),
+    "LayerNorm": ("timm.layers.norm",),
+    "LayerScale": ("timm.layers.layer_scale", "timm.models.vision_transformer"),
+    "Mlp": ("timm.layers.mlp",),
 }
+# Names that others give to something else.
+COMMON = {"Block", "LlamaDecoderLayer", "LlamaModel", "ResidualAttentionBlock"}
+EXPECTED = {name for kind in KNOWN if kind not in LAYERS for name in KNOWN[kind]} - COMMON
 
 # Float32 rounds sums of up to 16,384 products to within 1e-5 of their norm, and another order of
 # three layers of them stays below this; a limit, a scale or an epsilon of its own shows as 1e-3.
@@ -141,7 +179,8 @@ class Recognition:
                 return (
                     None if known else f"{name} is not known to compute what {kind.__name__} does"
                 )
-            if known and _has_known_parts(kind, module) and not self.check:
+            trusted = known and _has_known_parts(kind, module) and not _returns_more(kind, module)
+            if trusted and not self.check:
                 return None
             key = (kind, _settings(module))
             if key not in self._tried:
@@ -159,6 +198,11 @@ def is_known(kind: type[FusedModule], module: Any) -> bool:
     return own and any(place in (path, path.rpartition(".")[2]) for place in places)
 
 
+def is_expected(module: Any) -> bool:
+    """Whether the report names a module even where it holds something else than it should."""
+    return type(module).__name__ in EXPECTED or any(is_known(kind, module) for kind in KNOWN)
+
+
 def _path(module: Any) -> str:
     return type(module).__module__
 
@@ -169,10 +213,16 @@ def _has_known_parts(kind: type[FusedModule], module: Any) -> bool:
     return all(
         _path(part) == _path(module) == getattr(type(part).forward, "__module__", None)
         or _path(part).startswith(TRUSTED)
+        or _path(part) in PARTS.get(type(part).__name__, ())
         or is_known(FusedRMSNorm, part)
         for part in parts
         if part is not None
     )
+
+
+def _returns_more(kind: type[FusedModule], module: Any) -> bool:
+    """Whether a forward that could return attentions may return None in their place."""
+    return bool(kind.facts(type(module)).get("RETURNS_TUPLE"))
 
 
 def _settings(module: nn.Module) -> tuple:
@@ -229,6 +279,8 @@ def _same_arguments(one: type[FusedModule], other: type[nn.Module]) -> bool:
     """Whether modules of two classes can be called alike; a single argument may have any name."""
     if one.compute is FusedModule.compute:  # a loop within the eager forward
         return True
+    if issubclass(one, FusedPreNormBlock):  # looks at every argument of a call
+        return True
     names = [list(signature(each).parameters) for each in (one.compute, other.forward)]
     return names[0] == names[1] or [len(each) for each in names] == [2, 2]
 
@@ -248,7 +300,7 @@ def _stand_in(module: Any, uniform: Callable[..., Tensor]) -> Any:
     for name in [name for name in vars(copied) if "_hooks" in name]:
         copied.__dict__[name] = OrderedDict()
     copied._parameters = {
-        name: None if p is None else nn.Parameter(uniform(0.5, 1.5, p.shape))
+        name: None if p is None else nn.Parameter(_values_like(p, uniform))
         for name, p in module._parameters.items()
     }
     copied._buffers = {name: _plain(buffer) for name, buffer in module._buffers.items()}
@@ -257,6 +309,13 @@ def _stand_in(module: Any, uniform: Callable[..., Tensor]) -> Any:
         for name, child in module._modules.items()
     }
     return copied
+
+
+def _values_like(parameter: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
+    if parameter.dim() < 2:
+        return uniform(0.5, 1.5, parameter.shape)
+    spread = (3 / parameter.shape[-1]) ** 0.5  # as a Linear's, see _stand_in
+    return uniform(-spread, spread, parameter.shape)
 
 
 def _plain(buffer: Tensor | None) -> Tensor | None:

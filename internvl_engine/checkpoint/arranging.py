@@ -111,11 +111,6 @@ def _check_transformers(config: Any, weights: Weights) -> None:
             "transformers' layout holds whole models, and this one was loaded with "
             f"parts={config.parts!r}"
         )
-    if config.ps_version != "v2":
-        raise ValueError(
-            f"transformers' layout has pixel shuffle v2 only, and this model has "
-            f"{config.ps_version}: save it with layout='published'"
-        )
 
 
 def _check_alphas(config: Any) -> None:

@@ -106,7 +106,7 @@ def verify(
     from ..verification import verify as check
 
     report = check(directory, images or None, hashes=hashes)
-    failure = f"{directory}: the checkpoint is damaged or not one of InternVL-14B"
+    failure = f"{directory}: the checkpoint is damaged, or not one that is known here"
     if as_json:
         print_json(report.as_dict() | ({} if report.ok else {"error": failure}))
     else:
@@ -121,15 +121,23 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="[default: as stored]")] = None,
     parts: Annotated[
-        str | None, typer.Option(help="all, c, g, image, text or caption. [default: what is there]")
+        str | None,
+        typer.Option(
+            help="all, c, g, image, text or caption; of a chat model all, vision or language. "
+            "[default: what is there]"
+        ),
     ] = None,
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Fold LoRA in.")] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Of a chat model: published or transformers. [default: as it is]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint again: another dtype, fewer parts, LoRA merged, safetensors."""
+    """Write a checkpoint again: another dtype or layout, fewer parts, LoRA merged, safetensors."""
     from ..conversion import convert as rewrite
 
-    files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora)
+    files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora, layout=layout)
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
         print_json({"source": source, "target": str(target), "files": sizes})
@@ -200,7 +208,7 @@ def kernels(
 
 
 def layers(
-    which: Annotated[list[str] | None, typer.Argument(help="vision, qllama, or both.")] = None,
+    which: Annotated[list[str] | None, typer.Argument(help="vision, vision_300m, qllama; all.")] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="In a batch.")] = 4,
     options: BenchOptions = USUAL,
 ) -> None:

@@ -11,17 +11,30 @@ from .llama import (
 from .mlp import FusedInternLM2MLP, FusedLlamaMLP, FusedPackedMLP
 from .norm import FusedRMSNorm
 from .pooling import FusedAttentionPooling
+from .prenorm import FusedPreNormBlock
 from .published import FusedInternLM2Attention, FusedPublishedAttention
 from .qllama import FusedDecoder, FusedDecoderLayer
+from .towers import (
+    FusedCLIPLayer,
+    FusedDinov2Layer,
+    FusedDinov2LayerOf4,
+    FusedResidualAttentionBlock,
+    FusedTimmBlock,
+    FusedViTLayer,
+    FusedViTLayerOf4,
+)
 from .vision import FusedTransformersVisionLayer, FusedVisionEncoder, FusedVisionLayer
 
 __all__ = [
     "FusedAttentionPooling",
+    "FusedCLIPLayer",
     "FusedCrossAttention",
     "FusedDecoder",
     "FusedDecoderLayer",
     "FusedInternLM2Attention",
     "FusedInternLM2MLP",
+    "FusedDinov2Layer",
+    "FusedDinov2LayerOf4",
     "FusedLlamaAttention",
     "FusedLlamaLayer",
     "FusedLlamaMLP",
@@ -29,9 +42,14 @@ __all__ = [
     "FusedPackedAttention",
     "FusedPackedLayer",
     "FusedPackedMLP",
+    "FusedPreNormBlock",
     "FusedPublishedAttention",
     "FusedRMSNorm",
+    "FusedResidualAttentionBlock",
+    "FusedTimmBlock",
     "FusedTransformersVisionLayer",
+    "FusedViTLayer",
+    "FusedViTLayerOf4",
     "FusedVisionEncoder",
     "FusedVisionLayer",
 ]

@@ -21,8 +21,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..checkpoint import Origin, save_chat
 from ..configuration import VisionLanguageConfig
 from ..configuration.language import language_class
+from .assembly import FromParts
 from .base import InternVLPreTrainedModel
 from .continuation import continue_prompts
+from .heads import follow_head
 from .lora import ChatLora
 from .pixel_shuffle import pixel_shuffle
 from .placeholders import check_count, fill, used_tiles
@@ -30,7 +32,7 @@ from .rotary import replace_dynamic_rotary
 from .vision import InternVisionModel
 
 
-class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
+class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
     """A chat model; its parameters have the published names.
 
     `img_context_token_id`, the id of the placeholder, comes from the configuration where that knows
@@ -52,6 +54,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         ]  # fmt: skip
         self.post_init()
         self.mlp1 = projector(config)  # after post_init: published ones start as PyTorch's
+        self.register_load_state_dict_pre_hook(follow_head)
         if config.use_backbone_lora:
             self.wrap_backbone_lora(config.use_backbone_lora, config.backbone_lora_alpha)
         if config.use_llm_lora:
@@ -79,7 +82,8 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         )
         states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
         shuffled = pixel_shuffle(states[:, 1:], self.config.shuffle_factor, self.config.ps_version)
-        return self.mlp1(shuffled)
+        # A projector in training is often float32 between towers in bfloat16.
+        return self.mlp1(shuffled.to(next(self.mlp1.parameters()).dtype))
 
     def forward(
         self,
@@ -260,8 +264,10 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves in layout="published" or "transformers", by default the one it was loaded from; see
-        `internvl_engine.checkpoint.save_chat`."""
-        save_chat(self, save_directory, **kwargs)
+        `internvl_engine.checkpoint.save_chat`. An assembled model saves its tokenizer too."""
+        written = save_chat(self, save_directory, **kwargs)
+        if written and self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()

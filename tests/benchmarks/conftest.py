@@ -4,9 +4,11 @@ import pytest
 from benchmark_cases import PEAKS
 
 from internvl_engine.benchmarks import (
+    bench_add_layer_norm,
     bench_attention,
     bench_cross_attention,
     bench_decode_attention,
+    bench_layer_norm,
     bench_linear,
     bench_pooling_attention,
     bench_qk_norm_attention,
@@ -20,6 +22,8 @@ from internvl_engine.benchmarks import (
 
 HEADS = {"HEADS": 2, "DIM": 32}
 SMALL = {
+    bench_layer_norm: {"SHAPES": {"one": (9, 64)}},
+    bench_add_layer_norm: {"SHAPES": {"InternViT": (9, 64), "CLIP": (5, 64)}},
     bench_rms_norm: {"SHAPES": {"vision": (9, 64), "QLLaMA": (5, 64)}},
     bench_swiglu: {"SHAPES": {"one": (9, 64)}},
     bench_rotary: {"SHAPES": {"one": (1, 9)}, **HEADS},
