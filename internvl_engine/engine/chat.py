@@ -134,8 +134,8 @@ class InternVLChat:
         system_message: str | None = None,
         stream: bool = False,
         return_history: bool = False,
-        max_new_tokens: int = 1024,
-        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
         max_tiles: int | None = None,
         num_frames: int | None = None,
         batch_size: int = 8,
@@ -159,12 +159,13 @@ class InternVLChat:
             system_message: in place of the checkpoint's sentence.
             stream: return an AnswerStream, which yields the answer in pieces as it is made.
             return_history: return (answer, history) in place of the answer.
-            max_new_tokens: of an answer; the context ends it earlier.
-            num_beams: beams of the search; 1 is greedy.
+            max_new_tokens: of an answer, None is 1024; the context may end it earlier.
+            num_beams: beams of the search, None is 1: greedy, unless generate_kwargs sample.
             max_tiles: the most tiles of an image, in place of the checkpoint's.
             num_frames: of each video.
             batch_size: conversations at a time.
-            generate_kwargs: any of transformers' `generate`, such as do_sample and temperature.
+            generate_kwargs: any of transformers' `generate`, such as do_sample and temperature;
+                a generation_config may be a dict, as the published `chat` takes it.
 
         Returns:
             The answer to one question or conversation, or a list of answers to several. With

@@ -6,7 +6,7 @@ padded on the left and may or may not have pictures.
     B conversations, L tokens of the longest prompt, T tiles
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from .streaming import StopAtText, stream_text
 if TYPE_CHECKING:
     from ..processing.vision_language import VisionLanguageProcessor
 
+MAX_NEW_TOKENS = 1024
 GROWING = ("dynamic", "linear", "yarn")  # rotary scalings that go beyond the trained positions
 
 
@@ -49,8 +50,8 @@ def prepare(
     system_message: str | None = None,
     max_tiles: int | None = None,
     num_frames: int | None = None,
-    max_new_tokens: int = 1024,
-    num_beams: int = 1,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
     batch_size: int = 8,
     **generate_kwargs: Any,
 ) -> tuple[Prepared, bool]:
@@ -58,7 +59,9 @@ def prepare(
 
     Args, Raises: as `InternVLChat.chat`.
     """
-    settings = _checked(max_new_tokens, num_beams, batch_size, generate_kwargs)
+    settings = _checked(
+        batch_size, max_new_tokens=max_new_tokens, num_beams=num_beams, **generate_kwargs
+    )
     limits = {"max_tiles": max_tiles, "num_frames": num_frames}
     if question is None and messages is None and _are_messages(images):
         images, messages = None, images
@@ -109,8 +112,7 @@ def stream(engine: Any, work: Prepared) -> Iterator[str]:
     def generate(**streaming: Any) -> None:
         engine.model.generate(**inputs, **settings, **streaming)
 
-    prompts = engine.processor.prompts
-    return stream_text(generate, prompts, [prompts.separator] if prompts.separator else [])
+    return stream_text(generate, engine.processor.prompts, engine.processor.prompts.stop_texts)
 
 
 @torch.inference_mode()
@@ -195,23 +197,28 @@ def _each(given: Any, rows: int) -> list[Any]:
     return of_rows(given, rows, "images")
 
 
-def _checked(
-    max_new_tokens: Any, num_beams: Any, batch_size: Any, others: dict[str, Any]
-) -> dict[str, Any]:
+def _checked(batch_size: Any, generation_config: Any = None, **given: Any) -> dict[str, Any]:
     """Arguments of transformers' `generate`."""
+    if isinstance(generation_config, Mapping):  # as the published `chat` takes it
+        given = {**generation_config, **{k: v for k, v in given.items() if v is not None}}
+        generation_config = None
+    settings = {name: value for name, value in given.items() if value is not None}
     for name in (
         "num_return_sequences",
         "return_dict_in_generate",
         "stopping_criteria",
         "streamer",
     ):
-        if others.get(name) not in (None, False, 1):
+        if settings.get(name) not in (None, False, 1):
             raise ValueError(f"chat: {name} is not for texts; call model.generate for it")
-    numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "batch_size": batch_size}
-    for name, value in numbers.items():
+    for name, usual in (("max_new_tokens", MAX_NEW_TOKENS), ("num_beams", 1)):
+        settings.setdefault(name, getattr(generation_config, name, None) or usual)
+    for name in ("max_new_tokens", "num_beams", "batch_size"):
+        value = batch_size if name == "batch_size" else settings[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"chat: {name} must be a whole number of 1 or more, got {value!r}")
-    end = others.get("eos_token_id")
-    if isinstance(end, int):
-        others = others | {"eos_token_id": [end]}
-    return {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **others}
+    if isinstance(settings.get("eos_token_id"), int):
+        settings["eos_token_id"] = [settings["eos_token_id"]]
+    if generation_config is None:
+        return {"do_sample": False, **settings}
+    return {"generation_config": generation_config, **settings}
