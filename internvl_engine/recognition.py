@@ -24,9 +24,15 @@ from .fused import (
     FusedDecoderLayer,
     FusedDinov2Layer,
     FusedDinov2LayerOf4,
+    FusedInternLM2Attention,
+    FusedInternLM2MLP,
     FusedLlamaAttention,
+    FusedLlamaLayer,
     FusedLlamaMLP,
     FusedModule,
+    FusedPackedAttention,
+    FusedPackedLayer,
+    FusedPackedMLP,
     FusedPreNormBlock,
     FusedPublishedAttention,
     FusedResidualAttentionBlock,
@@ -42,6 +48,12 @@ from .fused.base import submodule
 
 OURS = "internvl_engine.modeling."
 MODELS = "transformers.models."
+LLAMA = (f"{MODELS}llama.modeling_llama",)
+MISTRAL = (f"{MODELS}mistral.modeling_mistral",)
+PHI3 = (f"{MODELS}phi3.modeling_phi3",)
+QWEN2 = (f"{MODELS}qwen2.modeling_qwen2",)
+QWEN3 = (f"{MODELS}qwen3.modeling_qwen3",)
+QWEN3_MOE = (f"{MODELS}qwen3_moe.modeling_qwen3_moe",)
 # Fused class -> the names of its eager classes and where those are defined: the module's path or,
 # for remote code and copies of the published repository, the name of its file.
 KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
@@ -76,30 +88,41 @@ KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
     FusedDecoder: {"LlamaModel": (f"{OURS}qllama",)},
     FusedDecoderLayer: {"LlamaDecoderLayer": (f"{OURS}qllama_layers",)},
     FusedAttentionPooling: {"AttentionPoolingBlock": (f"{OURS}pooling", "modeling_internvl")},
-    FusedLlamaAttention: {
-        "LlamaAttention": (f"{MODELS}llama.modeling_llama",),
-        "MistralAttention": (f"{MODELS}mistral.modeling_mistral",),
-        "Qwen2Attention": (f"{MODELS}qwen2.modeling_qwen2",),
+    FusedLlamaLayer: {
+        "LlamaDecoderLayer": LLAMA, "MistralDecoderLayer": MISTRAL, "Qwen2DecoderLayer": QWEN2,
+        "Qwen3DecoderLayer": QWEN3, "Qwen3MoeDecoderLayer": QWEN3_MOE,
     },
+    FusedPackedLayer: {"Phi3DecoderLayer": PHI3},
+    FusedLlamaAttention: {
+        "LlamaAttention": LLAMA, "MistralAttention": MISTRAL, "Qwen2Attention": QWEN2,
+        "Qwen3Attention": QWEN3, "Qwen3MoeAttention": QWEN3_MOE,
+        "GptOssAttention": (f"{MODELS}gpt_oss.modeling_gpt_oss",),
+    },
+    FusedPackedAttention: {"Phi3Attention": PHI3},
+    FusedInternLM2Attention: {"InternLM2Attention": ("modeling_internlm2",)},
     FusedPublishedAttention: {"LlamaAttention": ("modeling_qllama",)},
     FusedCrossAttention: {"LlamaCrossAttention": ("modeling_qllama",)},
     FusedLlamaMLP: {
-        "LlamaMLP": (
-            f"{OURS}qllama_layers", f"{MODELS}llama.modeling_llama", "modeling_qllama",
-        ),
+        "LlamaMLP": (f"{OURS}qllama_layers", *LLAMA, "modeling_qllama"), "MistralMLP": MISTRAL,
+        "Qwen2MLP": QWEN2, "Qwen3MLP": QWEN3, "Qwen3MoeMLP": QWEN3_MOE,
     },
+    FusedPackedMLP: {"Phi3MLP": PHI3},
+    FusedInternLM2MLP: {"InternLM2MLP": ("modeling_internlm2",)},
     FusedRMSNorm: {
         "InternRMSNorm": (f"{OURS}vision", "modeling_intern_vit"),
-        "LlamaRMSNorm": (
-            f"{OURS}qllama_layers", f"{MODELS}llama.modeling_llama", "modeling_qllama",
-        ),
+        "LlamaRMSNorm": (f"{OURS}qllama_layers", *LLAMA, "modeling_qllama"),
+        "MistralRMSNorm": MISTRAL, "Qwen2RMSNorm": QWEN2, "Qwen3RMSNorm": QWEN3,
+        "Qwen3MoeRMSNorm": QWEN3_MOE, "Phi3RMSNorm": PHI3,
+        "InternLM2RMSNorm": ("modeling_internlm2",),
         # apex's, which the published code takes where apex is installed
         "FusedRMSNorm": ("apex.normalization.fused_layer_norm",),
     },
 }  # fmt: skip
 LOOPS = (FusedVisionEncoder, FusedDecoder)  # whose layers are fused by themselves
+# Whose attention, MLP and norms are fused by themselves where the layer as a whole cannot be.
+LAYERS = (FusedLlamaLayer, FusedPackedLayer)
 # Served where the table has the class: what they do beside computing could not be tried.
-BY_TABLE_ONLY = (*LOOPS, FusedLlamaAttention)
+BY_TABLE_ONLY = (*LOOPS, *LAYERS, FusedLlamaAttention, FusedPackedAttention)
 # Parts that a known class may have from elsewhere, by where those are defined, and by name too.
 TRUSTED = (
     "torch.nn.modules.", "transformers.activations", "timm.layers.activations", "timm.layers.drop",
@@ -113,7 +136,8 @@ PARTS = {
 }
 # Names that others give to something else.
 COMMON = {"Block", "LlamaDecoderLayer", "LlamaModel", "ResidualAttentionBlock"}
-EXPECTED = {name for kind in KNOWN for name in KNOWN[kind]} - COMMON
+# Classes that the report names even where they hold something else.
+EXPECTED = {name for kind in KNOWN if kind not in LAYERS for name in KNOWN[kind]} - COMMON
 
 # Float32 rounds sums of up to 16,384 products to within 1e-5 of their norm, and another order of
 # three layers of them stays below this; a limit, a scale or an epsilon of its own shows as 1e-3.
@@ -138,7 +162,8 @@ class Recognition:
     def kind_of(self, module: Any) -> type[FusedModule] | None:
         """The fused class for a module of this structure, or None."""
         for kind in KNOWN:
-            if kind.matches(module) and (kind not in LOOPS or is_known(kind, module)):
+            quiet = kind in LOOPS or kind in LAYERS
+            if kind.matches(module) and (not quiet or is_known(kind, module)):
                 return kind
         return None
 
@@ -148,7 +173,7 @@ class Recognition:
             known, reason = is_known(kind, module), kind.unsupported_reason(module)
             if reason is not None:
                 return reason
-            if kind is not FusedLlamaAttention and not _same_arguments(kind, type(module)):
+            if kind not in BY_TABLE_ONLY and not _same_arguments(kind, type(module)):
                 return f"its forward takes other arguments than that of {kind.__name__}"
             if kind in BY_TABLE_ONLY:
                 name = f"{_path(module)}.{type(module).__name__}"
@@ -176,7 +201,9 @@ def is_known(kind: type[FusedModule], module: Any) -> bool:
 
 def is_expected(module: Any) -> bool:
     """Whether the report names a module even where it holds something else than it should."""
-    return type(module).__name__ in EXPECTED or any(is_known(kind, module) for kind in KNOWN)
+    return type(module).__name__ in EXPECTED or any(
+        is_known(kind, module) for kind in KNOWN if kind not in LAYERS
+    )
 
 
 def _path(module: Any) -> str:

@@ -6,6 +6,7 @@
 #include "decode_attention.h"
 #include "linear.h"
 #include "operators.h"
+#include "read_mask.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "swiglu.h"
@@ -18,7 +19,7 @@ const cpu::Operators<T>& operators() {
       rms_norm<T>, rms_norm_backward<T>, add_rms_norm<T>, add_rms_norm_backward<T>,
       rotary<T>,   rotary_append<T>,     swiglu<T>,       swiglu_backward<T>,
       linear_panel<T>, linear_workspace<T>, linear<T>,
-      attention_workspace<T>, attention<T>, decode_attention<T>,
+      attention_workspace<T>, attention<T>, decode_attention<T>, read_mask<T>,
   };
   return table;
 }

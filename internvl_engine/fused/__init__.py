@@ -2,10 +2,17 @@
 
 from .base import FusedModule
 from .cross_attention import FusedCrossAttention
-from .llama import FusedLlamaAttention, FusedLlamaMLP, FusedPublishedAttention
+from .llama import (
+    FusedLlamaAttention,
+    FusedLlamaLayer,
+    FusedPackedAttention,
+    FusedPackedLayer,
+)
+from .mlp import FusedInternLM2MLP, FusedLlamaMLP, FusedPackedMLP
 from .norm import FusedRMSNorm
 from .pooling import FusedAttentionPooling
 from .prenorm import FusedPreNormBlock
+from .published import FusedInternLM2Attention, FusedPublishedAttention
 from .qllama import FusedDecoder, FusedDecoderLayer
 from .towers import (
     FusedCLIPLayer,
@@ -26,9 +33,15 @@ __all__ = [
     "FusedDecoderLayer",
     "FusedDinov2Layer",
     "FusedDinov2LayerOf4",
+    "FusedInternLM2Attention",
+    "FusedInternLM2MLP",
     "FusedLlamaAttention",
+    "FusedLlamaLayer",
     "FusedLlamaMLP",
     "FusedModule",
+    "FusedPackedAttention",
+    "FusedPackedLayer",
+    "FusedPackedMLP",
     "FusedPreNormBlock",
     "FusedPublishedAttention",
     "FusedRMSNorm",

@@ -3,11 +3,12 @@
 import transformers
 from transformers import AutoModel, AutoModelForZeroShotImageClassification
 
-from ..configuration import InternVisionConfig, InternVLConfig
+from ..configuration import InternVisionConfig, InternVLConfig, VisionLanguageConfig
+from .chat import VisionLanguageModel
 from .internvl import InternVL_C, InternVL_G, InternVLModel
 from .vision import InternVisionModel
 
-__all__ = ["InternVL_C", "InternVL_G", "InternVLModel", "InternVisionModel"]
+__all__ = ["InternVL_C", "InternVL_G", "InternVLModel", "InternVisionModel", "VisionLanguageModel"]
 
 # The class that a configuration names in `architectures`, or else the first.
 COMPOSITES = (InternVLModel, InternVL_C, InternVL_G)
@@ -19,3 +20,4 @@ AutoModelForZeroShotImageClassification.register(
     exist_ok=True,
 )
 AutoModel.register(InternVisionConfig, InternVisionModel, exist_ok=True)
+AutoModel.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)

@@ -1,0 +1,304 @@
+"""The chat family: InternViT, pixel shuffle, projector and a causal language model.
+
+    features = mlp1(pixel_shuffle(vision_model(pixels)[select_layer] without the class token))
+    embeddings of the placeholders in the prompt = features;  language_model(embeddings)
+
+Source: OpenGVLab/InternVL, modeling_internvl_chat.py; Chen et al., InternVL 1.5, 2024.
+
+    T tiles of side S, N tokens a tile (256 at 448 px), D vision width, C width and V vocabulary of
+    the language model, B prompts of L tokens
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..checkpoint import Origin, save_chat
+from ..configuration import VisionLanguageConfig
+from ..configuration.language import language_class
+from .base import InternVLPreTrainedModel
+from .continuation import continue_prompts
+from .lora import ChatLora
+from .pixel_shuffle import pixel_shuffle
+from .placeholders import check_count, fill, used_tiles
+from .rotary import replace_dynamic_rotary
+from .vision import InternVisionModel
+
+
+class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
+    """A chat model; its parameters have the published names.
+
+    `img_context_token_id`, the id of the placeholder, comes from the configuration where that knows
+    it, from the tokenizer of a checkpoint, or is set.
+    """
+
+    config_class: Any = VisionLanguageConfig
+    main_input_name = "pixel_values"
+    origin: Origin | None = None  # set by loading
+
+    def __init__(self, config: VisionLanguageConfig) -> None:
+        super().__init__(config)
+        self.vision_model: Any = InternVisionModel(config.vision_config)
+        self.language_model: Any = language_class(config.llm_config)(config.llm_config)
+        replace_dynamic_rotary(self.language_model)
+        self.img_context_token_id = config.img_context_token_id
+        self._no_split_modules = [
+            *InternVisionModel._no_split_modules, *(self.language_model._no_split_modules or ()),
+        ]  # fmt: skip
+        self.post_init()
+        self.mlp1 = projector(config)  # after post_init: published ones start as PyTorch's
+        if config.use_backbone_lora:
+            self.wrap_backbone_lora(config.use_backbone_lora, config.backbone_lora_alpha)
+        if config.use_llm_lora:
+            self.wrap_llm_lora(config.use_llm_lora, config.llm_lora_alpha)
+
+    def extract_feature(self, pixel_values: Tensor) -> Tensor:
+        """Features of tiles.
+
+        Args:
+            pixel_values: (T, 3, S, S), normalised; cast to the dtype of the weights. S may differ
+                from the configured size.
+
+        Returns:
+            (T, N, C).
+
+        Raises:
+            ValueError: they are no squares, or their patches no multiple of the pixel shuffle's.
+            TypeError: they are integers.
+        """
+        self.tokens_of(pixel_values)
+        layer = self.config.select_layer
+        pixels = pixel_values.to(self.vision_model.device, self.vision_model.dtype)
+        outputs: Any = self.vision_model(
+            pixel_values=pixels, output_hidden_states=layer != -1, return_dict=True
+        )
+        states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        shuffled = pixel_shuffle(states[:, 1:], self.config.shuffle_factor, self.config.ps_version)
+        return self.mlp1(shuffled)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        image_flags: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        loss_weight: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> tuple | CausalLMOutputWithPast:
+        """Logits of every token of prompts with images.
+
+        Args:
+            pixel_values: (T, 3, S, S), the tiles of all prompts in order; None leaves placeholders
+                as the tokens they are.
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 for tokens. None is all ones.
+            position_ids: (B, L); None counts from 0 on (after what the cache holds), padding
+                included.
+            image_flags: (T,) or (T, 1), 1 for tiles that are used; None is all.
+            past_key_values: a transformers Cache.
+            labels: (B, L), -100 where there is none: labels[:, i] is what is predicted at i - 1.
+            use_cache, output_attentions, output_hidden_states: as transformers takes them.
+            return_dict: False returns a tuple.
+            loss_weight: (B, L), weights of the labels.
+            inputs_embeds: (B, L, C), in place of the embeddings of input_ids; those are needed
+                where there are tiles.
+            logits_to_keep: how many of the last tokens get logits, or which; 0 is all.
+
+        Returns:
+            logits (B, L, V) in float32, past_key_values; with labels the loss: the mean
+            cross-entropy of the labels (NaN where there is none), or sum(weight * cross-entropy) /
+            sum(weight), whose denominator counts the weights of -100 too.
+
+        Raises:
+            ValueError: as many placeholders as features are needed, before anything is computed.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("VisionLanguageModel: labels need all logits, without logits_to_keep")
+        embeds = self.embed(pixel_values, input_ids, image_flags, inputs_embeds)
+        options = {
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "logits_to_keep": logits_to_keep or None,
+        }
+        outputs: Any = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_dict=True,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        logits = outputs.logits.float()
+        result = CausalLMOutputWithPast(
+            loss=None if labels is None else answer_loss(logits, labels, loss_weight),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continues prompts.
+
+        Args:
+            pixel_values: (T, 3, S, S), the tiles of all prompts in order.
+            input_ids: (B, L).
+            attention_mask: (B, L), 0 where a prompt is padded; None is all ones. Padding is moved
+                to the left, where it must be.
+            visual_features: (T, N, C) of `extract_feature`, in place of the tiles.
+            generation_config, options: as transformers' `generate`; the end of the text is
+                llm_config's unless they say so.
+
+        Returns:
+            (B, new tokens) ids without the prompt, or transformers' output object with them.
+
+        Raises:
+            ValueError: no prompt, or not as many placeholders as features.
+        """
+        if input_ids is None:
+            raise ValueError("generate: input_ids are needed")
+        return continue_prompts(
+            self, pixel_values, input_ids, attention_mask, visual_features, generation_config,
+            options,
+        )  # fmt: skip
+
+    def embed(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor | None,
+        image_flags: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual_features: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings (B, L, C) of prompts, with features at their placeholders.
+
+        Args: as `forward`, and visual_features as `generate`.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("VisionLanguageModel: give input_ids or inputs_embeds")
+        images = pixel_values if visual_features is None else visual_features
+        if images is None:
+            return self._token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        placeholders = self._placeholders(input_ids)
+        used = used_tiles(image_flags, images.shape[0])
+        tiles = images.shape[0] if used is None else int(used.sum())
+        tokens = self.tokens_of(images) if visual_features is None else images.shape[1]
+        check_count(placeholders, tiles, tokens, self.img_context_token_id)
+        features = self.extract_feature(images) if visual_features is None else visual_features
+        if used is not None:
+            features = features[used.to(features.device)]
+        embeds = self._token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        return fill(embeds, placeholders, features)
+
+    def tokens_of(self, pixel_values: Tensor) -> int:
+        """N, the tokens that each of these tiles becomes; the checks of `extract_feature`."""
+        config, shape = self.config, tuple(pixel_values.shape)
+        step = config.vision_config.patch_size * config.shuffle_factor
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] % step:
+            raise ValueError(
+                f"VisionLanguageModel: pixel_values must be (tiles, 3, side, side), side a "
+                f"multiple of {step} (patches of {config.vision_config.patch_size}, "
+                f"{config.shuffle_factor} of a side to a token), got shape {shape}"
+            )
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"VisionLanguageModel: pixel_values must be normalised floating-point values, got "
+                f"{pixel_values.dtype}"
+            )
+        return (shape[2] // step) ** 2
+
+    def _placeholders(self, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise ValueError(
+                "VisionLanguageModel: tiles need input_ids, which say where they belong"
+            )
+        if self.img_context_token_id is None:
+            raise ValueError(
+                "VisionLanguageModel: set model.img_context_token_id to the tokenizer's id of "
+                "<IMG_CONTEXT>, which the tiles replace"
+            )
+        return input_ids == self.img_context_token_id
+
+    def _token_embeddings(self, input_ids: Tensor) -> Tensor:
+        table = self.get_input_embeddings()
+        device = table.weight.device
+        return table(input_ids if device.type == "meta" else input_ids.to(device))
+
+    @property
+    def mlp_projector(self) -> nn.Sequential:
+        """The name that the projector has elsewhere."""
+        return self.mlp1
+
+    @property
+    def num_image_token(self) -> int:
+        """Tokens that a tile of the configured size becomes."""
+        return self.config.num_image_token
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Saves in layout="published" or "transformers", by default the one it was loaded from; see
+        `internvl_engine.checkpoint.save_chat`."""
+        save_chat(self, save_directory, **kwargs)
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+
+def projector(config: VisionLanguageConfig) -> nn.Sequential:
+    """LayerNorm, linear, activation, linear: r * r * D of the vision tower to C."""
+    width = config.vision_config.hidden_size * config.shuffle_factor**2
+    hidden = config.llm_config.hidden_size
+    act = config.projector_hidden_act
+    return nn.Sequential(
+        nn.LayerNorm(width, eps=1e-5),
+        nn.Linear(width, hidden),
+        nn.GELU() if act == "gelu" else ACT2FN[act],
+        nn.Linear(hidden, hidden),
+    )
+
+
+def answer_loss(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+    """Cross-entropy of the next tokens; see `VisionLanguageModel.forward`.
+
+    Args:
+        logits: (B, L, V), float32. labels, weight: (B, L).
+    """
+    shifted = logits[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten().to(shifted.device)
+    if weight is None:
+        return F.cross_entropy(shifted, targets)
+    weights = weight[:, 1:].flatten().to(shifted.device, shifted.dtype)
+    losses = F.cross_entropy(shifted, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
