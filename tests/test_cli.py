@@ -16,7 +16,7 @@ from tiny_engine import pictures, saved, tiny_engine
 from internvl_engine.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = "demo classify caption ask embed index search doctor verify convert bench".split()
+COMMANDS = "demo classify caption ask embed chat index search doctor verify convert bench".split()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,20 @@ def nano_directory() -> Path:
     return Path(__file__).parent / "nano"
 
 
+def nano_chat_directory() -> Path:
+    """The directory of the embedded chat model, for any `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    folder = Path(__file__).parent / "nano_chat"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            "this installation has no embedded chat model; give the directory or the hub id of one"
+        )
+    return folder
+
+
 def held_out(directory: Path | None = None) -> tuple[list["Image"], list[tuple[str, str]]]:
     """The held-out pictures and what they show.
 

@@ -48,7 +48,6 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
         self.vision_model: Any = InternVisionModel(config.vision_config)
         self.language_model: Any = language_class(config.llm_config)(config.llm_config)
         replace_dynamic_rotary(self.language_model)
-        self.img_context_token_id = config.img_context_token_id
         self._no_split_modules = [
             *InternVisionModel._no_split_modules, *(self.language_model._no_split_modules or ()),
         ]  # fmt: skip
@@ -251,6 +250,15 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
         table = self.get_input_embeddings()
         device = table.weight.device
         return table(input_ids if device.type == "meta" else input_ids.to(device))
+
+    @property
+    def img_context_token_id(self) -> int | None:
+        """Id of the placeholder that features replace; None where nobody has said it."""
+        return self.config.img_context_token_id
+
+    @img_context_token_id.setter
+    def img_context_token_id(self, value: int | None) -> None:
+        self.config.img_context_token_id = value
 
     @property
     def mlp_projector(self) -> nn.Sequential:

@@ -69,9 +69,7 @@ def _is_ours(source: Any) -> bool:
     return getattr(getattr(source, "config", None), "model_type", None) == "internvl_chat"
 
 
-def place_tokens(
-    words: LanguagePart, tokenizer: Any, source: Any, options: dict[str, Any]
-) -> Any:
+def place_tokens(words: LanguagePart, tokenizer: Any, source: Any, options: dict[str, Any]) -> Any:
     """Gives a language model and its tokenizer the special tokens of chat models.
 
     Both embedding tables get as many rows as the tokenizer has tokens, also where that is fewer;
