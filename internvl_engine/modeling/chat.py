@@ -127,7 +127,8 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
         Raises:
             ValueError: as many placeholders as features are needed, before anything is computed.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and not all_logits:
             raise ValueError("VisionLanguageModel: labels need all logits, without logits_to_keep")
         embeds = self.embed(pixel_values, input_ids, image_flags, inputs_embeds)
         options = {
@@ -135,7 +136,7 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
             "use_cache": use_cache,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
-            "logits_to_keep": logits_to_keep or None,
+            "logits_to_keep": None if all_logits else logits_to_keep,
         }
         outputs: Any = self.language_model(
             inputs_embeds=embeds,
