@@ -201,6 +201,7 @@ def test_lora_of_its_own_on_q_k_and_v(tmp_path):
     torch.testing.assert_close(logits(merged, case), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:backbone_lora_alpha is 20")
 def test_another_alpha_is_kept_and_said(tmp_path):
     pytest.importorskip("peft")
     case = "internlm2_lora"
