@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from golden_vectors import assert_golden, load_golden
 from torch import nn
 from transformers import AutoModel, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -22,6 +21,7 @@ from internvl_engine.assets import nano_directory
 from internvl_engine.modeling.bridge import QueryBridgeConfig
 from internvl_engine.modeling.image_prompt import image_prompt
 
+from golden_vectors import assert_golden, load_golden
 from models import QLLAMA, model, pixels
 
 
