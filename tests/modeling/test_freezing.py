@@ -7,6 +7,7 @@ import torch
 from foreign_towers import composite
 from published_model import modeling_internvl
 from torch import nn
+from transformers import AutoConfig
 
 from internvl_engine import VisionLanguageConfig, VisionLanguageModel, accelerate, freeze
 
@@ -17,7 +18,9 @@ ALL = {"vision_model", "mlp1", "language_model"}
 
 def chat(tie=False, layers=3, kind="qwen2", drop_path=0.0, **changes):
     """A small chat model, in training."""
-    llm = {**QLLAMA, "model_type": kind, "num_key_value_heads": 2, "tie_word_embeddings": tie}
+    llm = AutoConfig.for_model(
+        kind, **(QLLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": tie})
+    )
     vision = VISION | {"num_hidden_layers": layers, "drop_path_rate": drop_path}
     config = VisionLanguageConfig(vision_config=vision, llm_config=llm, **changes)
     return VisionLanguageModel(config).train()
