@@ -26,7 +26,14 @@ from .heads import follow_head
 from .lora import ChatLora
 from .loss import answer_loss
 from .pixel_shuffle import pixel_shuffle, projector, tokens_of_tiles
-from .placeholders import check_count, check_prompts, fill, find_placeholders, used_tiles
+from .placeholders import (
+    check_count,
+    check_prompts,
+    fill,
+    find_placeholders,
+    tokens_of_features,
+    used_tiles,
+)
 from .rotary import replace_dynamic_rotary
 from .vision import InternVisionModel
 
@@ -208,7 +215,10 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
             return self._token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         rows = self.get_input_embeddings().weight.shape[0]
         placeholders = find_placeholders(input_ids, self.img_context_token_id, rows)
-        tokens = self._tokens_of(images) if visual_features is None else images.shape[1]
+        if visual_features is None:
+            tokens = self._tokens_of(images)
+        else:
+            tokens = tokens_of_features(visual_features, self.config.hidden_size)
         used = used_tiles(image_flags, images.shape[0])
         tiles = images.shape[0] if used is None else int(used.sum())
         check_count(placeholders, tiles, tokens, self.img_context_token_id)

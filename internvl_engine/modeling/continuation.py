@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, Phi3ForCausalLM
 
 from .masks import count_positions
+from .placeholders import check_prompts
 from .prompting import align_left
 
 
@@ -34,6 +35,7 @@ def continue_prompts(
         images: pixel_values, visual_features and image_flags.
     """
     pixel_values, visual_features, flags = images
+    check_prompts(input_ids, None)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape:
         raise ValueError(

@@ -77,6 +77,16 @@ def used_tiles(image_flags: Tensor | None, tiles: int) -> Tensor | None:
     return flags == 1
 
 
+def tokens_of_features(features: Tensor, width: int) -> int:
+    """Tokens a tile of features (tiles, tokens, width); a ValueError for another shape."""
+    if features.ndim != 3 or features.shape[-1] != width:
+        raise ValueError(
+            f"VisionLanguageModel: visual_features must be (tiles, tokens, {width}), got shape "
+            f"{tuple(features.shape)}"
+        )
+    return features.shape[1]
+
+
 def check_count(placeholders: Tensor, tiles: int, tokens: int, placeholder_id: int) -> None:
     """Compares the number of placeholders with that of the features that are to replace them.
 
