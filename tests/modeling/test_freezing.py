@@ -222,7 +222,8 @@ def test_an_accelerated_model_has_the_gradients_of_the_eager_one(options, mode, 
     ours = {n: p.grad for n, p in built.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys() <= training(expected)
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+        # Roundings of fused layers; a gradient that is left out shows as 1.
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
 def test_a_frozen_parameter_loses_its_gradient():
