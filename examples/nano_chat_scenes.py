@@ -1,7 +1,7 @@
 """Pictures with one, two or three digits, and what can be asked about them.
 
-The digits are those of nano_digits.py, side by side, one tile each. A conversation asks one to three
-questions in a row; only the answers are learned.
+The digits are those of nano_digits.py, side by side, one tile each. A conversation asks one to
+three questions in a row; only the answers are learned.
 """
 
 import random

@@ -109,7 +109,7 @@ def train(
     fit(model, lambda: picture_loss(model, rows), steps["projector"], "projector")
     print(freeze(model, vision=True, language=False))
     fit(model, lambda: picture_loss(model, rows), steps["both"], "both")
-    return model.eval(), VisionLanguageProcessor(tokenizer, config=model.config)
+    return model.eval(), VisionLanguageProcessor.from_config(model.config, tokenizer)
 
 
 def build_language(tokenizer: Any) -> LlamaForCausalLM:

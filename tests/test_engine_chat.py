@@ -188,6 +188,8 @@ def test_the_context_ends_an_answer(engine):
     ({"images": [IMAGE, SMALL], "question": ["a"]}, ValueError, "1 conversation came with 2 im"),
     ({"images": [IMAGE] * 40, "question": "a"}, ValueError,
      r"prompt has 8\d\d tokens, 120 tiles of images among them \(4 each\), and the context 512"),
+    ({"question": "x " * 600}, ValueError, "has .* tokens, no image, .* give a shorter text"),
+    ({"question": "\udcff"}, ValueError, "not valid Unicode"),
     ({"images": IMAGE, "question": "<IMG_CONTEXT>"}, ValueError, "13 placeholders .* 12 features"),
     ({"question": "a", "history": "abc"}, TypeError, "messages must be a list"),
     ({"question": "a", "max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number"),

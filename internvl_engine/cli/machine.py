@@ -209,7 +209,7 @@ def kernels(
 
 def layers(
     which: Annotated[
-        list[str] | None, typer.Argument(help="vision, vision_300m, qllama; all.")
+        list[str] | None, typer.Argument(help="vision, vision_300m, qllama, decoder; all.")
     ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="In a batch.")] = 4,
     options: BenchOptions = USUAL,

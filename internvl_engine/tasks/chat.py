@@ -140,10 +140,12 @@ def _inputs(
     if room < 1:
         longest = lengths.index(max(lengths))
         count = sum(map(len, tiles[longest]))
+        images = f"{counted(count, 'tile')} of images among them ({processor.num_image_token} each)"
         raise ValueError(
-            f"chat: the prompt has {max(lengths)} tokens, {counted(count, 'tile')} of images "
-            f"among them ({processor.num_image_token} each), and the context {room + max(lengths)}"
-            "; give fewer or smaller images (max_tiles=), or less history"
+            f"chat: the prompt has {max(lengths)} tokens, {images if count else 'no image'}, and "
+            f"the context {room + max(lengths)}; give "
+            f"{'fewer or smaller images (max_tiles=)' if count else 'a shorter text'}, or less "
+            "history"
         )
     found = [t for row in tiles for t in row]
     if found:

@@ -221,8 +221,11 @@ def test_an_accelerated_model_has_the_gradients_of_the_eager_one(options, mode, 
     theirs = {n: p.grad for n, p in expected.named_parameters() if p.grad is not None}
     ours = {n: p.grad for n, p in built.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys() <= training(expected)
+    largest = max(gradient.norm() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+        # Roundings of fused layers: some gradients are zero but for them. What is left out shows
+        # as 1.
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5 * largest, name
 
 
 def test_a_frozen_parameter_loses_its_gradient():
