@@ -138,7 +138,7 @@ def test_recomputed_layers_have_the_same_gradients(lesson, method):
     built.vision_model.encoder.gradient_checkpointing = False
     runs = []
     layer = built.language_model.get_base_model().model.layers[0]
-    layer.mlp.register_forward_hook(lambda *_: runs.append(1))
+    layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
 
     def gradients():
         built.zero_grad()
