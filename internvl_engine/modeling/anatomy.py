@@ -97,7 +97,7 @@ def anatomy(model: Any) -> Anatomy:
     names = {id(p): name for name, p in model.named_parameters()}
     found = _adapters(model)
     parts, adapters = _sort(owners, names, found)
-    encoder = getattr(bare(vision), "encoder", None)
+    encoder = _held(bare(vision), "encoder")
     layers = _first(encoder, ("layers", "layer"))
     tied = head is not None and getattr(head, "weight", None) is getattr(words, "weight", False)
     idle = {key for key, active in found.items() if not active}

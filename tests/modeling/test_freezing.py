@@ -149,6 +149,17 @@ def test_a_copy_that_peft_trains_stands_in_for_the_head():
     }
 
 
+@pytest.mark.parametrize("parts, rows", [("vision", {"vision", "projector"}),
+                                         ("language", {"embeddings", "language", "lm_head"})])  # fmt: skip
+def test_a_model_with_parts_of_it_loaded(parts, rows, tmp_path):
+    chat().save_pretrained(tmp_path)
+    built = VisionLanguageModel.from_pretrained(tmp_path, parts=parts)
+    assert set(freeze(built).parts) == rows
+    missing = {"lm_head": True} if parts == "vision" else {"projector": True}
+    with pytest.raises(ValueError, match=f"has no {next(iter(missing))}, or was loaded without"):
+        freeze(built, **missing)
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
 @pytest.mark.parametrize("build", [chat, composite, model], ids=["chat", "transformers", "14B"])
 def test_a_wrapped_model_has_the_parts_of_the_model(wrap, build):
