@@ -99,7 +99,9 @@ def evaluate(eyes: Eyes, language: PreTrainedModel, processor: InternVLProcessor
     for dialogue in DIALOGUES:
         prompt = processor(prompts=dialogue.prompts[0])
         inputs = image_prompt(language, embeds, prompt["input_ids"])
-        said = processor.batch_decode(language.generate(**inputs, max_new_tokens=8, do_sample=False))
+        said = processor.batch_decode(
+            language.generate(**inputs, max_new_tokens=8, do_sample=False)
+        )
         right = [dialogue.answer.format(colour=colour, digit=digit) for colour, digit in pairs]
         equal = [a == b for a, b in zip(said, right, strict=True)]
         scores[dialogue.prompts[0]] = share(torch.tensor(equal))

@@ -18,7 +18,13 @@ from .checkpoint.locate import SUFFIXES, Source
 from .checkpoint.placement import parse_size
 from .checkpoint.plan import Plan
 from .checkpoint.pretrained import prepare, take_context_id
-from .checkpoint.saving import chosen_layout, copy_companions, layout_of, write_checkpoint
+from .checkpoint.saving import (
+    chosen_layout,
+    copy_companions,
+    layout_of,
+    remote_code,
+    write_checkpoint,
+)
 from .checkpoint.ties import heads
 from .checkpoint.writing import Planned, write_shards
 from .modeling.chat import VisionLanguageModel
@@ -126,6 +132,7 @@ def _convert_chat(
         return _read(plan, name, dtypes[name])
 
     arranged = arrange(model.config, Weights(tuple(planned), read, tied), layout)
+    arranged.values.update(remote_code(origin, layout))
     bar = track(arranged.targets, progress)
 
     def count(name: str) -> Tensor:

@@ -136,6 +136,7 @@ PARTS = {
 }
 # Names that others give to something else.
 COMMON = {"Block", "LlamaDecoderLayer", "LlamaModel", "ResidualAttentionBlock"}
+# Classes that the report names even where they hold something else.
 EXPECTED = {name for kind in KNOWN if kind not in LAYERS for name in KNOWN[kind]} - COMMON
 
 # Float32 rounds sums of up to 16,384 products to within 1e-5 of their norm, and another order of

@@ -8,10 +8,12 @@ from ._norms import NormGradients, check_weight
 
 def ones_and_zeros(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(weight, bias), with 1 and 0 in place of None: the kernels always read both."""
-    dtype = next((v.dtype for v in (weight, bias) if v is not None), x.dtype)
+    if weight is not None and bias is not None:
+        return weight, bias
     if weight is None:
+        dtype = x.dtype if bias is None else bias.dtype
         weight = x.new_ones(x.shape[-1:], dtype=dtype)
-    return weight, x.new_zeros(x.shape[-1:], dtype=dtype) if bias is None else bias
+    return weight, torch.zeros_like(weight) if bias is None else bias
 
 
 def layer_norm_backward_reference(

@@ -37,14 +37,16 @@ class AddNormGradients(NamedTuple):
 def norm_native(norm: int, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Calls csrc/cpu/norm.h. norm: RMS or LAYER, which needs a bias."""
     dtype = NATIVE_TYPES.get(x.dtype)
-    if dtype is None or not _one_dtype(x, weight, bias):
+    if dtype is None or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return NotImplemented
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     cols = x.size(-1)
-    x_rows, weight, bias = as_rows(x), weight.contiguous(), _contiguous(bias)
+    x_rows, weight = as_rows(x), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     native.norm(
-        dtype, norm, x_rows.pointer(), NO_ROWS, 0, weight.data_ptr(), address(bias), y.data_ptr(),
-        0, y.numel() // max(cols, 1), cols, eps, torch.get_num_threads(),
+        dtype, norm, x_rows.pointer(), NO_ROWS, 0, weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), 0, y.numel() // max(cols, 1), cols,
+        eps, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -275,7 +275,7 @@ def test_wrappers_are_not_taken_for_the_layer(how):
 
 def test_blocks_without_an_activation_are_kept():
     report = accelerate(nn.ModuleList([TimmBlock()]))
-    assert report.kept == {"0": "its activation is NoneType, not a GELU"}
+    assert report.kept == {"0": "its mlp.act is missing, not a GELU"}
 
 
 @torch.no_grad()

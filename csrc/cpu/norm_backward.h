@@ -40,6 +40,10 @@ Slopes slopes(const BackwardRow<T>& row, const T* weight, int64_t cols, float ep
   Sum rests, squares, products;
   for_each_vec_in_chains(cols, [&](int64_t c, auto count, int chain) {
     const Vec v = shifted<NORM>(row.x + c, shift, count);
+    if (row.passed) {  // read next: several rows at a time are too many streams for the prefetcher
+      __builtin_prefetch(row.passed + c);
+      __builtin_prefetch(row.branch + c);
+    }
     squares.chains[chain] += v * v;
     products.chains[chain] += load(row.grad + c, count) * load(weight + c, count) * v;
     if constexpr (NORM == Norm::layer) rests.chains[chain] += v;

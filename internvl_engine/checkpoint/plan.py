@@ -173,6 +173,11 @@ def _missing(contents: Contents, missing: list[str]) -> str:
             "; it holds FSDP's flattened parameters: save a full state dict (StateDictType."
             "FULL_STATE_DICT)"
         )
+    if any(name.startswith("mlp1.") for name in missing) and "mlp1.1.weight" not in contents.names:
+        text += (
+            "; it has no projector (mlp1): VisionLanguageModel.from_parts(vision=..., language=..."
+            ") starts a new one"
+        )
     if contents.parts:
         text += f"; the checkpoint holds parts {contents.parts!r}"
     return text

@@ -157,7 +157,7 @@ def prepare(
     if lora_alpha is not None:
         if not contents.lora:
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")
-        reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
+        reading.alphas = dict.fromkeys(reading.alphas or [""], lora_alpha)
     contents.parts = reading.parts
     asked = dict(reading.overrides)
     if family is not None and family.forces_size:

@@ -16,6 +16,7 @@ from .arranging import OF_TRANSFORMERS, PUBLISHED, Arranged, Weights, arrange
 from .contents import Contents
 from .errors import CheckpointError, listed
 from .families import CHAT
+from .files import read_json
 from .layouts import TRANSFORMERS
 from .placement import parse_size
 from .writing import Planned, replaced_weights, write_shards, write_text
@@ -101,6 +102,7 @@ def save_chat(
     layout = chosen_layout(layout, origin, model.config)
     state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
     arranged = arrange(_stating_lora(model), _of_state(model, state), layout)
+    arranged.values.update(remote_code(origin, layout))
     written = write_checkpoint(folder, arranged, max_shard_size)
     generation = getattr(model.language_model, "generation_config", None)
     if layout == OF_TRANSFORMERS and generation is not None:
@@ -179,11 +181,23 @@ def write_checkpoint(
     return [*written, folder / "config.json"]
 
 
+def remote_code(origin: Origin | None, layout: str) -> dict[str, Any]:
+    """The field of config.json that names the Python files of a published folder, which others may
+    run; here nothing of them is."""
+    if origin is None or (origin.layout, layout) != (PUBLISHED, PUBLISHED):
+        return {}
+    path = origin.folder / "config.json"
+    stated = read_json(path).get("auto_map") if path.is_file() else None
+    return {"auto_map": stated} if stated and any(origin.folder.glob("*.py")) else {}
+
+
 def copy_companions(origin: Origin | None, folder: Path, layout: str) -> list[Path]:
     """Copies the files beside the weights that a folder does not have yet."""
     if origin is None:
         return []
-    names = TOKENIZER + (SETTINGS if layout == origin.layout else ())
+    names = list(TOKENIZER)
+    if layout == origin.layout:
+        names += [*SETTINGS, *(path.name for path in origin.folder.glob("*.py"))]
     missing = [n for n in names if (origin.folder / n).is_file() and not (folder / n).exists()]
     for name in missing:
         shutil.copyfile(origin.folder / name, folder / name)

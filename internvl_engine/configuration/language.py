@@ -91,7 +91,8 @@ def read_language(given: dict[str, Any] | PretrainedConfig, published: bool) -> 
     config: Any = AutoConfig.for_model(model_type, **readable_rope(values))
     if model_type == "phi3" and kind_of(scaling) == "yarn":
         _rope_parameters(config)["attention_factor"] = yarn_scale(config)
-    return Language(config, architecture or language_class(config).__name__, leftovers)
+    config.architectures = config.architectures or [language_class(config).__name__]
+    return Language(config, architecture or config.architectures[0], leftovers)
 
 
 def language_class(config: Any) -> Any:

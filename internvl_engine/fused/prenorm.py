@@ -87,7 +87,8 @@ class FusedPreNormBlock(FusedModule):
             return f"its MLP is not {' and '.join(names)} with an activation between them"
         activation, attention = submodule(module, cls.ACTIVATION), submodule(module, cls.ATTENTION)
         if epilogue_of(activation) is None:
-            return f"its activation is {type(activation).__name__}, not a GELU"
+            found = "missing" if activation is None else type(activation).__name__
+            return f"its {cls.ACTIVATION} is {found}, not a GELU"
         q_norm, k_norm = (submodule(module, name) for name in cls.QK_NORMS)
         if is_rms_norm(q_norm) and not (is_rms_norm(k_norm) and epsilon(q_norm) == epsilon(k_norm)):
             return "the norms of its queries and keys are not alike"

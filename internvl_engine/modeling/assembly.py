@@ -1,6 +1,6 @@
 """A chat model out of parts: a vision tower, a language model, and a projector, new or trained.
 
-    VisionLanguageModel.from_parts(vision="OpenGVLab/InternViT-300M-448px", language="Qwen/Qwen3-8B")
+    VisionLanguageModel.from_parts("OpenGVLab/InternViT-300M-448px", "Qwen/Qwen3-8B")
 
 Source: OpenGVLab/InternVL, internvl_chat_finetune.py, where neither a chat checkpoint nor an
 assembled one is given.
@@ -158,8 +158,9 @@ def _projector(planned: nn.Sequential, given: Any, device: torch.device) -> nn.M
             f"{type(given).__name__}"
         )
     module = planned.float().to_empty(device=device)
+    layer: Any
     for layer in module:
-        if hasattr(layer, "reset_parameters"):
+        if next(layer.parameters(), None) is not None:
             layer.reset_parameters()
     if given is not None:
         load_projector(module, given)

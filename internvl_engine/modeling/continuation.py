@@ -17,19 +17,25 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, Phi3ForCausalLM
 
 from .masks import count_positions
+from .placeholders import check_prompts
 from .prompting import align_left
 
 
 def continue_prompts(
     model: Any,
-    pixel_values: Tensor | None,
+    images: tuple[Tensor | None, Tensor | None, Tensor | None],
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    visual_features: Tensor | None,
     generation_config: GenerationConfig | None,
     options: dict[str, Any],
 ) -> Any:
-    """New tokens; arguments and results as `VisionLanguageModel.generate`."""
+    """New tokens; arguments and results as `VisionLanguageModel.generate`.
+
+    Args:
+        images: pixel_values, visual_features and image_flags.
+    """
+    pixel_values, visual_features, flags = images
+    check_prompts(input_ids, None)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape:
         raise ValueError(
@@ -39,7 +45,7 @@ def continue_prompts(
     mask = mask.to(input_ids.device)
     if options.get("past_key_values") is None:
         input_ids, mask = align_left(input_ids, mask)
-    embeds = model.embed(pixel_values, input_ids, visual_features=visual_features)
+    embeds = model.embed(pixel_values, input_ids, flags, visual_features=visual_features)
     mask = mask.to(embeds.device)
     options = {"generation_config": generation_config, "attention_mask": mask, **options}
     if not _reads_ids(generation_config, options):

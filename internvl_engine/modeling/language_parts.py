@@ -59,19 +59,17 @@ def language_part(source: Any, options: dict[str, Any]) -> LanguagePart:
             f"{type(model).__name__}; give its directory, which needs no remote code"
         )
     if _is_ours(source):
-        said, leftovers = source.config.llm_architecture, source.config.llm_leftovers
-    else:
-        said, leftovers = read_language(model.config, published=False).architecture, {}
-    return LanguagePart(move(model, options), said, dict(leftovers))
+        own = source.config
+        return LanguagePart(move(model, options), own.llm_architecture, dict(own.llm_leftovers))
+    own = read_language(model.config, published=False)
+    return LanguagePart(move(model, options), own.architecture)
 
 
 def _is_ours(source: Any) -> bool:
     return getattr(getattr(source, "config", None), "model_type", None) == "internvl_chat"
 
 
-def place_tokens(
-    words: LanguagePart, tokenizer: Any, source: Any, options: dict[str, Any]
-) -> Any:
+def place_tokens(words: LanguagePart, tokenizer: Any, source: Any, options: dict[str, Any]) -> Any:
     """Gives a language model and its tokenizer the special tokens of chat models.
 
     Both embedding tables get as many rows as the tokenizer has tokens, also where that is fewer;

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import AbsentModule
+from ..checkpoint import AbsentModule, CheckpointError, Source, hub_options
+from ..checkpoint.identify import family_of
 from ..checkpoint.names import translate
 from ..configuration import InternVisionConfig
 from ..configuration.layouts import read_vision
@@ -28,11 +29,23 @@ def vision_part(source: Any, options: dict[str, Any]) -> InternVisionModel:
         ValueError: its tower has LoRA.
     """
     if isinstance(source, str | Path):
+        _check_stored(source, options)
         return InternVisionModel.from_pretrained(source, **options)
     tower = _tower(source)
     if not isinstance(tower, InternVisionModel):
         tower = _converted(tower, source)
     return move(tower, options)
+
+
+def _check_stored(source: str | Path, options: dict[str, Any]) -> None:
+    """Raises where a config.json tells that there is no vision tower."""
+    found = Source.find(source, **hub_options(options))
+    values = found.config
+    if values is not None and family_of(values) is None and "patch_size" not in values:
+        raise CheckpointError(
+            f"{found.folder / 'config.json'}: vision must be an InternViT, or a checkpoint that "
+            f"has one; this has model_type {values.get('model_type')!r} and no patch_size"
+        )
 
 
 def move(model: Any, options: dict[str, Any]) -> Any:

@@ -52,12 +52,16 @@ class ChatPrompts:
         self.image_token, self.start, self.end = (
             getattr(tokenizer, f"{name}_image_token", None) or default for name, default in names
         )
-        self.image_token_id = self._known(self.image_token)
-        if self.image_token_id is None:
+        known = self._known(self.image_token)
+        if known is None:
             raise ValueError(
                 f"the tokenizer has no token {self.image_token}; add_special_tokens(tokenizer) "
                 "appends those of chat models"
             )
+        self.image_token_id = known
+        self.ids(
+            ""
+        )  # a stored padding is switched off by the first call, which threads must not do
 
     def conversation(
         self,
@@ -106,6 +110,10 @@ class ChatPrompts:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids; where the tokenizer begins texts with a token, there is one of it."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode: {error}") from error
         start = getattr(self.tokenizer, "bos_token", None)
         begun = bool(start) and prompt.startswith(str(start))
         return list(self.tokenizer(prompt, add_special_tokens=not begun)["input_ids"])
@@ -213,7 +221,16 @@ class ChatPrompts:
         return self.start + self.image_token * (self.num_image_token * tiles) + self.end
 
     def _known(self, token: str) -> int | None:
-        return self.tokenizer.get_vocab().get(token)
+        """The id of a token; `get_vocab` would list 150,000 of them."""
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        same = found is not None and self.tokenizer.convert_ids_to_tokens(found) == token
+        return found if same else None
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """Texts that end an answer, where no token that is left out of texts does."""
+        hidden = self.stop_token_id in self._special_ids()
+        return [] if hidden or not self.separator else [self.separator]
 
     def _special_ids(self) -> set[int]:
         added = self.tokenizer.added_tokens_decoder

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
-from .chat_files import CONVERSATION, NAME, chat_settings, picture_template, write_settings
+from .chat_files import (
+    CONVERSATION,
+    NAME,
+    chat_settings,
+    config_settings,
+    picture_template,
+    write_settings,
+)
 from .chat_prompts import ChatPrompts
 from .chat_tokenizer import FILES, load_tokenizer, save_tokenizer
 from .files import CLIP_STYLE, MODEL, OURS, processor_folder
@@ -258,6 +265,17 @@ class VisionLanguageProcessor(PictureReading):
             others["chat_template"] = picture_template(tokenizer, folder)
         if options.get("system_message") is not None:
             others["system_message"] = options["system_message"]
+        return cls(InternVLTileProcessor(**tiles), tokenizer, **others)
+
+    @classmethod
+    def from_config(cls, config: Any, tokenizer: Any) -> "VisionLanguageProcessor":
+        """The processor of a model that comes from no directory, as of `from_parts`.
+
+        Args:
+            config: its VisionLanguageConfig.
+            tokenizer: one of transformers', with the tokens of `add_special_tokens`.
+        """
+        tiles, others = config_settings(config.published_dict())
         return cls(InternVLTileProcessor(**tiles), tokenizer, **others)
 
     def save_pretrained(

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from foreign_towers import vision_tower
-from published_model import modeling_internvl
+from published_model import modeling_intern_vit, modeling_internvl
+from torch import nn
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.fused import FusedModule
@@ -36,6 +37,25 @@ def test_the_published_code():
     report.undo()
     assert not any(isinstance(m, FusedModule) for m in model.modules())
     assert torch.equal(model(x)[1], expected[1])
+
+
+@torch.no_grad()
+def test_the_published_tower_of_300m():
+    tower = modeling_intern_vit.InternVisionModel(3, 48, 3, 96, norm=nn.LayerNorm).eval()
+    for name, parameter in tower.named_parameters():
+        if "norm" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    x = torch.randn(2, 17, 48)
+    expected = tower(pixel_embeds=x, output_hidden_states=True)
+    report = accelerate(tower, strict=True)
+    kinds = Counter(entry.fused for entry in report.entries)
+    assert kinds == {"FusedVisionEncoder": 1, "FusedVisionLayer": 3}
+    found = tower(pixel_embeds=x, output_hidden_states=True)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        close(ours, theirs)
+    close(tower(pixel_embeds=x).pooler_output, expected.pooler_output)
+    report.undo()
+    assert torch.equal(tower(pixel_embeds=x).last_hidden_state, expected.last_hidden_state)
 
 
 @pytest.mark.parametrize("qk_norm, bias", [(True, False), (False, True)])

@@ -201,7 +201,7 @@ def dropping(built):
 KEPT = {
     "it also holds attn.q_norm.weight": lambda: Block(norm=nn.LayerNorm),
     "its norm1 is BatchNorm1d, neither LayerNorm nor RMSNorm": lambda: Block(),
-    "its activation is SiLU, not a GELU": lambda: Block(act=nn.SiLU),
+    "its mlp.act is SiLU, not a GELU": lambda: Block(act=nn.SiLU),
     "its MLP is not mlp.fc1 and mlp.fc2 with an activation between them": lambda: Block(),
     "its heads are 4 wide; the kernels take multiples of 8 up to 128": lambda: Block(),
     "computes something else than FusedTimmBlock": lambda: Shifted(),

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from foreign_blocks import TOKENS, TOWERS, WIDTH, call, tower
 from foreign_decoders import llama
 from foreign_decoders import published as published_decoder
 from torch import nn
@@ -16,6 +17,7 @@ from internvl_engine.fused import (
     FusedDecoderLayer,
     FusedLlamaAttention,
     FusedLlamaLayer,
+    FusedPreNormBlock,
     FusedPublishedAttention,
     FusedVisionLayer,
 )
@@ -74,6 +76,24 @@ def test_vision_layer(dtype, draw, tokens):
     fused = fused_of(built, dtype).vision_model.encoder.layers[-1]
     assert isinstance(fused, FusedVisionLayer)
     check(eager, fused, dtype, draw(2, tokens, 48).to(dtype))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_pre_norm_blocks(name, dtype, draw):
+    built = tower(name)
+    fused = fused_of(built, dtype)
+    assert isinstance(fused.blocks[0], FusedPreNormBlock)
+
+    class Blocks(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x):
+            return call(name, self.blocks, x)
+
+    check(Blocks(built), Blocks(fused), dtype, draw(2, TOKENS, WIDTH).to(dtype))
 
 
 @pytest.mark.parametrize("image", [False, True])

@@ -7,6 +7,7 @@ import torch
 from foreign_towers import composite
 from published_model import modeling_internvl
 from torch import nn
+from transformers import AutoConfig
 
 from internvl_engine import VisionLanguageConfig, VisionLanguageModel, accelerate, freeze
 
@@ -17,7 +18,9 @@ ALL = {"vision_model", "mlp1", "language_model"}
 
 def chat(tie=False, layers=3, kind="qwen2", drop_path=0.0, **changes):
     """A small chat model, in training."""
-    llm = {**QLLAMA, "model_type": kind, "num_key_value_heads": 2, "tie_word_embeddings": tie}
+    llm = AutoConfig.for_model(
+        kind, **(QLLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": tie})
+    )
     vision = VISION | {"num_hidden_layers": layers, "drop_path_rate": drop_path}
     config = VisionLanguageConfig(vision_config=vision, llm_config=llm, **changes)
     return VisionLanguageModel(config).train()
@@ -218,8 +221,11 @@ def test_an_accelerated_model_has_the_gradients_of_the_eager_one(options, mode, 
     theirs = {n: p.grad for n, p in expected.named_parameters() if p.grad is not None}
     ours = {n: p.grad for n, p in built.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys() <= training(expected)
+    largest = max(gradient.norm() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+        # Roundings of fused layers: some gradients are zero but for them. What is left out shows
+        # as 1.
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5 * largest, name
 
 
 def test_a_frozen_parameter_loses_its_gradient():

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from internvl_engine.processing import (
     VisionLanguageProcessor,
     add_special_tokens,
 )
+from internvl_engine.processing.chat_files import chat_settings
 
 IMAGE, ASKED = picture(), {"type": "text", "text": "What is this?"}
 USER = "<|im_start|>user\n"
@@ -80,6 +82,19 @@ def test_absent_fields_of_the_config_are_the_published_defaults(tmp_path):
     images = read.image_processor
     assert (images.dynamic, images.max_tiles, images.use_thumbnail) == (False, 6, False)
     assert read.system_message is None
+
+
+CHAT_CASES = Path(__file__).parents[1] / "golden" / "chat"
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", json.loads((CHAT_CASES / "index.json").read_text()),
+                         ids=lambda case: case["case"])  # fmt: skip
+def test_settings_of_the_published_checkpoints(case):
+    tiles, others = chat_settings(CHAT_CASES / case["case"])
+    size = case["force_image_size"] or case["vision_image_size"]
+    assert [tiles["size"]] == list({size} if isinstance(size, int) else {*size})
+    assert others["num_image_token"] == case["num_image_token"]
 
 
 def encoded(image) -> str:
@@ -184,10 +199,10 @@ def test_pictures_alone(processor):
     ({"text": "a", "messages": []}, "give one"),
     ({"text": "a <image> <image>", "images": [IMAGE]}, "1 image came with 2 places for it"),
     ({"text": "a", "images": [IMAGE, IMAGE]}, "2 images came with 0 places for them"),
-    ({"text": "a <image>"}, "0 images came with 1 places"),
-    ({"text": ["<image>", "b"], "images": [None, IMAGE]}, "0 images came with 1 places"),
+    ({"text": "a <image>"}, "0 images came with 1 place"),
+    ({"text": ["<image>", "b"], "images": [None, IMAGE]}, "0 images came with 1 place"),
     ({"messages": []}, "at least one message"),
-    ({"messages": user({"type": "image"})}, "0 images came with 1 places"),
+    ({"messages": user({"type": "image"})}, "0 images came with 1 place"),
     ({"messages": [("a", "b"), *user(ASKED)], "images": IMAGE}, "1 image came with 0 places"),
     ({"messages": user({"type": "text", "text": "<image>"}, {"type": "image", "image": IMAGE},
                        {"type": "image", "image": IMAGE})}, "message 0: 2 images came with 1"),
