@@ -1,5 +1,8 @@
 """What chat models compute beyond the recorded cases: features, placeholders, loss, gradients."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from internvl_engine import VisionLanguageModel
 from internvl_engine.modeling.pixel_shuffle import pixel_shuffle
 from internvl_engine.modeling.vision import interpolate_positions
 
-from chat_goldens import CHAT
+from chat_goldens import CHAT, load_chat
 from chat_models import IMAGE, LLM, TOKENS, chat_model, ids, tiles
 
 
@@ -231,6 +234,29 @@ def test_names_and_structure():
     assert model.get_output_embeddings().weight.shape == (70, 48)
     linear = model.mlp1[3].weight  # PyTorch's own initialisation: uniform within 1 / sqrt(width)
     assert linear.abs().max() <= 48**-0.5 and linear.std() > 0.4 * 48**-0.5
+
+
+def test_copies_are_models_of_their_own():
+    model = chat_model()
+    input_ids, _ = ids([3, "image", 4])
+    pixels = tiles(1)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.language_model.config is copied.config.llm_config
+        copied.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            equal(copied(pixels, input_ids).logits, model(pixels, input_ids).logits)
+
+
+@pytest.mark.parametrize("case", ["internlm2_300m_dynamic", "qwen3_300m_tied"])
+def test_an_offloaded_model_answers_the_same(case, tmp_path):
+    golden = load_chat(case)
+    offloaded = VisionLanguageModel.from_pretrained(
+        golden.path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=tmp_path
+    )
+    offloaded.img_context_token_id = golden.about["img_context_token_id"]
+    prompts = golden.prompts("batch")
+    expected = golden.model().generate(**prompts, max_new_tokens=4)
+    equal(offloaded.generate(**prompts, max_new_tokens=4), expected)
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
