@@ -141,6 +141,27 @@ def test_merged_lora(tmp_path):
         torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
+def test_a_vision_tower_with_lora(tmp_path):
+    folder = folder_of(tmp_path, "internlm2_lora")
+    with pytest.raises(CheckpointError, match="pass merge_lora=True"):
+        InternVisionModel.from_pretrained(folder)
+    tower = InternVisionModel.from_pretrained(folder, merge_lora=True, **FP32)
+    whole = VisionLanguageModel.from_pretrained(folder, merge_lora=True, **FP32).vision_model
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+    half = VisionLanguageModel.from_pretrained(folder, merge_lora=True, parts="vision", **FP32)
+    assert half.config.use_backbone_lora == half.config.use_llm_lora == 0
+
+
+def test_a_table_for_another_size_than_the_configuration_says(tmp_path):
+    case = "qwen2_300m_v2"
+    folder = folder_of(tmp_path, case, vision_config={"image_size": 56})
+    with pytest.warns(UserWarning, match="says 56 px, the position table is for 28 px; taking 28"):
+        model = VisionLanguageModel.from_pretrained(folder, **FP32)
+    assert model.config.vision_config.image_size == 28
+    assert_recorded(model, case)
+
+
 def test_a_head_in_no_file_is_the_embedding(tmp_path):
     folder = folder_of(
         tmp_path,

@@ -118,6 +118,10 @@ def test_transformers_own_class_loads_what_was_saved(tmp_path, case):
 @pytest.mark.parametrize("case", ["qwen2_300m_v2", INTERNLM, "llama_6b_v1", "phi3_300m_su_long"])
 def test_accelerated_models_save_the_same_bits(tmp_path, case):
     model = load(tmp_path / "a", case)
+    training = internvl_engine.accelerate(model, mode="training")
+    model.save_pretrained(tmp_path / "training")
+    assert_same_bits(tmp_path / "training", state_of(case))
+    training.undo()
     report = internvl_engine.accelerate(model)
     assert any(type(p).__name__ == "PackedTensor" for p in model.parameters()), str(report)
     model.save_pretrained(tmp_path / "b")
@@ -229,6 +233,16 @@ def test_only_what_is_there_is_refused(tmp_path):
     assert not (tmp_path / "b").exists()
     model.save_pretrained(tmp_path / "b", is_main_process=False, safe_serialization=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_placeholder_that_was_set_on_the_model(tmp_path):
+    model = VisionLanguageModel.from_pretrained(folder_of(tmp_path / "a", INTERNLM), **FP32)
+    with pytest.raises(ValueError, match="stores the id of <IMG_CONTEXT>"):
+        model.save_pretrained(tmp_path / "b", layout="transformers")
+    model.img_context_token_id = 114
+    model.save_pretrained(tmp_path / "b", layout="transformers")
+    again = VisionLanguageModel.from_pretrained(tmp_path / "b", **FP32)
+    assert again.img_context_token_id == again.config.img_context_token_id == 114
 
 
 def test_a_state_that_a_trainer_gathered(tmp_path):
