@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_chat import CONFIG, SIDE, TOKENS, picture, tiny_chat, tokenizer
+from transformers import GenerationConfig
 
 from internvl_engine import InternVL, InternVLChat, VisionLanguageProcessor
 from internvl_engine.processing import ImageError, InternVLTileProcessor
@@ -216,6 +217,53 @@ def test_folders_of_both_layouts(engine, folders, layout, accelerate):
     assert (read.report is not None) == accelerate and str(folders / layout) in repr(read)
     if accelerate:
         assert read.report.replaced
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_transformers_own_model_says_the_same(engine, folders, fused):
+    from transformers import InternVLForConditionalGeneration
+
+    from internvl_engine import accelerate
+
+    theirs = (
+        InternVLForConditionalGeneration.from_pretrained(folders / "transformers").float().eval()
+    )
+    if fused:
+        assert accelerate(theirs).replaced
+    images, questions = [IMAGE, None, [SMALL, IMAGE]], ["a?", "longer b?", "<image> and <image>?"]
+    given = zip(images, questions, strict=True)
+    rows = [engine.processor.read_question((), q, i) for i, q in given]
+    inputs = engine.processor(messages=rows)
+    words = engine.processor.prompts
+    options = {"eos_token_id": words.stop_token_id, "pad_token_id": words.pad_token_id, **SHORT}
+    ids = theirs.generate(**inputs, do_sample=False, **options)[:, inputs["input_ids"].shape[1] :]
+    ends = [row.tolist().index(words.stop_token_id) if words.stop_token_id in row else None
+            for row in ids]  # fmt: skip
+    said = [words.answer(row[:end]) for row, end in zip(ids, ends, strict=True)]
+    assert said == engine.chat(images, questions, **SHORT)
+
+
+def test_default_dtype_and_device_change_nothing(engine):
+    expected = engine.chat([IMAGE, None], ["a?", "b?"], **SHORT)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert engine.chat([IMAGE, None], ["a?", "b?"], **SHORT) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_published_generation_config(engine):
+    config = {"max_new_tokens": 3, "do_sample": False}
+    assert engine.chat(IMAGE, ASKED, generation_config=config) == engine.chat(
+        IMAGE, ASKED, max_new_tokens=3
+    )
+    longer = engine.chat(IMAGE, ASKED, generation_config=config, **SHORT)
+    assert longer == engine.chat(IMAGE, ASKED, **SHORT)
+    given = GenerationConfig(max_new_tokens=3)
+    assert engine.chat(IMAGE, ASKED, generation_config=given) == engine.chat(
+        IMAGE, ASKED, max_new_tokens=3
+    )
 
 
 def test_settings_of_the_processor_at_loading(folders):

@@ -27,6 +27,8 @@ _INTERNLM2, _LLAMA = "InternLM2ForCausalLM", "LlamaForCausalLM"
 # tensor of its own whatever the file says, and drawn at random where the file has none.
 _MAY_TIE = ("Qwen3", "GptOss")
 
+_TEMPLATE = "internvl2_5"  # of every checkpoint that comes in transformers' layout
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -96,8 +98,12 @@ def arrange(config: Any, weights: Weights, layout: str) -> Arranged:
     for name in ("system_message", "parts", "backbone_lora_alpha", "llm_lora_alpha"):
         if values.get(name, 0) is None:
             del values[name]
+    if is_published and not values.get("template"):  # without which their class is not built
+        values["template"] = _TEMPLATE
     values["torch_dtype" if is_published else "dtype"] = dtype_name(config.dtype)
-    targets = rewrite(weights.planned, names, heads_of(config.llm_config.to_dict()))
+    language = config.llm_config
+    heads = heads_of(language.to_dict())
+    targets = rewrite(weights.planned, names, heads, language.model_type)
     return Arranged(values, dict(sorted(targets.items())), weights.read)
 
 

@@ -4,7 +4,7 @@ L tokens of a prompt, n tiles of a picture, num_image_token tokens of a tile
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from .chat_templates import (
     PublishedTemplate,
     as_jinja,
     published_template,
+    takes_pictures,
 )
 from .message_parts import Message, Picture, counted
 from .messages import jinja_turns, pictures_of, published_turns, tiles_of
@@ -43,6 +44,8 @@ class ChatPrompts:
     ) -> None:
         self.tokenizer, self.num_image_token = tokenizer, num_image_token
         own = chat_template or getattr(tokenizer, "chat_template", None)
+        if isinstance(own, Mapping):  # several by name, as older files have them
+            own = own.get("default")
         self.template: PublishedTemplate | JinjaTemplate | None = None
         if template is not None and chat_template is None:
             self.template = published_template(template)
@@ -87,7 +90,8 @@ class ChatPrompts:
             system, messages = messages[0].text, messages[1:]
         if open_turn is None:
             open_turn = not messages or messages[-1].role == "user"
-        jinja = isinstance(self.template, JinjaTemplate)
+        # A template that knows no pictures takes texts, where they have their places.
+        jinja = isinstance(self.template, JinjaTemplate) and takes_pictures(self.template.source)
         turns: Any = jinja_turns(messages) if jinja else published_turns(messages)
         if mark:
             turns = [
@@ -140,8 +144,8 @@ class ChatPrompts:
         """Text of one row of ids."""
         row = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
         if skip_special_tokens:
-            special = self._special_ids()
-            row = [i for i in row if i not in special]
+            special, known = self._special_ids(), len(self.tokenizer)
+            row = [i for i in row if i < known and i not in special]  # a head may have more rows
         return self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens)
 
     def answer(self, ids: Sequence[int] | Tensor) -> str:

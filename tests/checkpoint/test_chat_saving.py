@@ -77,6 +77,7 @@ def test_published_to_transformers_and_back(tmp_path, case):
 def test_transformers_to_published_and_back(tmp_path, case):
     load(tmp_path / "a", case).save_pretrained(tmp_path / "b", layout="published")
     again = VisionLanguageModel.from_pretrained(tmp_path / "b", **FP32)
+    assert again.config.template == "internvl2_5"
     again.save_pretrained(tmp_path / "c", layout="transformers")
     assert_same_bits(tmp_path / "c", state_of(case))
 

@@ -1,6 +1,7 @@
 """VisionLanguageProcessor: conversations in all forms, batches, labels, folders of both layouts."""
 
 import base64
+import copy
 import io
 import json
 import pickle
@@ -261,7 +262,15 @@ def test_a_language_models_own_template_gives_way(tmp_path):
     changes = {"template": None, "system_message": None}
     unnamed = published_folder(tmp_path / "b", chat_template=PLAIN_JINJA, **changes)
     plain = VisionLanguageProcessor.from_pretrained(unnamed)
-    assert "You are Owl." in shown(plain, plain(messages=user(ASKED)))
+    inputs = plain(messages=user({"type": "image", "image": IMAGE}, ASKED))
+    assert shown(plain, inputs) == (
+        "<|im_start|>system\nYou are Owl.<|im_end|>\n"
+        f"{USER}<img><12></img>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    named = copy.copy(plain.tokenizer)
+    named.chat_template = {"default": PLAIN_JINJA, "tool_use": "{{ 1 / 0 }}"}
+    again = VisionLanguageProcessor(plain.image_processor, named, num_image_token=TOKENS)
+    assert "You are Owl." in shown(again, again(messages=user(ASKED)))
     own = published_folder(tmp_path / "c", chat_template=JINJA)
     assert VisionLanguageProcessor.from_pretrained(own).chat_template == JINJA
     chosen = VisionLanguageProcessor.from_pretrained(own, template="phi3-chat", max_tiles=2)
@@ -324,6 +333,8 @@ def test_answers_end_at_the_separator(processor):
     )
     own.prompts.template = own.prompts.template.__class__("x", "", "", "", "", "", " STOP\n")
     assert own.prompts.answer(own.tokenizer(" A cat. STOP more")["input_ids"]) == "A cat."
+    beyond = [*ids[:3], len(processor.tokenizer) + 5]  # a row that pads the table of the head
+    assert processor.decode(beyond) == processor.decode(ids[:3])
     assert processor.batch_decode([ids[:3]]) == [processor.decode(ids[:3])]
 
 
