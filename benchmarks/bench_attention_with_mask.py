@@ -11,16 +11,15 @@ from internvl_engine.kernels import attention_with_mask
 
 from .cases import Case, forward
 
-HEADS, KEY_HEADS, DIM, TOKENS = 14, 2, 64, 1300
+HEADS, KEY_HEADS, DIM = 14, 2, 64
+TOKENS, PADDING = 1300, 300
+# label: (queries, how far back each sees)
+SHAPES = {"padded prefill": (1300, 1300), "window of 256": (1300, 256), "padded decode": (1, 1300)}
 
 
 def cases(device: str) -> Iterator[Case]:
     """A batch of two, the second padded on the left; a window; a step behind the first."""
-    for label, queries, window in (
-        ("padded prefill", TOKENS, TOKENS),
-        ("window of 256", TOKENS, 256),
-        ("padded decode", 1, TOKENS),
-    ):
+    for label, (queries, window) in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
             yield _case(f"{label}, {str(dtype)[6:]}", queries, window, dtype, device)
 
@@ -33,7 +32,7 @@ def _case(label: str, queries: int, window: int, dtype: torch.dtype, device: str
     )
     rows = torch.arange(TOKENS - queries, TOKENS, device=device)[:, None]
     columns = torch.arange(TOKENS, device=device)
-    real = columns >= torch.tensor([[0], [300]], device=device)
+    real = columns >= torch.tensor([[0], [PADDING]], device=device)
     mask = (columns <= rows) & (columns > rows - window) & real[:, None, None]
     mask = mask | (columns == rows)  # padding sees itself: others give no mean
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from nano_digits import Samples, draw_varied
 from torch import Tensor
 
-from internvl_engine.assets import COLOURS, DIGITS
+from internvl_engine.assets import COLOURS, DIGITS, in_words
 
 COUNTS = ("one", "two", "three")
 PLACES = ("first", "second", "third")
@@ -59,7 +59,7 @@ WHOLE: dict[Callable[[Scene], str], tuple[str, ...]] = {
         "How many digits?",
         "How many digits are there?",
     ),
-    lambda scene: _listed(map(str, scene)): (
+    in_words: (
         "What is this?",
         "Describe the picture.",
         "What do you see?",
@@ -68,11 +68,6 @@ WHOLE: dict[Callable[[Scene], str], tuple[str, ...]] = {
 DIGIT_AT = ("What is the {place}?", "What is the {place} digit?", "Which digit is {place}?")
 COLOUR_AT = ("What colour is the {place}?", "What colour is the {place} digit?")
 WITHOUT_PICTURE = ("Hello", "Hi", "What digits?", "How many?", "What is this?")
-
-
-def _listed(names: "Sequence[str] | map") -> str:
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def ask(scene: Scene, rng: random.Random) -> Turn:

@@ -128,6 +128,7 @@ def test_transformers_defaults_are_its_own():
         ({"vision_feature_layer": [1, 2]}, "one layer, got \\[1, 2\\]"),
         ({"vision_feature_select_strategy": "full"}, "without the class token.*'full'"),
         ({"vision_config": {"image_size": [28, 56]}}, "image_size must be a square"),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "got a clip_vision_model"),
         ({"vision_config": {"use_mean_pooling": False}}, "use_mean_pooling must be True"),
     ],
 )

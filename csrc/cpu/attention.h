@@ -195,19 +195,46 @@ float mask_row(const AttentionScratch<T>& s, const TileRows& tile, int64_t r) {
   return largest(top);
 }
 
-// Powers of two of the scores of row r, less the largest; returns their sum.
+// Whether every row sees every key and all scores have one factor.
 template <typename T>
-float exponentials(const AttentionScratch<T>& s, const TileRows& tile, int64_t r) {
+bool is_plain(const AttentionCall<T>& call) {
+  return call.mask == Mask::full && !call.seen.data && !call.key_padding_mask && !call.q_weight;
+}
+
+// The largest score of row r where the call is plain: they stay as they are, but for keys that are not
+// there.
+template <typename T>
+float largest_of_row(const AttentionCall<T>& call, const AttentionScratch<T>& s, const TileRows& tile,
+                     int64_t r) {
+  float* row = s.scores + r * kPanel;
+  for (int64_t key = call.keys; key < tile.end * kPanel; ++key)
+    row[(tile.end - 1) * tile.rows * kPanel + key % kPanel] = kNever;
+  Vec top = Vec{} + kNever, other = top;
+  for (int64_t panel = 0; panel < tile.end; ++panel) {
+    const Vec one = load(row + panel * tile.rows * kPanel);
+    const Vec two = load(row + panel * tile.rows * kPanel + kWidth);
+    top = one > top ? one : top;
+    other = two > other ? two : other;
+  }
+  return largest(top > other ? top : other);
+}
+
+// Powers of two of `factor` times the scores of row r, less the largest; returns their sum.
+template <typename T>
+float exponentials(const AttentionScratch<T>& s, const TileRows& tile, int64_t r, float factor) {
   const float top = tile.top[r] == kNever ? 0.0f : tile.top[r];
   T* to = s.row + r * s.panels * kPanel;
-  Vec total = {};
-  for (int64_t panel = tile.first; panel < tile.end; ++panel)
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      const Vec p = exp2(load(s.scores + (panel * tile.rows + r) * kPanel + i) - top);
-      total += p;
-      store(p, to + panel * kPanel + i);
-    }
-  return sum_of(total);
+  Vec total = {}, other = {};
+  for (int64_t panel = tile.first; panel < tile.end; ++panel) {
+    const float* from = s.scores + (panel * tile.rows + r) * kPanel;
+    const Vec one = exp2_for<T>(load(from) * factor - top);
+    const Vec two = exp2_for<T>(load(from + kWidth) * factor - top);
+    store(one, to + panel * kPanel);
+    store(two, to + panel * kPanel + kWidth);
+    total += one;
+    other += two;
+  }
+  return sum_of(total + other);
 }
 
 // Packs queries [first, first + rows) of one head; with norms, folded.
@@ -277,10 +304,11 @@ void attend_tile(const AttentionCall<T>& call, const AttentionScratch<T>& s, int
     multiply(s.q, keys, s.scores + panel * rows * kPanel, s.steps, true,
              reinterpret_cast<const char*>(keys + s.steps * kPanel));
   }
+  const float factor = is_plain(call) ? call.scale / kLn2 : 1.0f;  // else mask_row has multiplied
   for (int64_t r = 0; r < rows; ++r) {
     if (call.seen.data) hide(s, tile, r, call.seen.at(batch, head, first + r));
-    tile.top[r] = mask_row(s, tile, r);
-    tile.total[r] = exponentials(s, tile, r);
+    tile.top[r] = is_plain(call) ? largest_of_row(call, s, tile, r) * factor : mask_row(s, tile, r);
+    tile.total[r] = exponentials(s, tile, r, factor);
     if (call.lse)
       call.lse[(batch * call.heads + head) * call.queries + first + r] =
           (tile.top[r] + std::log2(tile.total[r])) * kLn2;

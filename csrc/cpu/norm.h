@@ -19,38 +19,48 @@ struct Moments {
 };
 
 // x less the shift, and 0 past the end of a row.
-template <Norm NORM, typename T, typename Count>
-inline Vec shifted(const T* x, float shift, Count count) {
-  const Vec v = load(x, count);
-  return NORM == Norm::rms ? v : first(v - shift, count);
+template <Norm NORM, typename Count>
+inline Vec shifted(Vec x, float shift, Count count) {
+  return NORM == Norm::rms ? x : first(x - shift, count);
 }
 
 template <Norm NORM>
-inline Vec normalised(Vec v, const Moments& m) {
-  return (NORM == Norm::rms ? v : v - m.shift - m.rest) * m.rstd;
+inline Vec normalised(Vec x, const Moments& m) {
+  return NORM == Norm::rms ? x * m.rstd : (x - m.shift) * m.rstd - m.rest * m.rstd;
 }
 
-inline float reciprocal_root(double x) { return static_cast<float>(1.0 / std::sqrt(x)); }
+// Mean and variance of the values of a row, less a shift; for RMSNorm 0 and the mean square.
+struct Spread {
+  double mean, variance;
 
-// Of the row at x, whose vectors value(start, count) returns, each once; it may make them on the way.
-template <Norm NORM, typename T, typename Value>
-Moments moments(const T* x, int64_t cols, float eps, Value value) {
-  Sum sum;
+  // Whether mean**2, which was subtracted from the mean square, cost the variance accuracy.
+  bool is_far() const { return !(mean * mean <= variance / 4); }
+};
+
+template <Norm NORM, typename Value>
+Spread spread(int64_t cols, float shift, Value value) {
+  Sum sum, squares;
   for_each_vec_in_chains(cols, [&](int64_t c, auto count, int chain) {
-    const Vec v = value(c, count);
-    sum.chains[chain] += NORM == Norm::rms ? v * v : v;
-  });
-  if constexpr (NORM == Norm::rms) return {0.0f, 0.0f, reciprocal_root(sum.total() / cols + eps)};
-  const float shift = static_cast<float>(sum.total() / cols);
-  Sum rests, squares;
-  for_each_vec_in_chains(cols, [&](int64_t c, auto count, int chain) {
-    const Vec v = shifted<NORM>(x + c, shift, count);
-    rests.chains[chain] += v;
+    const Vec v = shifted<NORM>(value(c, count), shift, count);
+    if constexpr (NORM == Norm::layer) sum.chains[chain] += v;
     squares.chains[chain] += v * v;
   });
-  const double rest = rests.total() / cols;
-  return {shift, static_cast<float>(rest),
-          reciprocal_root(squares.total() / cols - rest * rest + eps)};
+  const double mean = NORM == Norm::layer ? sum.total() / cols : 0.0;
+  return {mean, squares.total() / cols - mean * mean};
+}
+
+// Of the row at x, whose vectors value(start, count) returns, each once; it may make them on the way.
+// Rows far from zero are read again, about their mean.
+template <Norm NORM, typename T, typename Value>
+Moments moments(const T* x, int64_t cols, float eps, Value value) {
+  float shift = 0.0f;
+  Spread found = spread<NORM>(cols, 0.0f, value);
+  if (NORM == Norm::layer && found.is_far()) {
+    shift = static_cast<float>(found.mean);
+    found = spread<NORM>(cols, shift, [&](int64_t c, auto count) { return load(x + c, count); });
+  }
+  return {shift, static_cast<float>(found.mean),
+          static_cast<float>(1.0 / std::sqrt(found.variance + eps))};
 }
 
 template <typename T>

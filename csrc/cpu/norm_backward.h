@@ -24,35 +24,48 @@ struct Slopes {
   float slope, offset;
 };
 
+// The sums that both need, about a shift. gain: the mean of grad * weight; product: that of it times the
+// shifted values.
+struct RowSums {
+  Spread values;
+  double gain, product;
+};
+
 template <Norm NORM, typename T>
-Slopes slopes(const BackwardRow<T>& row, const T* weight, int64_t cols, float eps) {
-  double gain = 0.0;  // the mean of grad * weight
-  float shift = 0.0f;
-  if constexpr (NORM == Norm::layer) {
-    Sum values, gains;
-    for_each_vec_in_chains(cols, [&](int64_t c, auto count, int chain) {
-      values.chains[chain] += load(row.x + c, count);
-      gains.chains[chain] += load(row.grad + c, count) * load(weight + c, count);
-    });
-    shift = static_cast<float>(values.total() / cols);
-    gain = gains.total() / cols;
-  }
-  Sum rests, squares, products;
+RowSums sums_about(float shift, const BackwardRow<T>& row, const T* weight, int64_t cols) {
+  Sum values, squares, gains, products;
   for_each_vec_in_chains(cols, [&](int64_t c, auto count, int chain) {
-    const Vec v = shifted<NORM>(row.x + c, shift, count);
+    const Vec v = shifted<NORM>(load(row.x + c, count), shift, count);
+    const Vec g = load(row.grad + c, count) * load(weight + c, count);
     if (row.passed) {  // read next: several rows at a time are too many streams for the prefetcher
       __builtin_prefetch(row.passed + c);
       __builtin_prefetch(row.branch + c);
     }
     squares.chains[chain] += v * v;
-    products.chains[chain] += load(row.grad + c, count) * load(weight + c, count) * v;
-    if constexpr (NORM == Norm::layer) rests.chains[chain] += v;
+    products.chains[chain] += g * v;
+    if constexpr (NORM == Norm::layer) {
+      values.chains[chain] += v;
+      gains.chains[chain] += g;
+    }
   });
-  const double rest = NORM == Norm::layer ? rests.total() / cols : 0.0;
-  const double r = 1.0 / std::sqrt(squares.total() / cols - rest * rest + eps);
+  const bool centred = NORM == Norm::layer;
+  const double mean = centred ? values.total() / cols : 0.0;
+  return {{mean, squares.total() / cols - mean * mean}, centred ? gains.total() / cols : 0.0,
+          products.total() / cols};
+}
+
+template <Norm NORM, typename T>
+Slopes slopes(const BackwardRow<T>& row, const T* weight, int64_t cols, float eps) {
+  float shift = 0.0f;
+  RowSums sums = sums_about<NORM>(shift, row, weight, cols);
+  if (NORM == Norm::layer && sums.values.is_far()) {
+    shift = static_cast<float>(sums.values.mean);
+    sums = sums_about<NORM>(shift, row, weight, cols);
+  }
+  const double rest = sums.values.mean, r = 1.0 / std::sqrt(sums.values.variance + eps);
   return {{shift, static_cast<float>(rest), static_cast<float>(r)},
-          static_cast<float>(r * r * r * (products.total() / cols - rest * gain)),
-          static_cast<float>(r * gain)};
+          static_cast<float>(r * r * r * (sums.product - rest * sums.gain)),
+          static_cast<float>(r * sums.gain)};
 }
 
 // The gradients of ROWS rows: several share each load and store of the sums.

@@ -7,6 +7,7 @@ handwritten digits in five colours of ink, in the layout of every other checkpoi
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,3 +91,9 @@ def held_out_scenes(count: int = 180) -> tuple[list["Image"], list[list[tuple[st
         scenes.append(scene)
         shown.append([pairs[index] for index in chosen])
     return scenes, shown
+
+
+def in_words(pairs: Sequence[tuple[str, str]]) -> str:
+    """What the chat model should call a scene: "a red three, a blue one and a green seven"."""
+    *most, last = (f"a {colour} {digit}" for colour, digit in pairs)
+    return f"{', '.join(most)} and {last}" if most else last

@@ -101,7 +101,9 @@ def arrange(config: Any, weights: Weights, layout: str) -> Arranged:
     if is_published and not values.get("template"):  # without which their class is not built
         values["template"] = _TEMPLATE
     values["torch_dtype" if is_published else "dtype"] = dtype_name(config.dtype)
-    targets = rewrite(weights.planned, names, heads_of(config.llm_config.to_dict()))
+    language = config.llm_config
+    heads = heads_of(language.to_dict())
+    targets = rewrite(weights.planned, names, heads, language.model_type)
     return Arranged(values, dict(sorted(targets.items())), weights.read)
 
 

@@ -13,6 +13,7 @@ from .contents import Contents
 from .dtypes import FLOATS, dtype_name
 from .entries import Entry, Stored
 from .errors import CheckpointError, listed
+from .experts import fuse_experts
 from .names import LORA, canonical
 from .ties import heads
 
@@ -121,6 +122,7 @@ def match(
     """
     state = model.state_dict()
     wanted = {name: canonical(name) for name in state}
+    fuse_experts(contents, wanted.values())
     available = set(contents.tensors)
     tied = {
         each.head: each.embedding

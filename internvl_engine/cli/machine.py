@@ -40,17 +40,17 @@ def demo(
     dtype: Annotated[str | None, typer.Option(help="[default: float32]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the embedded model on held-out pictures: no network, a few seconds.
+    """Run the embedded models on held-out pictures: no network, a few seconds.
 
-    Classifies, describes, questions and searches 360 handwritten digits that it never saw, and
-    draws what came of it.
+    Classifies, describes, questions and searches 360 handwritten digits that they never saw, talks
+    about several of them in one picture, and draws what came of it.
     """
     check_writable(out, "--out")
-    from .demo import run
+    from .demo import CHAT, run
     from .sheet import draw
 
     if not as_json:
-        notice("the embedded nano model on 360 held-out pictures ...")
+        notice("the embedded models on 360 held-out pictures ...")
     seen = run(device, dtype)
     draw(seen, light).save(out)
     if as_json:
@@ -61,6 +61,9 @@ def demo(
     examples = seen.pictures[:84:21]
     rows = [(p.caption, p.label["c"], _percent(p.probability["c"]), p.truth) for p in examples]
     print_table(("it says", "digit", "sure", "it is"), rows)
+    typer.echo()
+    talks = [(scene.answers[0], scene.answers[1], scene.truths[0]) for scene in seen.scenes[:6]]
+    print_table((*CHAT, "it is"), talks)
     show(f"\n{len(seen.pictures)} pictures in {seen.seconds['all']:.1f} s; see {out}")
 
 
@@ -73,6 +76,8 @@ def _results(seen: "Demo") -> list[tuple[str, str, float]]:
         ("answers: what colour?", _percent(more["answer_colour"]), seconds["answer"] / 2),
         ("answers: what digit?", _percent(more["answer_digit"]), seconds["answer"] / 2),
         ("search by text, R@1", _percent(right["retrieval_r1"]), seconds["index_and_search"]),
+        ("chat: what is this?", _percent(right["chat"]), seconds["chat"] / 2),
+        ("chat, then: what colour?", _percent(more["chat_later"]), seconds["chat"] / 2),
     ]
 
 

@@ -153,7 +153,7 @@ def _recognise(values: dict[str, Any]) -> tuple[str | None, str]:
     for architecture, (published, ours) in PUBLISHED.items():
         if named == architecture or (named is None and published == model_type):
             return architecture, ours
-    if model_type in CONFIG_MAPPING:
+    if model_type is not None and model_type in CONFIG_MAPPING:
         return named, model_type
     for known, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if name == named:

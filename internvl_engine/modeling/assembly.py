@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.keywords import overrides_of
 from ..configuration import VisionLanguageConfig
 from .language_parts import language_part, place_tokens
 from .projectors import load_projector
@@ -20,6 +21,11 @@ from .vision_parts import set_drop_path, vision_part
 
 FORCED_SIZE = 448  # of every published chat model
 SMALLEST_FORCED = 224  # towers for less are nobody's InternViT, and keep their own size
+# Arguments of `from_pretrained` that are for both towers.
+PASSED = {
+    "torch_dtype", "device_map", "offload_folder", "max_memory", "merge_lora", "lora_alpha",
+    "strict", "progress",
+}  # fmt: skip
 
 
 class FromParts:
@@ -82,7 +88,7 @@ class FromParts:
                 computes in it between towers of any dtype.
             device: of the whole model; None is the CPU, and where objects are.
             options: further ones of `from_pretrained` for both towers: token, cache_dir,
-                local_files_only, merge_lora, ...
+                local_files_only, merge_lora, progress, ...
 
         Returns:
             The model in eval mode.
@@ -92,7 +98,8 @@ class FromParts:
             TypeError: a part is an object of another kind.
             ValueError: parts do not fit together, or an argument has no such value.
         """
-        options |= {"dtype": dtype, "device": device}
+        options = _loading(options) | {"dtype": options.get("torch_dtype") or dtype}
+        options["device"] = device
         tower = vision_part(vision, options)
         words = language_part(language, options)
         if drop_path_rate is not None:
@@ -113,12 +120,27 @@ class FromParts:
             model: Any = cls(config)  # type: ignore[call-arg]
         model.vision_model, model.language_model = tower, words.model
         replace_dynamic_rotary(words.model)
-        model.mlp1 = _projector(model.mlp1, projector, words.model.device)
+        words_device = words.model.get_input_embeddings().weight.device
+        if words_device.type == "meta":  # offloaded
+            words_device = words.model.placement.main
+        model.mlp1 = _projector(model.mlp1, projector, words_device)
         model.tokenizer = place_tokens(words, tokenizer, language, options)
         if model.tokenizer is not None:
             context = model.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
             config.img_context_token_id = model.img_context_token_id = context
         return model.eval()
+
+
+def _loading(options: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that loading takes, of those that are no arguments of `from_parts`.
+
+    Raises:
+        TypeError, ValueError: one is unknown, or not supported.
+    """
+    others = {name: value for name, value in options.items() if name not in PASSED}
+    if unknown := overrides_of(others, set()):
+        raise TypeError(f"from_parts: {', '.join(sorted(unknown))} is no argument of it")
+    return {name: value for name, value in options.items() if name != "torch_dtype"}
 
 
 def _size(image_size: int) -> int:

@@ -103,7 +103,7 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        loss_weight: Tensor | None = None,
+        loss_weight: Any = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
     ) -> tuple | CausalLMOutputWithPast:
@@ -121,7 +121,7 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
             labels: (B, L), -100 where there is none: labels[:, i] is what is predicted at i - 1.
             use_cache, output_attentions, output_hidden_states: as transformers takes them.
             return_dict: False returns a tuple.
-            loss_weight: (B, L), weights of the labels.
+            loss_weight: (B, L), weights of the labels; a tensor or lists.
             inputs_embeds: (B, L, C), in place of the embeddings of input_ids; those are needed
                 where there are tiles.
             logits_to_keep: how many of the last tokens get logits, or which; 0 is all.
@@ -139,6 +139,8 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
             raise ValueError("VisionLanguageModel: labels need all logits, without logits_to_keep")
         embeds = self.embed(pixel_values, input_ids, image_flags, inputs_embeds)
         options = {
+            "attention_mask": _beside(embeds, attention_mask),
+            "position_ids": _beside(embeds, position_ids),
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "output_attentions": output_attentions,
@@ -147,8 +149,6 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
         }
         outputs: Any = self.language_model(
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             return_dict=True,
             **{name: value for name, value in options.items() if value is not None},
         )
@@ -233,7 +233,7 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
         patch_size = self.config.vision_config.patch_size
         return tokens_of_tiles(pixel_values, patch_size, self.config.shuffle_factor)
 
-    def _token_embeddings(self, input_ids: Tensor) -> Tensor:
+    def _token_embeddings(self, input_ids: Any) -> Tensor:
         table = self.get_input_embeddings()
         device = table.weight.device
         return table(input_ids if device.type == "meta" else input_ids.to(device))
@@ -275,3 +275,7 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
+
+
+def _beside(embeds: Tensor, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(embeds.device)

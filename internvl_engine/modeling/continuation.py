@@ -62,18 +62,27 @@ def _reads_ids(config: GenerationConfig | None, options: dict[str, Any]) -> bool
 def _with_ids(
     model: Any, embeds: Tensor, ids: Tensor, mask: Tensor, options: dict[str, Any]
 ) -> Any:
-    """The prompt but for its last token is read here; transformers goes on with ids and cache."""
+    """The prompt but for its last token is read here; transformers goes on with ids and cache.
+
+    Rotary embeddings may depend on the length, so all of it is read, and the last token forgotten.
+    A cache of sliding windows that has forgotten the first tokens cannot do that.
+    """
     language = getattr(model.language_model, "get_base_model", lambda: model.language_model)()
     cache = options.pop("past_key_values", None)
     past = 0 if cache is None else cache.get_seq_length()
+    length = ids.shape[1]
+    window = getattr(language.config, "sliding_window", None)
+    end = length if window is None or length < window else length - 1
     cache = language(
-        inputs_embeds=embeds[:, past:-1],
-        attention_mask=mask[:, :-1],
-        position_ids=count_positions(mask)[:, past:-1],
+        inputs_embeds=embeds[:, past:end],
+        attention_mask=mask[:, :end],
+        position_ids=count_positions(mask)[:, past:end],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     ).past_key_values
+    if end == length:
+        cache.crop(-1)
     if (assistant := options.get("assistant_model")) is not None:
         options["assistant_model"] = getattr(assistant, "language_model", assistant)
     if (streamer := options.get("streamer")) is not None:
@@ -82,8 +91,8 @@ def _with_ids(
         input_ids=ids, past_key_values=cache, **{"use_cache": True, **options}
     )
     if isinstance(result, Tensor):
-        return result[:, ids.shape[1] :]
-    result.sequences = result.sequences[:, ids.shape[1] :]
+        return result[:, length:]
+    result.sequences = result.sequences[:, length:]
     return result
 
 

@@ -106,6 +106,8 @@ def _stored_tokenizer(source: str | Path, options: dict[str, Any]) -> Any:
     from ..processing.chat_tokenizer import FILES, load_tokenizer
     from ..processing.files import processor_folder
 
+    if Path(source).is_file():  # a weight file, beside which the tokenizer lies
+        source = Path(source).parent
     return load_tokenizer(processor_folder(source, files=FILES, name="from_parts", **options))
 
 

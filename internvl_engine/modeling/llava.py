@@ -53,9 +53,9 @@ class LlavaTower(nn.Module):
         self.vision_model = vision_model
         self.query_tokens = query_tokens
         self.qllama = qllama
-        self.projector = TwoMLP(
-            vision_model.config.hidden_size, query_tokens.shape[-1], output_hidden_size
-        ).to(query_tokens.device, query_tokens.dtype)
+        widths = vision_model.config.hidden_size, query_tokens.shape[-1], output_hidden_size
+        with torch.device(query_tokens.device):
+            self.projector = TwoMLP(*widths).to(query_tokens.dtype)
 
     @classmethod
     def from_internvl(

@@ -5,6 +5,8 @@ placeholder's from left to right, row after row. A count that does not match is 
 code goes on with the features it has.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def tokens_of_features(features: Tensor, width: int) -> int:
     return features.shape[1]
 
 
-def check_count(placeholders: Tensor, tiles: int, tokens: int, placeholder_id: int) -> None:
+def check_count(placeholders: Tensor, tiles: int, tokens: int, placeholder_id: Any) -> None:
     """Compares the number of placeholders with that of the features that are to replace them.
 
     Args:

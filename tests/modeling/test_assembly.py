@@ -117,6 +117,17 @@ def test_towers_out_of_chat_checkpoints(name):
         built(images[:1], ids)
 
 
+def test_lora_in_a_checkpoint_is_merged_where_it_is_asked_to():
+    source, options = GOLDEN / "internlm2_lora", {**FP32, "trust_remote_code": True}
+    with pytest.raises(ValueError, match="pass merge_lora=True"):
+        VisionLanguageModel.from_parts(source, source, **options)
+    built = VisionLanguageModel.from_parts(source, source, source, merge_lora=True, **options)
+    merged = VisionLanguageModel.from_pretrained(GOLDEN / "internlm2_lora_merged", **FP32)
+    assert built.config.use_llm_lora == built.config.use_backbone_lora == 0
+    for name, weight in merged.state_dict().items():
+        torch.testing.assert_close(built.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_bare_internlm2_directory(tmp_path):
     """As its own repository has it: packed wqkv, and a class that only remote code has."""

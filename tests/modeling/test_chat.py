@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModel, AutoModelForCausalLM
 
+from internvl_engine import VisionLanguageModel
 from internvl_engine.modeling.pixel_shuffle import pixel_shuffle
 from internvl_engine.modeling.vision import interpolate_positions
 
+from chat_goldens import CHAT
 from chat_models import IMAGE, LLM, TOKENS, chat_model, ids, tiles
 
 
@@ -118,6 +121,7 @@ def test_the_loss_by_its_definition():
     weight = torch.tensor([[9.0, 1.0, 0.5, 2.0, 0.25]])  # the first predicts nothing
     weighted = model(input_ids=input_ids, labels=labels, loss_weight=weight).loss
     close(weighted, (terms * weight[0, 2:]).sum() / weight[0, 1:].sum())
+    equal(model(input_ids=input_ids, labels=labels, loss_weight=weight.tolist()).loss, weighted)
     nothing = torch.full_like(labels, -100)
     assert model(input_ids=input_ids, labels=nothing).loss.isnan()
     assert model(input_ids=input_ids).loss is None
@@ -227,6 +231,12 @@ def test_names_and_structure():
     assert model.get_output_embeddings().weight.shape == (70, 48)
     linear = model.mlp1[3].weight  # PyTorch's own initialisation: uniform within 1 / sqrt(width)
     assert linear.abs().max() <= 48**-0.5 and linear.std() > 0.4 * 48**-0.5
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_auto_classes_serve_a_published_folder(auto):
+    folder = CHAT / "qwen3_300m_tied"  # its auto_map names remote code
+    assert type(auto.from_pretrained(folder, dtype=torch.float32)) is VisionLanguageModel
 
 
 def test_any_language_model():

@@ -123,3 +123,38 @@ def test_a_trained_model_comes_back(lesson, tmp_path):
     assert {n: h for n, h in hashes(alone).items() if n.startswith("mlp1.")} == {
         n: h for n, h in hashes(built).items() if n.startswith("mlp1.")
     }
+
+
+@pytest.mark.parametrize("method", ["gradient", "activation"])  # the older name, the newer one
+def test_recomputed_layers_have_the_same_gradients(lesson, method):
+    pytest.importorskip("peft")
+    built, batch = lesson
+    enable = getattr(built, f"{method}_checkpointing_enable", None)
+    if enable is None:
+        pytest.skip("this transformers has the older name only")
+    built.wrap_llm_lora(r=4, lora_dropout=0.0)
+    freeze(built)
+    built.train()
+    built.vision_model.encoder.gradient_checkpointing = False
+    runs = []
+    layer = built.language_model.get_base_model().model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        built.zero_grad()
+        runs.clear()
+        built(**batch).loss.backward()
+        grads = {n: p.grad.clone() for n, p in built.named_parameters() if p.grad is not None}
+        return grads, len(runs)
+
+    expected, once = gradients()
+    enable()
+    found, twice = gradients()
+    assert (once, twice) == (1, 2)
+    assert (
+        found.keys()
+        == expected.keys()
+        == {n for n, p in built.named_parameters() if p.requires_grad}
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
