@@ -160,7 +160,7 @@ def test_options_of_generate(engine):
 
 
 def test_the_context_ends_an_answer(engine):
-    question = "a " * 235
+    question = "a " * 470
     length = engine.processor(messages=[{"role": "user", "content": question}])["input_ids"].shape[
         1
     ]

@@ -176,6 +176,7 @@ def load_tokenizer(folder: Path) -> Any:
     kind = SENTENCEPIECE_CLASSES.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
     if (folder / MODEL).is_file() and (kind or not (folder / FAST).is_file()):
         refuse_pointer(folder / MODEL)
+        _pieces(str(folder / MODEL), b"")  # transformers 4 would hide what is wrong with it
         return (kind or LlamaTokenizer).from_pretrained(folder)
     if not any((folder / file).is_file() for file in (FAST, "vocab.json", "vocab.txt")):
         raise FileNotFoundError(

@@ -149,8 +149,10 @@ def test_a_copy_that_peft_trains_stands_in_for_the_head():
     }
 
 
-@pytest.mark.parametrize("parts, rows", [("vision", {"vision", "projector"}),
-                                         ("language", {"embeddings", "language", "lm_head"})])  # fmt: skip
+@pytest.mark.parametrize(
+    "parts, rows",
+    [("vision", {"vision", "projector"}), ("language", {"embeddings", "language", "lm_head"})],
+)
 def test_a_model_with_parts_of_it_loaded(parts, rows, tmp_path):
     chat().save_pretrained(tmp_path)
     built = VisionLanguageModel.from_pretrained(tmp_path, parts=parts)
