@@ -4,6 +4,7 @@
     vision_300m  InternViT-300M: C = 1024, 16 heads of 64, F = 4096, 1025 tokens a tile, LayerNorm;
                  an image of four tiles and its thumbnail, float32 and bfloat16
     qllama       QLLaMA-8B with cross-attention: C = 4096, 96 queries that read 257 x 3200
+    decoder      Qwen2-0.5B, behind 1,300 tokens and in front of them: decoder.py
 
 Speeds are related to the layer's four products through F.linear (vision), or to the eager layer.
 """
@@ -24,6 +25,7 @@ from internvl_engine.modeling.masks import AttentionMask
 from internvl_engine.modeling.qllama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from internvl_engine.modeling.vision import InternVisionModel
 
+from . import decoder
 from .cases import Case, Provider, rival
 from .encoder import DTYPE, Towers, counted, loaded, random_state, transformers_model
 from .report import Suites
@@ -42,6 +44,7 @@ def suites(only: Sequence[str] = (), images: int = 4) -> Suites:
         "vision": lambda device: iter([vision(device, images)]),
         "vision_300m": vision_300m,
         "qllama": lambda device: iter([qllama(device, images)]),
+        "decoder": decoder.cases,
     }
     if unknown := set(only) - set(layers):
         names = ", ".join(sorted(unknown))

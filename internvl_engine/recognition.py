@@ -201,9 +201,8 @@ def is_known(kind: type[FusedModule], module: Any) -> bool:
 
 def is_expected(module: Any) -> bool:
     """Whether the report names a module even where it holds something else than it should."""
-    return type(module).__name__ in EXPECTED or any(
-        is_known(kind, module) for kind in KNOWN if kind not in LAYERS
-    )
+    known = (is_known(kind, module) for kind in KNOWN if kind not in LAYERS)
+    return type(module).__name__ in EXPECTED or any(known)
 
 
 def _path(module: Any) -> str:

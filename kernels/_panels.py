@@ -88,8 +88,7 @@ def panel_product(
     x, packed and bias have one dtype. No bit of a row depends on the others.
     """
     shape = output_shape(x, features, epilogue)
-    ragged = epilogue == "swiglu" and shape[-1] % packed.shape[2]  # a panel has rows of gate and up
-    if ragged or epilogue in ("gelu_tanh", "gelu_quick"):
+    if epilogue == "swiglu" and shape[-1] % packed.shape[2]:  # a panel has rows of gate and up
         return apply_epilogue(panel_product(x, packed, features, bias), epilogue, residual)
     if residual is not None and residual.dtype != x.dtype:
         return residual + panel_product(x, packed, features, bias, epilogue)

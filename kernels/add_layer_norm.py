@@ -14,38 +14,62 @@ x is (..., C); C is 1024 in InternViT-300M. Bound by memory: two reads and two w
 four reads and two writes backward, three and one without a scale.
 """
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
 from internvl_engine import reference
 
-from ._library import define
-from ._norms import check_norm, check_sum, layer_norm_backward_reference
+from ._layer_norm import (
+    check_affine,
+    fake_sums,
+    layer_norm_backward_reference,
+    ones_and_zeros,
+)
+from ._library import define, triton_launcher
+from ._norms import (
+    LAYER,
+    AddNormGradients,
+    add_backward_reference,
+    add_norm_backward_native,
+    add_norm_cuda,
+    add_norm_native,
+    check_sum,
+    fake_sum_gradients,
+)
 
 
-class Gradients(NamedTuple):
-    """Of the loss by each input; nothing for x and scale where there is no scale."""
-
-    x: Tensor
-    residual: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
+def add_layer_norm_native(
+    x: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Calls csrc/cpu/norm.h."""
+    return add_norm_native(LAYER, x, residual, scale, *ones_and_zeros(x, weight, bias), eps)
 
 
-def _backward_reference(
+def add_layer_norm_cuda(
+    x: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Calls csrc/cuda/add_rms_norm.cu."""
+    return add_norm_cuda(LAYER, x, residual, scale, *ones_and_zeros(x, weight, bias), eps)
+
+
+def add_layer_norm_backward_native(
     grad: Tensor, grad_residual: Tensor, x: Tensor, residual_out: Tensor, scale: Tensor | None,
     weight: Tensor | None, eps: float,
-) -> Gradients:  # fmt: skip
+) -> AddNormGradients:  # fmt: skip
+    """Calls csrc/cpu/norm_backward.h."""
+    weight, _ = ones_and_zeros(x, weight, None)
+    inputs = (grad, grad_residual, x, residual_out, scale, weight, eps)
+    return add_norm_backward_native(LAYER, *inputs)
+
+
+def _add_layer_norm_backward_reference(
+    grad: Tensor, grad_residual: Tensor, x: Tensor, residual_out: Tensor, scale: Tensor | None,
+    weight: Tensor | None, eps: float,
+) -> AddNormGradients:  # fmt: skip
     """The norm differentiated at residual_out, then the sum."""
-    through_norm, dweight, dbias = layer_norm_backward_reference(grad, residual_out, weight, eps)
-    dresidual = grad_residual + through_norm
-    if scale is None:
-        return Gradients(x.new_empty(0), dresidual, x.new_empty(0), dweight, dbias)
-    dscale = (dresidual * x).flatten(0, -2).sum(0).to(scale.dtype)
-    return Gradients((dresidual * scale).to(x.dtype), dresidual, dscale, dweight, dbias)
+    through_norm, *sums = layer_norm_backward_reference(grad, residual_out, weight, eps)
+    return AddNormGradients(*add_backward_reference(through_norm, grad_residual, x, scale), *sums)
 
 
 def _fake(x, residual, scale, weight, bias, eps):
@@ -53,10 +77,7 @@ def _fake(x, residual, scale, weight, bias, eps):
 
 
 def _fake_backward(grad, grad_residual, x, residual_out, scale, weight, eps):
-    dx = x.new_empty(0 if scale is None else x.shape)
-    dscale = x.new_empty(0 if scale is None else scale.shape)
-    vector = x.new_empty(x.shape[-1:], dtype=x.dtype if weight is None else weight.dtype)
-    return Gradients(dx, x.new_empty(x.shape), dscale, vector, torch.empty_like(vector))
+    return *fake_sum_gradients(x, residual_out, scale), *fake_sums(x, weight)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -81,14 +102,18 @@ _add_layer_norm = define(
     " float eps) -> (Tensor, Tensor)",
     reference=reference.add_layer_norm,
     fake=_fake,
+    cpu={"native": add_layer_norm_native},
+    cuda={"triton": triton_launcher("add_layer_norm"), "cuda": add_layer_norm_cuda},
     backward=(_backward, _save),
 )
 
 _add_layer_norm_backward = define(
     "add_layer_norm_backward(Tensor grad, Tensor grad_residual, Tensor x, Tensor residual_out,"
     " Tensor? scale, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_backward_reference,
+    reference=_add_layer_norm_backward_reference,
     fake=_fake_backward,
+    cpu={"native": add_layer_norm_backward_native},
+    cuda={"triton": triton_launcher("add_layer_norm", "add_layer_norm_backward_triton")},
 )
 
 
@@ -113,5 +138,5 @@ def add_layer_norm(
         ValueError: shapes or dtypes that do not go together.
     """
     check_sum("add_layer_norm", x, residual, scale)
-    check_norm("add_layer_norm", x, weight, bias)
+    check_affine("add_layer_norm", x, weight, bias)
     return _add_layer_norm(x, residual, scale, weight, bias, eps)

@@ -18,18 +18,35 @@ two reads and one write backward. Mean and rstd are not saved: the row is in the
 registers when the backward needs them.
 """
 
-import torch
 from torch import Tensor
 
 from internvl_engine import reference
 
-from ._library import define
-from ._norms import LayerNormGradients, check_norm, layer_norm_backward_reference
+from ._layer_norm import (
+    check_affine,
+    fake_sums,
+    layer_norm_backward_reference,
+    ones_and_zeros,
+)
+from ._library import define, triton_launcher
+from ._norms import LAYER, NormGradients, norm_backward_native, norm_cuda, norm_native
 
 
-def _fake_backward(grad, x, weight, eps):
-    vector = x.new_empty(x.shape[-1:], dtype=x.dtype if weight is None else weight.dtype)
-    return LayerNormGradients(x.new_empty(x.shape), vector, torch.empty_like(vector))
+def layer_norm_native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Calls csrc/cpu/norm.h."""
+    return norm_native(LAYER, x, *ones_and_zeros(x, weight, bias), eps)
+
+
+def layer_norm_backward_native(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> NormGradients:
+    """Calls csrc/cpu/norm_backward.h."""
+    return norm_backward_native(LAYER, grad, x, ones_and_zeros(x, weight, None)[0], eps)
+
+
+def layer_norm_cuda(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Calls csrc/cuda/rms_norm.cu."""
+    return norm_cuda(LAYER, x, *ones_and_zeros(x, weight, bias), eps)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -48,6 +65,8 @@ _layer_norm = define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     reference=reference.layer_norm,
     fake=lambda x, weight, bias, eps: x.new_empty(x.shape),
+    cpu={"native": layer_norm_native},
+    cuda={"triton": triton_launcher("layer_norm"), "cuda": layer_norm_cuda},
     backward=(_backward, _save),
 )
 
@@ -55,7 +74,9 @@ _layer_norm_backward = define(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     reference=layer_norm_backward_reference,
-    fake=_fake_backward,
+    fake=lambda grad, x, weight, eps: (x.new_empty(x.shape), *fake_sums(x, weight)),
+    cpu={"native": layer_norm_backward_native},
+    cuda={"triton": triton_launcher("layer_norm", "layer_norm_backward_triton")},
 )
 
 
@@ -77,5 +98,5 @@ def layer_norm(
     Raises:
         ValueError: weight or bias does not have the shape (C,), or a dtype that goes with x.
     """
-    check_norm("layer_norm", x, weight, bias)
+    check_affine("layer_norm", x, weight, bias)
     return _layer_norm(x, weight, bias, eps)

@@ -22,9 +22,11 @@ from triton.compiler import ASTSource, CompilationError
 from triton.runtime.driver import driver
 
 from internvl_engine.kernels.triton import (
+    add_layer_norm,
     add_rms_norm,
     attention,
     decode_attention,
+    layer_norm,
     linear,
     pooling_attention,
     qk_norm_attention,
@@ -86,6 +88,10 @@ def rows(batch: int, tokens: int, channels: int, features: int) -> None:
     rms_norm.rms_norm_backward_triton(x, x, weight, EPS)
     add_rms_norm.add_rms_norm_triton(x, x, weight, weight, EPS)
     add_rms_norm.add_rms_norm_backward_triton(x, x, x, x, weight, weight, EPS)
+    layer_norm.layer_norm_triton(x, weight, weight, EPS)
+    layer_norm.layer_norm_backward_triton(x, x, weight, EPS)
+    add_layer_norm.add_layer_norm_triton(x, x, weight, weight, weight, EPS)
+    add_layer_norm.add_layer_norm_backward_triton(x, x, x, x, weight, weight, EPS)
     y = empty(batch, tokens, features)
     linear.linear_triton(x, empty(features, channels), empty(features), "gelu", y)
     linear.linear_triton(x, empty(2 * features, channels), None, "swiglu")

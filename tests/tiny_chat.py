@@ -108,3 +108,24 @@ def transformers_folder(folder: Path) -> Path:
 def picture(width: int = 60, height: int = 30, seed: int = 0) -> np.ndarray:
     """A uint8 image (height, width, 3); 60 x 30 is two tiles and a thumbnail."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@lru_cache
+def tiny_chat(seed: int = 0, accelerate: bool = False):
+    """A whole engine of random weights, large enough that every input matters."""
+    import torch
+
+    from internvl_engine import InternVLChat, VisionLanguageConfig, VisionLanguageModel
+    from internvl_engine.processing import InternVLTileProcessor, VisionLanguageProcessor
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = VisionLanguageModel(VisionLanguageConfig.from_dict(CONFIG))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.15)
+    images = InternVLTileProcessor(SIDE, max_tiles=4)
+    options = {"num_image_token": TOKENS, "template": "internvl2_5", "system_message": "Be brief."}
+    processor = VisionLanguageProcessor(images, tokenizer(), **options)
+    return InternVLChat(model, processor, name=f"tiny-{seed}", accelerate=accelerate)

@@ -16,7 +16,7 @@
 #include <cmath>
 
 #include "attention_call.h"
-#include "rms_norm.h"
+#include "norm.h"
 #include "tiles.h"
 
 namespace internvl::ISA {

@@ -84,6 +84,14 @@ inline const Gelu& the_gelu() {
 
 inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
+// x / 2 * (1 + tanh(u)) is x * sigmoid(2 u), which loses nothing in the negative tail.
+inline Vec gelu_tanh(Vec x) {
+  const Vec u2 = x * (1.5957691216057308f + 0.071354816272600248f * (x * x));
+  return x / (1.0f + exp(-u2));
+}
+
+inline Vec gelu_quick(Vec x) { return x / (1.0f + exp(-1.702f * x)); }
+
 // Where the results of a block of rows and one panel of columns go, and what joins them there.
 template <typename T>
 struct Output {
@@ -102,6 +110,8 @@ inline void finish_vec(const Output<T>& out, const Gelu& gelu, const float* sums
   Vec v = load(sums);
   if (out.bias) v += load(out.bias + col, count);
   if (out.epilogue == Epilogue::gelu) v = gelu(v);
+  if (out.epilogue == Epilogue::gelu_tanh) v = gelu_tanh(v);
+  if (out.epilogue == Epilogue::gelu_quick) v = gelu_quick(v);
   if (out.epilogue == Epilogue::swiglu) {
     Vec up = load(ups);
     if (out.bias) up += load(out.bias + out.width + col, count);

@@ -3,6 +3,7 @@
 
 #include "attention_call.h"
 #include "linear_call.h"
+#include "norm_call.h"
 #include "../heads.h"
 #include "../rows.h"
 
@@ -11,16 +12,8 @@ namespace internvl::cpu {
 // What each computes and the shapes it takes: the header of its name.
 template <typename T>
 struct Operators {
-  void (*rms_norm)(Rows<const T> x, const T* weight, T* y, int64_t rows, int64_t cols, float eps,
-                   int threads);
-  void (*rms_norm_backward)(Rows<const T> grad, Rows<const T> x, const T* weight, T* dx, float* sums,
-                            double* totals, int64_t rows, int64_t cols, float eps, int threads);
-  void (*add_rms_norm)(Rows<const T> x, Rows<const T> residual, const T* scale, const T* weight,
-                       T* y, T* residual_out, int64_t rows, int64_t cols, float eps, int threads);
-  void (*add_rms_norm_backward)(Rows<const T> grad, Rows<const T> passed, Rows<const T> x,
-                                const T* residual_out, const T* scale, const T* weight, T* dx,
-                                T* dresidual, float* sums, double* totals, int64_t rows,
-                                int64_t cols, float eps, int threads);
+  void (*norm)(const NormCall<T>& call, int threads);
+  void (*norm_backward)(const NormBackwardCall<T>& call, float* sums, double* totals, int threads);
   void (*rotary)(Heads<const T> x, Heads<T> y, const T* cos, const T* sin, const int64_t* positions,
                  int64_t positions_stride, float sign, Extent n, int threads);
   void (*rotary_append)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y,

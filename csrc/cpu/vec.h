@@ -137,6 +137,14 @@ inline Vec store_rounded(Vec v, T* to, int64_t count) {
   return rounded;
 }
 
+// The first `count` elements of v, then 0.
+inline Vec first(Vec v, Full) { return v; }
+inline Vec first(Vec v, int64_t count) {
+  Vec some = {};
+  std::memcpy(&some, &v, count * sizeof(float));
+  return some;
+}
+
 // Calls body(start, count) for every vector of a row; the last count may be smaller than kWidth.
 template <typename Body>
 inline void for_each_vec(int64_t cols, Body body) {

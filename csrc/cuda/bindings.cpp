@@ -24,18 +24,21 @@ Heads<T> heads(const py::tuple& from) {
   return {at<T>(four.values[0]), four.values[1], four.values[2], four.values[3]};
 }
 
-void rms_norm(int dtype, int weight_dtype, const py::tuple& x, uintptr_t weight, uintptr_t y,
-              int64_t num_rows, int64_t cols, float eps, uintptr_t stream) {
-  cuda::rms_norm(dtype, weight_dtype, rows(x), at<const void>(weight), at<void>(y), num_rows, cols,
-                 eps, stream_at(stream));
+// norm is 0 for RMSNorm, 1 for LayerNorm.
+void norm(int dtype, int weight_dtype, int norm, const py::tuple& x, uintptr_t weight,
+          uintptr_t bias, uintptr_t y, int64_t num_rows, int64_t cols, float eps,
+          uintptr_t stream) {
+  cuda::norm(static_cast<Norm>(norm), dtype, weight_dtype, rows(x), at<const void>(weight),
+             at<const void>(bias), at<void>(y), num_rows, cols, eps, stream_at(stream));
 }
 
-void add_rms_norm(int dtype, int weight_dtype, const py::tuple& x, const py::tuple& residual,
-                  uintptr_t scale, uintptr_t weight, uintptr_t y, uintptr_t residual_out,
-                  int64_t num_rows, int64_t cols, float eps, uintptr_t stream) {
-  cuda::add_rms_norm(dtype, weight_dtype, rows(x), rows(residual), at<const void>(scale),
-                     at<const void>(weight), at<void>(y), at<void>(residual_out), num_rows, cols,
-                     eps, stream_at(stream));
+void add_norm(int dtype, int weight_dtype, int norm, const py::tuple& x, const py::tuple& residual,
+              uintptr_t scale, uintptr_t weight, uintptr_t bias, uintptr_t y,
+              uintptr_t residual_out, int64_t num_rows, int64_t cols, float eps,
+              uintptr_t stream) {
+  cuda::add_norm(static_cast<Norm>(norm), dtype, weight_dtype, rows(x), rows(residual),
+                 at<const void>(scale), at<const void>(weight), at<const void>(bias), at<void>(y),
+                 at<void>(residual_out), num_rows, cols, eps, stream_at(stream));
 }
 
 void rotary(int dtype, const py::tuple& q, const py::tuple& k, const py::tuple& q_out,
@@ -51,7 +54,7 @@ void rotary(int dtype, const py::tuple& q, const py::tuple& k, const py::tuple& 
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, module) {
-  module.def("rms_norm", &rms_norm);
-  module.def("add_rms_norm", &add_rms_norm);
+  module.def("norm", &norm);
+  module.def("add_norm", &add_norm);
   module.def("rotary", &rotary);
 }

@@ -7,18 +7,20 @@
 #include <cuda_runtime_api.h>
 
 #include "../heads.h"
+#include "../norms.h"
 #include "../rows.h"
 
 namespace internvl::cuda {
 
-// y = weight * round(x / rms(x)), (rows, cols), contiguous; of weight's type.
-void rms_norm(int dtype, int weight_dtype, Rows<const void> x, const void* weight, void* y,
-              int64_t rows, int64_t cols, float eps, cudaStream_t stream);
+// y = weight * round(x / rms(x)), of weight's type, or the LayerNorm of x, of its type; (rows, cols),
+// contiguous. bias is LayerNorm's, of weight's type.
+void norm(Norm norm, int dtype, int weight_dtype, Rows<const void> x, const void* weight,
+          const void* bias, void* y, int64_t rows, int64_t cols, float eps, cudaStream_t stream);
 
-// residual_out = residual + x * scale (scale may be null), y = rms_norm(residual_out).
-void add_rms_norm(int dtype, int weight_dtype, Rows<const void> x, Rows<const void> residual,
-                  const void* scale, const void* weight, void* y, void* residual_out, int64_t rows,
-                  int64_t cols, float eps, cudaStream_t stream);
+// residual_out = residual + x * scale (scale may be null), y = norm(residual_out).
+void add_norm(Norm norm, int dtype, int weight_dtype, Rows<const void> x, Rows<const void> residual,
+              const void* scale, const void* weight, const void* bias, void* y, void* residual_out,
+              int64_t rows, int64_t cols, float eps, cudaStream_t stream);
 
 // Rotates q and k, which have n.heads and k_heads heads, by sign times the positions' angles.
 void rotary(int dtype, Heads<const void> q, Heads<const void> k, Heads<void> q_out,

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace internvl::cuda {
 
@@ -70,7 +71,9 @@ __device__ __forceinline__ void store(const float (&from)[N], T* to) {
   }
 }
 
-// The sum over a block of whole warps, at most 32, in a fixed order; every thread gets it.
+// The sum over a block of whole warps, at most 32, in a fixed order; every thread gets it. A kernel's
+// sums have SLOTs of their own: a warp may still read the last one.
+template <int SLOT>
 __device__ __forceinline__ float block_sum(float value) {
   __shared__ float shares[32];
 #pragma unroll

@@ -27,6 +27,8 @@ _INTERNLM2, _LLAMA = "InternLM2ForCausalLM", "LlamaForCausalLM"
 # tensor of its own whatever the file says, and drawn at random where the file has none.
 _MAY_TIE = ("Qwen3", "GptOss")
 
+_TEMPLATE = "internvl2_5"  # of every checkpoint that comes in transformers' layout
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -90,10 +92,18 @@ def arrange(config: Any, weights: Weights, layout: str) -> Arranged:
     config.dtype = Counter(each.dtype for each in weights.planned).most_common(1)[0][0]
     is_published = layout == PUBLISHED
     values = config.published_dict() if is_published else config.transformers_dict()
-    for name in ("dtype", "torch_dtype"):
+    for name in ("dtype", "torch_dtype", "_name_or_path"):
         values.pop(name, None)
+    # Published files leave out what they have none of: their code prints a system_message of null.
+    for name in ("system_message", "parts", "backbone_lora_alpha", "llm_lora_alpha"):
+        if values.get(name, 0) is None:
+            del values[name]
+    if is_published and not values.get("template"):  # without which their class is not built
+        values["template"] = _TEMPLATE
     values["torch_dtype" if is_published else "dtype"] = dtype_name(config.dtype)
-    targets = rewrite(weights.planned, names, heads_of(config.llm_config.to_dict()))
+    language = config.llm_config
+    heads = heads_of(language.to_dict())
+    targets = rewrite(weights.planned, names, heads, language.model_type)
     return Arranged(values, dict(sorted(targets.items())), weights.read)
 
 
@@ -110,11 +120,6 @@ def _check_transformers(config: Any, weights: Weights) -> None:
         raise ValueError(
             "transformers' layout holds whole models, and this one was loaded with "
             f"parts={config.parts!r}"
-        )
-    if config.ps_version != "v2":
-        raise ValueError(
-            f"transformers' layout has pixel shuffle v2 only, and this model has "
-            f"{config.ps_version}: save it with layout='published'"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..configuration import InternVLConfig, VisionLanguageConfig
+from ..configuration.layouts import read_vision
 from .contents import Contents
 from .errors import CheckpointError, CheckpointNotFoundError, listed
 from .identify import built_by, check_config, family_of, tower_of
@@ -125,11 +126,7 @@ def _build(config_class: Any, values: dict[str, Any], overrides: dict[str, Any])
             own["image_size"] = whole.image_size
     if not isinstance(own, dict):
         raise TypeError(f"{tower.config} must be an object, got {own!r}")
-    own = {tower.fields.get(name, name): value for name, value in own.items()}
-    if tower.fields:
-        own |= {
-            name: _square(name, own[name]) for name in ("image_size", "patch_size") if name in own
-        }
+    own = read_vision(own) if tower.is_transformers else own
     return config_class.from_dict(_plain(own) | overrides)
 
 
@@ -146,15 +143,6 @@ def _build_chat(config_class: Any, values: dict[str, Any], overrides: dict[str, 
         setattr(config.vision_config if name in OF_VISION else config, name, value)
     config.check()
     return config
-
-
-def _square(name: str, sides: Any) -> Any:
-    """One side of a square that another package writes as a pair."""
-    if not isinstance(sides, list | tuple):
-        return sides
-    if len(set(sides)) != 1:
-        raise ValueError(f"{name} must be a square, got {sides}")
-    return sides[0]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -75,4 +75,27 @@ class Grouped:
         return f"{self.piece} of {self.packed}"
 
 
-Entry = Stored | Stacked | Grouped
+@dataclass(frozen=True)
+class Experts:
+    """The weights of all experts of a layer, each of them several tensors, row after row."""
+
+    of_expert: tuple[tuple[Stored, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one = Stacked(self.of_expert[0]).shape
+        return (len(self.of_expert), *one)
+
+    @property
+    def dtype(self) -> Any:
+        return self.of_expert[0][0].dtype
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        return torch.stack([Stacked(pieces).read() for pieces in self.of_expert])
+
+    def __str__(self) -> str:
+        return f"{self.of_expert[0][0]} and those of {len(self.of_expert)} experts"
+
+
+Entry = Stored | Stacked | Grouped | Experts

@@ -23,11 +23,11 @@ class Tower:
 
     Args:
         config: the field of config.json with its configuration; None where that is the whole file.
-        fields: fields that another package calls differently, by that package's name.
+        is_transformers: whether the fields are those of transformers' InternVLVisionConfig.
     """
 
     config: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
+    is_transformers: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,6 @@ INTERNVL_14B = Family(
     lora={"vision_model.": "backbone", "qllama.": "qllama"},
     forces_size=True,
 )
-# transformers' vision tower has other names for the fields of the same configuration.
-_TRANSFORMERS_VISION = {
-    "use_qk_norm": "qk_normalization",
-    "attention_bias": "qkv_bias",
-    "layer_scale_init_value": "initializer_factor",
-    "hidden_dropout_prob": "dropout",
-}
 # vision    vision tower and projector: the features of images in the language model's width
 # language  the language model alone: text
 # all       the whole model
@@ -129,7 +122,7 @@ TRANSFORMERS_CHAT = Family(
     config_fields=("vision_config", "text_config"),
     builds="internvl_chat",
     towers={
-        "vision": Tower("vision_config", _TRANSFORMERS_VISION),
+        "vision": Tower("vision_config", is_transformers=True),
         "language": Tower("text_config"),
     },
     advice=_CHAT_ADVICE,
@@ -149,7 +142,7 @@ VISION = Family(
 TRANSFORMERS_VISION = Family(
     title="an InternViT vision tower alone, in transformers' layout",
     model_types=("internvl_vision",),
-    towers={"vision": Tower(fields=_TRANSFORMERS_VISION)},
+    towers={"vision": Tower(is_transformers=True)},
     advice=_VISION_ADVICE,
 )
 QUERY_BRIDGE = Family(

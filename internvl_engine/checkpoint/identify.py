@@ -151,7 +151,8 @@ def _adapted(folder: Path, family: Family | None) -> str:
     path = next(folder.glob("adapter_model.*"), None)
     if path is None:
         return "model"
-    name = canonical(next(iter(open_weights(path).names()), ""))
+    names = open_weights(path).names()
+    name = canonical(next(iter(names), ""))
     if name.partition(".")[0] in ROOTS:
         return "model"
     if family is None:

@@ -23,7 +23,8 @@ def load_language_model(source: str | Path, **options: Any) -> Any:
         options: as `load_pretrained` takes them: dtype, device, device_map, merge_lora, ...
 
     Returns:
-        The model in eval mode.
+        The model in eval mode, with transformers' own rotary embedding: where that is "dynamic", it
+        remembers the longest text it has seen, which VisionLanguageModel's does not.
 
     Raises:
         CheckpointError: it is damaged, or there is no such language model in it.

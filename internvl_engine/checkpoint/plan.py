@@ -13,6 +13,7 @@ from .contents import Contents
 from .dtypes import FLOATS, dtype_name
 from .entries import Entry, Stored
 from .errors import CheckpointError, listed
+from .experts import fuse_experts
 from .names import LORA, canonical
 from .ties import heads
 
@@ -121,6 +122,7 @@ def match(
     """
     state = model.state_dict()
     wanted = {name: canonical(name) for name in state}
+    fuse_experts(contents, wanted.values())
     available = set(contents.tensors)
     tied = {
         each.head: each.embedding
@@ -172,6 +174,11 @@ def _missing(contents: Contents, missing: list[str]) -> str:
         text += (
             "; it holds FSDP's flattened parameters: save a full state dict (StateDictType."
             "FULL_STATE_DICT)"
+        )
+    if any(name.startswith("mlp1.") for name in missing) and "mlp1.1.weight" not in contents.names:
+        text += (
+            "; it has no projector (mlp1): VisionLanguageModel.from_parts(vision=..., language=..."
+            ") starts a new one"
         )
     if contents.parts:
         text += f"; the checkpoint holds parts {contents.parts!r}"

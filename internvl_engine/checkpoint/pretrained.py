@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..configuration import VisionLanguageConfig
 from . import ties
 from .adoption import adopt
-from .arranging import OF_TRANSFORMERS, PUBLISHED
+from .arranging import PUBLISHED
 from .building import build
 from .configs import Reading, fields_of, read_config
 from .contents import Contents
@@ -32,14 +32,13 @@ from .identify import (
     own_fields,
     refuse_adapter,
 )
-from .layouts import TRANSFORMERS
 from .locate import Source
 from .names import canonical, prefix_of
 from .parts import drop_absent
 from .placement import Placement, place
 from .plan import Plan, Reader, match
 from .quantized import refuse_quantized
-from .saving import Origin
+from .saving import Origin, layout_of
 from .tokens import IMG_CONTEXT, added_token_id
 
 
@@ -158,7 +157,7 @@ def prepare(
     if lora_alpha is not None:
         if not contents.lora:
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")
-        reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
+        reading.alphas = dict.fromkeys(reading.alphas or [""], lora_alpha)
     contents.parts = reading.parts
     asked = dict(reading.overrides)
     if family is not None and family.forces_size:
@@ -208,10 +207,9 @@ def _finish(
         if isinstance(module, PreTrainedModel):
             module.placement = placement
     if isinstance(model.config, VisionLanguageConfig):
-        is_published = plan.contents.layout is not TRANSFORMERS
-        model.origin = Origin(source.folder, PUBLISHED if is_published else OF_TRANSFORMERS)
-        _take_context_id(model, source)
-        if is_published:  # the published code goes by llm_config
+        model.origin = Origin(source.folder, layout_of(plan.contents))
+        take_context_id(model, source)
+        if model.origin.layout == PUBLISHED:  # whose code goes by llm_config
             return
     if source.json("generation_config.json") is not None:
         generator: Any = model if model.can_generate() else getattr(model, "language_model", None)
@@ -219,7 +217,7 @@ def _finish(
             generator.generation_config = GenerationConfig.from_pretrained(source.folder)
 
 
-def _take_context_id(model: Any, source: Source) -> None:
+def take_context_id(model: Any, source: Source) -> None:
     """The placeholder's id out of the tokenizer's files, where the configuration has none."""
     if model.img_context_token_id is None:
         model.img_context_token_id = added_token_id(source, IMG_CONTEXT)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .experts import part_experts
 from .grouping import PIECES, Heads, pack
 from .layouts import Layout
 from .writing import Planned
@@ -25,12 +26,14 @@ class Target:
         planned: its name, shape and dtype.
         sources: names of the weights it is made of.
         piece: which row third of the only source it is; None is all of it.
+        expert: which expert of the only source it is, and which of its rows.
         heads: of q, k and v, which the sources are, to be packed; None where there is one source.
     """
 
     planned: Planned
     sources: tuple[str, ...]
     piece: int | None = None
+    expert: tuple[int, slice] | None = None
     heads: Heads | None = None
 
     def read(self, read: Read) -> Tensor:
@@ -39,11 +42,17 @@ class Target:
             q, k, v = map(read, self.sources)
             return pack(q, k, v, self.heads)
         tensor = read(self.sources[0])
+        if self.expert is not None:
+            number, rows = self.expert
+            return tensor[number, rows]
         return tensor if self.piece is None else tensor.chunk(len(PIECES))[self.piece]
 
 
 def rewrite(
-    weights: Iterable[Planned], layout: Layout | None, heads: Heads | None = None
+    weights: Iterable[Planned],
+    layout: Layout | None,
+    heads: Heads | None = None,
+    model_type: str | None = None,
 ) -> dict[str, Target]:
     """What a layout makes of weights, by the names in its files.
 
@@ -51,17 +60,20 @@ def rewrite(
         weights: by our names, with what peft puts into them.
         layout: None is the published one with the language model's own names.
         heads: of the language model, for layouts that pack q, k and v.
+        model_type: of the language model, which tells how files have its experts.
 
     Raises:
         ValueError: q, k or v of a layer is missing; see `packs`.
     """
-    weights = list(weights)
-    if layout is None:
-        return {each.name: Target(each, (each.name,)) for each in weights}
     targets: dict[str, Target] = {}
     groups: dict[str, dict[str, Planned]] = {}
     for each in weights:
-        if layout.stacked and (found := layout.stacked.whole_pattern.match(each.name)):
+        if experts := part_experts(each, model_type):
+            for planned, number, rows in experts:
+                targets[planned.name] = Target(planned, (each.name,), expert=(number, rows))
+        elif layout is None:
+            targets[each.name] = Target(each, (each.name,))
+        elif layout.stacked and (found := layout.stacked.whole_pattern.match(each.name)):
             rows, *rest = each.shape
             for place, piece in enumerate(PIECES):
                 name = layout.theirs(layout.stacked.piece.format(piece=piece, **found.groupdict()))

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from . import ties
 from .arranging import OF_TRANSFORMERS, PUBLISHED, Arranged, Weights, arrange
+from .contents import Contents
 from .errors import CheckpointError, listed
 from .families import CHAT
+from .files import read_json
+from .layouts import TRANSFORMERS
 from .placement import parse_size
 from .writing import Planned, replaced_weights, write_shards, write_text
 
@@ -47,6 +50,19 @@ class Origin:
     layout: str
 
 
+def layout_of(contents: Contents) -> str:
+    """Which of the two layouts of chat models a checkpoint is in."""
+    return OF_TRANSFORMERS if contents.layout is TRANSFORMERS else PUBLISHED
+
+
+def chosen_layout(layout: str | None, origin: Origin | None, config: Any) -> str:
+    """The layout asked for; else the one a model came from, where that holds its parts."""
+    if layout is None:
+        whole = not getattr(config, "parts", None)
+        return origin.layout if origin is not None and whole else PUBLISHED
+    return layout
+
+
 def save_chat(
     model: Any,
     folder: str | Path,
@@ -64,7 +80,8 @@ def save_chat(
         folder: made where it is not there. A checkpoint in it is replaced when the new one is
             complete; tokenizer files in it stay.
         layout: "published" (OpenGVLab's internvl_chat) or "transformers"
-            (InternVLForConditionalGeneration); None is the one that the model came from.
+            (InternVLForConditionalGeneration), which holds whole models only; None is the one that
+            the model came from.
         max_shard_size: bytes or "5GB".
         state_dict: the model's, in place of its own, as a trainer gathers it.
         is_main_process: others write nothing.
@@ -82,9 +99,10 @@ def save_chat(
     if not is_main_process:
         return []
     origin, folder = getattr(model, "origin", None), Path(folder)
-    layout = layout or (PUBLISHED if origin is None else origin.layout)
+    layout = chosen_layout(layout, origin, model.config)
     state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
     arranged = arrange(_stating_lora(model), _of_state(model, state), layout)
+    arranged.values.update(remote_code(origin, layout))
     written = write_checkpoint(folder, arranged, max_shard_size)
     generation = getattr(model.language_model, "generation_config", None)
     if layout == OF_TRANSFORMERS and generation is not None:
@@ -163,11 +181,23 @@ def write_checkpoint(
     return [*written, folder / "config.json"]
 
 
+def remote_code(origin: Origin | None, layout: str) -> dict[str, Any]:
+    """The field of config.json that names the Python files of a published folder, which others may
+    run; here nothing of them is."""
+    if origin is None or (origin.layout, layout) != (PUBLISHED, PUBLISHED):
+        return {}
+    path = origin.folder / "config.json"
+    stated = read_json(path).get("auto_map") if path.is_file() else None
+    return {"auto_map": stated} if stated and any(origin.folder.glob("*.py")) else {}
+
+
 def copy_companions(origin: Origin | None, folder: Path, layout: str) -> list[Path]:
     """Copies the files beside the weights that a folder does not have yet."""
     if origin is None:
         return []
-    names = TOKENIZER + (SETTINGS if layout == origin.layout else ())
+    names = list(TOKENIZER)
+    if layout == origin.layout:
+        names += [*SETTINGS, *(path.name for path in origin.folder.glob("*.py"))]
     missing = [n for n in names if (origin.folder / n).is_file() and not (folder / n).exists()]
     for name in missing:
         shutil.copyfile(origin.folder / name, folder / name)

@@ -88,7 +88,8 @@ class VisionLanguageConfig(PretrainedConfig):
             llm_config = theirs["text_config"]
             vision_config = read_vision(vision_config)
         self.vision_config = _vision(vision_config)
-        language = read_language(llm_config or {"model_type": "llama"}, published=not theirs)
+        default = {"model_type": "qwen2" if theirs else "llama"}
+        language = read_language(llm_config or default, published=not theirs)
         self.llm_config = language.config
         self.llm_architecture = llm_architecture or language.architecture
         self.llm_leftovers = language.leftovers
@@ -187,7 +188,7 @@ class VisionLanguageConfig(PretrainedConfig):
     def published_dict(self) -> dict[str, Any]:
         """The fields of a published `config.json`, as the published code reads them."""
         values = super().to_dict()
-        for name in ("llm_leftovers", "llm_architecture", "dtype", "torch_dtype"):
+        for name in ("llm_leftovers", "llm_architecture", "dtype", "torch_dtype", "_name_or_path"):
             values.pop(name, None)
         values["model_type"] = self.model_type
         values["hidden_size"] = self.hidden_size

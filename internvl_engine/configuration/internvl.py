@@ -104,7 +104,7 @@ class InternVLConfig(PretrainedConfig):
         elif chat := {"llm_config", "text_config"} & set(config):
             raise ValueError(
                 f"InternVLConfig: {pretrained_model_name_or_path} is a chat model's configuration "
-                f"(it has {chat.pop()}), not one of InternVL-14B"
+                f"(it has {chat.pop()}), not one of InternVL-14B; VisionLanguageConfig takes it"
             )
         return config, kwargs
 

@@ -91,7 +91,8 @@ def read_language(given: dict[str, Any] | PretrainedConfig, published: bool) -> 
     config: Any = AutoConfig.for_model(model_type, **readable_rope(values))
     if model_type == "phi3" and kind_of(scaling) == "yarn":
         _rope_parameters(config)["attention_factor"] = yarn_scale(config)
-    return Language(config, architecture or language_class(config).__name__, leftovers)
+    config.architectures = config.architectures or [language_class(config).__name__]
+    return Language(config, architecture or config.architectures[0], leftovers)
 
 
 def language_class(config: Any) -> Any:
@@ -152,7 +153,7 @@ def _recognise(values: dict[str, Any]) -> tuple[str | None, str]:
     for architecture, (published, ours) in PUBLISHED.items():
         if named == architecture or (named is None and published == model_type):
             return architecture, ours
-    if model_type in CONFIG_MAPPING:
+    if model_type is not None and model_type in CONFIG_MAPPING:
         return named, model_type
     for known, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if name == named:

@@ -34,6 +34,8 @@ def read_vision(values: dict[str, Any] | None) -> dict[str, Any]:
         ValueError: images or patches are no squares, or the tower has parts that ours has not.
     """
     values = values or {}
+    if (kind := values.get("model_type", "internvl_vision")) != "internvl_vision":
+        raise ValueError(f"vision_config must be that of an internvl_vision, got a {kind}")
     for name, needed in _FIXED_VISION.items():
         if values.get(name, needed) != needed:
             raise ValueError(f"vision_config: {name} must be {needed}, got {values[name]}")

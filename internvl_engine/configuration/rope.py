@@ -33,7 +33,7 @@ def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:
             return None, None
         theta = scaling.get("rope_theta", theta)
     kind = kind_of(scaling)
-    if kind is None:
+    if kind is None or not isinstance(scaling, dict):
         return theta, None
     rest = {name: value for name, value in scaling.items() if name not in _NAMES}
     return theta, {"rope_type": kind, **copy.deepcopy(rest)}
@@ -45,6 +45,7 @@ def readable_rope(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict) or not transformers.__version__.startswith("4."):
         return values
     rest = {n: v for n, v in given.items() if n not in ("rope_theta", "partial_rotary_factor")}
+    rest = phi3_rope(rest) if "short_factor" in rest else rest
     kept = {name: value for name, value in values.items() if name != "rope_parameters"}
     kept |= {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
     if "rope_scaling" not in kept:
@@ -54,8 +55,8 @@ def readable_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 def phi3_rope(scaling: dict[str, Any]) -> dict[str, Any]:
     """The rope_scaling that transformers' Phi3Config takes, of a published one."""
-    factors = {name: scaling[name] for name in ("short_factor", "long_factor") if name in scaling}
-    return {"type": "longrope", **factors}
+    kept = {"type": "longrope"}
+    return kept | {n: scaling[n] for n in ("short_factor", "long_factor") if n in scaling}
 
 
 def yarn_scale(config: Any) -> float:

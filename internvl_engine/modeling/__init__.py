@@ -1,7 +1,11 @@
 """The eager model: plain, readable PyTorch, and the reference of everything faster."""
 
 import transformers
-from transformers import AutoModel, AutoModelForZeroShotImageClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForZeroShotImageClassification,
+)
 
 from ..configuration import InternVisionConfig, InternVLConfig, VisionLanguageConfig
 from .chat import VisionLanguageModel
@@ -21,3 +25,5 @@ AutoModelForZeroShotImageClassification.register(
 )
 AutoModel.register(InternVisionConfig, InternVisionModel, exist_ok=True)
 AutoModel.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
+# Both names stand in published `auto_map`s.
+AutoModelForCausalLM.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)

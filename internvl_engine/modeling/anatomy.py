@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 CHAT, INTERNVL_14B, BRIDGE = "a chat model", "an InternVL-14B", "a query bridge"
 VISION = ("vision_model", "vision_tower")
+# Of DDP, of torch.compile, and of transformers, which keeps the towers one level deeper.
+WRAPPERS = ("module", "_orig_mod", "model")
 PROJECTORS = ("mlp1", "multi_modal_projector", "projector")
 POOLERS = ("clip_projector", "clip_projector2", "pooler")
 HEADS = ("text_projection", "itm_head", "logit_scale")
@@ -65,9 +67,12 @@ def anatomy(model: Any) -> Anatomy:
     Raises:
         TypeError: it has neither the towers of a chat model nor those of an InternVL-14B.
     """
-    outer = bare(model)
-    inner = getattr(outer, "model", None)  # transformers keeps the towers one level deeper
-    body = inner if _first(inner, VISION) is not None else outer
+    outer = body = bare(model)
+    while not any(_held(body, name) is not None for name in (*VISION, "qllama")):
+        inner = bare(_first(body, WRAPPERS))
+        if inner is None:
+            break
+        outer, body = body, inner
     kind, language = _kind(body)
     vision = _first(body, VISION)
     if not isinstance(language, nn.Module) or (vision is None and kind != BRIDGE):
@@ -92,7 +97,7 @@ def anatomy(model: Any) -> Anatomy:
     names = {id(p): name for name, p in model.named_parameters()}
     found = _adapters(model)
     parts, adapters = _sort(owners, names, found)
-    encoder = getattr(bare(vision), "encoder", None)
+    encoder = _held(bare(vision), "encoder")
     layers = _first(encoder, ("layers", "layer"))
     tied = head is not None and getattr(head, "weight", None) is getattr(words, "weight", False)
     idle = {key for key, active in found.items() if not active}

@@ -191,9 +191,9 @@ class QueryBridge(InternVLPreTrainedModel):
         bridge.query_tokens = parts.query_tokens
         bridge.qllama = QueryDecoder(parts.decoder)
         bridge.pooler = parts.pooler
-        bridge.projector = _projector(config)
+        with torch.device(parts.query_tokens.device):
+            bridge.projector = _projector(config).to(parts.query_tokens.dtype)
         bridge.projector.apply(bridge._init_weights)
-        bridge.projector.to(parts.query_tokens.device, parts.query_tokens.dtype)
         return bridge.eval()
 
 

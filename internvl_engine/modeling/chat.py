@@ -12,25 +12,33 @@ Source: OpenGVLab/InternVL, modeling_internvl_chat.py; Chen et al., InternVL 1.5
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint import Origin, save_chat
 from ..configuration import VisionLanguageConfig
 from ..configuration.language import language_class
+from .assembly import FromParts
 from .base import InternVLPreTrainedModel
 from .continuation import continue_prompts
+from .heads import follow_head
 from .lora import ChatLora
-from .pixel_shuffle import pixel_shuffle
-from .placeholders import check_count, fill, used_tiles
+from .loss import answer_loss
+from .pixel_shuffle import pixel_shuffle, projector, tokens_of_tiles
+from .placeholders import (
+    check_count,
+    check_prompts,
+    fill,
+    find_placeholders,
+    tokens_of_features,
+    used_tiles,
+)
 from .rotary import replace_dynamic_rotary
 from .vision import InternVisionModel
 
 
-class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
+class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
     """A chat model; its parameters have the published names.
 
     `img_context_token_id`, the id of the placeholder, comes from the configuration where that knows
@@ -46,12 +54,12 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         self.vision_model: Any = InternVisionModel(config.vision_config)
         self.language_model: Any = language_class(config.llm_config)(config.llm_config)
         replace_dynamic_rotary(self.language_model)
-        self.img_context_token_id = config.img_context_token_id
         self._no_split_modules = [
             *InternVisionModel._no_split_modules, *(self.language_model._no_split_modules or ()),
         ]  # fmt: skip
         self.post_init()
         self.mlp1 = projector(config)  # after post_init: published ones start as PyTorch's
+        self.register_load_state_dict_pre_hook(follow_head)
         if config.use_backbone_lora:
             self.wrap_backbone_lora(config.use_backbone_lora, config.backbone_lora_alpha)
         if config.use_llm_lora:
@@ -71,7 +79,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
             ValueError: they are no squares, or their patches no multiple of the pixel shuffle's.
             TypeError: they are integers.
         """
-        self.tokens_of(pixel_values)
+        self._tokens_of(pixel_values)
         layer = self.config.select_layer
         pixels = pixel_values.to(self.vision_model.device, self.vision_model.dtype)
         outputs: Any = self.vision_model(
@@ -79,7 +87,8 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         )
         states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
         shuffled = pixel_shuffle(states[:, 1:], self.config.shuffle_factor, self.config.ps_version)
-        return self.mlp1(shuffled)
+        # A projector in training is often float32 between towers in bfloat16.
+        return self.mlp1(shuffled.to(next(self.mlp1.parameters()).dtype))
 
     def forward(
         self,
@@ -94,7 +103,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        loss_weight: Tensor | None = None,
+        loss_weight: Any = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
     ) -> tuple | CausalLMOutputWithPast:
@@ -112,7 +121,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
             labels: (B, L), -100 where there is none: labels[:, i] is what is predicted at i - 1.
             use_cache, output_attentions, output_hidden_states: as transformers takes them.
             return_dict: False returns a tuple.
-            loss_weight: (B, L), weights of the labels.
+            loss_weight: (B, L), weights of the labels; a tensor or lists.
             inputs_embeds: (B, L, C), in place of the embeddings of input_ids; those are needed
                 where there are tiles.
             logits_to_keep: how many of the last tokens get logits, or which; 0 is all.
@@ -125,20 +134,21 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         Raises:
             ValueError: as many placeholders as features are needed, before anything is computed.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and not all_logits:
             raise ValueError("VisionLanguageModel: labels need all logits, without logits_to_keep")
         embeds = self.embed(pixel_values, input_ids, image_flags, inputs_embeds)
         options = {
+            "attention_mask": _beside(embeds, attention_mask),
+            "position_ids": _beside(embeds, position_ids),
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
-            "logits_to_keep": logits_to_keep or None,
+            "logits_to_keep": None if all_logits else logits_to_keep,
         }
         outputs: Any = self.language_model(
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             return_dict=True,
             **{name: value for name, value in options.items() if value is not None},
         )
@@ -160,6 +170,8 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         attention_mask: Tensor | None = None,
         visual_features: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        *,
+        image_flags: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Continues prompts.
@@ -170,6 +182,7 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
             attention_mask: (B, L), 0 where a prompt is padded; None is all ones. Padding is moved
                 to the left, where it must be.
             visual_features: (T, N, C) of `extract_feature`, in place of the tiles.
+            image_flags: (T,) or (T, 1), 1 for tiles that are used; None is all.
             generation_config, options: as transformers' `generate`; the end of the text is
                 llm_config's unless they say so.
 
@@ -181,10 +194,8 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("generate: input_ids are needed")
-        return continue_prompts(
-            self, pixel_values, input_ids, attention_mask, visual_features, generation_config,
-            options,
-        )  # fmt: skip
+        images = (pixel_values, visual_features, image_flags)
+        return continue_prompts(self, images, input_ids, attention_mask, generation_config, options)
 
     def embed(
         self,
@@ -198,15 +209,18 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
 
         Args: as `forward`, and visual_features as `generate`.
         """
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("VisionLanguageModel: give input_ids or inputs_embeds")
+        check_prompts(input_ids, inputs_embeds)
         images = pixel_values if visual_features is None else visual_features
         if images is None:
             return self._token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        placeholders = self._placeholders(input_ids)
+        rows = self.get_input_embeddings().weight.shape[0]
+        placeholders = find_placeholders(input_ids, self.img_context_token_id, rows)
+        if visual_features is None:
+            tokens = self._tokens_of(images)
+        else:
+            tokens = tokens_of_features(visual_features, self.config.hidden_size)
         used = used_tiles(image_flags, images.shape[0])
         tiles = images.shape[0] if used is None else int(used.sum())
-        tokens = self.tokens_of(images) if visual_features is None else images.shape[1]
         check_count(placeholders, tiles, tokens, self.img_context_token_id)
         features = self.extract_feature(images) if visual_features is None else visual_features
         if used is not None:
@@ -214,39 +228,24 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         embeds = self._token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         return fill(embeds, placeholders, features)
 
-    def tokens_of(self, pixel_values: Tensor) -> int:
-        """N, the tokens that each of these tiles becomes; the checks of `extract_feature`."""
-        config, shape = self.config, tuple(pixel_values.shape)
-        step = config.vision_config.patch_size * config.shuffle_factor
-        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] % step:
-            raise ValueError(
-                f"VisionLanguageModel: pixel_values must be (tiles, 3, side, side), side a "
-                f"multiple of {step} (patches of {config.vision_config.patch_size}, "
-                f"{config.shuffle_factor} of a side to a token), got shape {shape}"
-            )
-        if not pixel_values.is_floating_point():
-            raise TypeError(
-                f"VisionLanguageModel: pixel_values must be normalised floating-point values, got "
-                f"{pixel_values.dtype}"
-            )
-        return (shape[2] // step) ** 2
+    def _tokens_of(self, pixel_values: Tensor) -> int:
+        """N, the tokens that each of these tiles becomes."""
+        patch_size = self.config.vision_config.patch_size
+        return tokens_of_tiles(pixel_values, patch_size, self.config.shuffle_factor)
 
-    def _placeholders(self, input_ids: Tensor | None) -> Tensor:
-        if input_ids is None:
-            raise ValueError(
-                "VisionLanguageModel: tiles need input_ids, which say where they belong"
-            )
-        if self.img_context_token_id is None:
-            raise ValueError(
-                "VisionLanguageModel: set model.img_context_token_id to the tokenizer's id of "
-                "<IMG_CONTEXT>, which the tiles replace"
-            )
-        return input_ids == self.img_context_token_id
-
-    def _token_embeddings(self, input_ids: Tensor) -> Tensor:
+    def _token_embeddings(self, input_ids: Any) -> Tensor:
         table = self.get_input_embeddings()
         device = table.weight.device
         return table(input_ids if device.type == "meta" else input_ids.to(device))
+
+    @property
+    def img_context_token_id(self) -> int | None:
+        """Id of the placeholder that features replace; None where nobody has said it."""
+        return self.config.img_context_token_id
+
+    @img_context_token_id.setter
+    def img_context_token_id(self, value: int | None) -> None:
+        self.config.img_context_token_id = value
 
     @property
     def mlp_projector(self) -> nn.Sequential:
@@ -260,8 +259,10 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves in layout="published" or "transformers", by default the one it was loaded from; see
-        `internvl_engine.checkpoint.save_chat`."""
-        save_chat(self, save_directory, **kwargs)
+        `internvl_engine.checkpoint.save_chat`. An assembled model saves its tokenizer too."""
+        written = save_chat(self, save_directory, **kwargs)
+        if written and self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
@@ -276,29 +277,5 @@ class VisionLanguageModel(ChatLora, InternVLPreTrainedModel):
         self.language_model.set_output_embeddings(new_embeddings)
 
 
-def projector(config: VisionLanguageConfig) -> nn.Sequential:
-    """LayerNorm, linear, activation, linear: r * r * D of the vision tower to C."""
-    width = config.vision_config.hidden_size * config.shuffle_factor**2
-    hidden = config.llm_config.hidden_size
-    act = config.projector_hidden_act
-    return nn.Sequential(
-        nn.LayerNorm(width, eps=1e-5),
-        nn.Linear(width, hidden),
-        nn.GELU() if act == "gelu" else ACT2FN[act],
-        nn.Linear(hidden, hidden),
-    )
-
-
-def answer_loss(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
-    """Cross-entropy of the next tokens; see `VisionLanguageModel.forward`.
-
-    Args:
-        logits: (B, L, V), float32. labels, weight: (B, L).
-    """
-    shifted = logits[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten().to(shifted.device)
-    if weight is None:
-        return F.cross_entropy(shifted, targets)
-    weights = weight[:, 1:].flatten().to(shifted.device, shifted.dtype)
-    losses = F.cross_entropy(shifted, targets, reduction="none")
-    return (losses * weights).sum() / weights.sum()
+def _beside(embeds: Tensor, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(embeds.device)

@@ -1,8 +1,8 @@
 """InternVL-14B as the vision tower of LLaVA: query tokens and patches, each with its projector.
 
-    patches = hidden_states[select_layer] of the vision tower, without the class token  (B, P, C_v)
-    states  = the queries after QLLaMA has read the last hidden state                   (B, Q, C)
-    outputs = [mlp2(states) ; mlp1(patches)]                                            (B, Q + P, D)
+    patches = hidden_states[select_layer] of the vision tower, without the class token   (B, P, C_v)
+    states  = the queries after QLLaMA has read the last hidden state                    (B, Q, C)
+    outputs = [mlp2(states) ; mlp1(patches)]                                             (B, Q+P, D)
 
 96 + 576 tokens at 336 px. Source: OpenGVLab/InternVL, internvl_chat_llava (clip_encoder.py, and
 the projector "two_mlp" of multimodal_projector/builder.py).
@@ -53,9 +53,9 @@ class LlavaTower(nn.Module):
         self.vision_model = vision_model
         self.query_tokens = query_tokens
         self.qllama = qllama
-        self.projector = TwoMLP(
-            vision_model.config.hidden_size, query_tokens.shape[-1], output_hidden_size
-        ).to(query_tokens.device, query_tokens.dtype)
+        widths = vision_model.config.hidden_size, query_tokens.shape[-1], output_hidden_size
+        with torch.device(query_tokens.device):
+            self.projector = TwoMLP(*widths).to(query_tokens.dtype)
 
     @classmethod
     def from_internvl(
@@ -115,5 +115,5 @@ class TwoMLP(nn.Module):
 
     def forward(self, patches: Tensor, queries: Tensor) -> Tensor:
         """(B, P, C_v) and (B, Q, C) to (B, Q + P, D)."""
-        dtype = self.mlp1[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         return torch.cat((self.mlp2(queries.to(dtype)), self.mlp1(patches.to(dtype))), dim=1)

@@ -13,8 +13,6 @@ QLLAMA_LORA = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 ]
-
-
 # Of any language model: those of these that it has. InternLM2 is a LLaMA here; Phi3 has the packed.
 LANGUAGE_LORA = [*QLLAMA_LORA, "self_attn.qkv_proj", "mlp.gate_up_proj"]
 
@@ -103,13 +101,8 @@ def wrap_lora(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'internvl-engine[train]'") from error
-    return get_peft_model(
-        tower,
-        LoraConfig(
-            r=r,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=targets,
-            task_type=task_type,
-        ),
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=task_type
     )
+    wrapped = get_peft_model(tower, config)
+    return wrapped if tower.training else wrapped.eval()  # peft's own modules start in training

@@ -22,9 +22,13 @@ def load_projector(module: nn.Module, source: str | Path, **options: Any) -> Non
         CheckpointNotFoundError: it is not there.
         CheckpointError: names or shapes do not fit, or the file is damaged.
     """
-    found = Source.find(source, **hub_options(options))
-    contents = Contents.read(found, found.weights())
     wanted = module.state_dict()
+
+    def needed(name: str) -> bool:
+        return any(name == each or name.endswith(f".{each}") for each in wanted)
+
+    found = Source.find(source, **hub_options(options))
+    contents = Contents.read(found, found.weights(needed), needed)
     prefix = _prefix(list(wanted), contents)
     state = {}
     for name, tensor in wanted.items():
@@ -41,7 +45,7 @@ def load_projector(module: nn.Module, source: str | Path, **options: Any) -> Non
 
 def _prefix(wanted: list[str], contents: Contents) -> str:
     """What stands before the wanted names in a checkpoint."""
-    names = contents.tensors.keys()
+    names, stored = contents.tensors.keys(), sorted(contents.names)
     first = wanted[0]
     starts = [n.removesuffix(first) for n in names if n == first or n.endswith(f".{first}")]
     fitting = [start for start in starts if all(start + name in names for name in wanted)]
@@ -50,5 +54,5 @@ def _prefix(wanted: list[str], contents: Contents) -> str:
         return start
     raise CheckpointError(
         f"{contents.path}: no projector: needed {', '.join(wanted)}, alone or below one prefix; "
-        f"it has {', '.join(sorted(names)[:4])}" + ", ..." * (len(names) > 4)
+        f"it has {', '.join(stored[:4])}" + ", ..." * (len(stored) > 4)
     )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Contents, check_takes, hub_options
+from ..checkpoint import AbsentModule, Contents, check_takes, hub_options
+from ..checkpoint.parts import AbsentParameter
 from ..configuration import InternVLConfig
 from .internvl import InternVLModel
 from .pooling import AttentionPoolingBlock
@@ -62,12 +63,12 @@ def query_parts(source: Any, pool: bool, options: dict[str, Any]) -> QueryParts:
         raise TypeError(f"from_internvl: {', '.join(sorted(options))}: only for a checkpoint")
     if not hasattr(source, "qllama") or not hasattr(source, "query_tokens"):
         raise TypeError(
-            "from_internvl: needed an InternVLModel or its checkpoint, got "
-            f"{type(source).__name__}"
+            f"from_internvl: needed an InternVLModel or its checkpoint, got {type(source).__name__}"
         )
-    # Touching what was not loaded raises, and says so.
-    source.query_tokens.shape, pool and source.clip_projector2.cross_attn
     pooler = source.clip_projector2 if pool else None
+    for part in (source.query_tokens, source.language_model.model, pooler):
+        if isinstance(part, AbsentModule | AbsentParameter):
+            raise ValueError(f"from_internvl: {part.explanation}")
     return QueryParts(source.language_model.model, source.query_tokens, pooler)
 
 

@@ -41,7 +41,7 @@ def chat_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tiles: dict[str, Any] = {}
     others: dict[str, Any] = {}
     if "llm_config" in config or config.get("model_type") == "internvl_chat":
-        tiles, others = _published(folder, config)
+        tiles, others = config_settings(config, folder / CONVERSATION)
     elif "text_config" in config or stored.get("processor_class") == "InternVLProcessor":
         images = images or stored.get("image_processor") or {}
         tiles, others = _transformers(config, stored, images)
@@ -66,6 +66,32 @@ def chat_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"tokens; {MODEL} of the checkpoint does"
         )
     return tiles, others
+
+
+def config_settings(
+    config: dict[str, Any], conversation: Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `chat_settings`, of a published configuration.
+
+    Args:
+        config: contents of config.json.
+        conversation: the published file that may have the sentence of the system.
+    """
+    tiles = PUBLISHED_DEFAULTS | {
+        key: config[name] for key, (name, _) in FIELDS.items() if config.get(name) is not None
+    }
+    vision = config.get("vision_config") or {}
+    side = config.get("force_image_size") or _side(vision.get("image_size", 224))
+    patch, ratio = _side(vision.get("patch_size", 14)), config.get("downsample_ratio", 0.5)
+    template, sentence = config.get("template"), config.get("system_message")
+    if sentence is None and template is not None and conversation is not None:
+        sentence = sentence_in(conversation, template)
+    others = {
+        "num_image_token": int((side // patch) ** 2 * ratio**2),
+        "template": template,
+        "system_message": sentence,
+    }
+    return tiles | {"size": side}, others
 
 
 def picture_template(tokenizer: Any, folder: Path) -> str | None:
@@ -119,24 +145,6 @@ def write_settings(
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     return [str(folder / name) for name in files]
-
-
-def _published(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    tiles = PUBLISHED_DEFAULTS | {
-        key: config[name] for key, (name, _) in FIELDS.items() if config.get(name) is not None
-    }
-    vision = config.get("vision_config") or {}
-    side = config.get("force_image_size") or _side(vision.get("image_size", 224))
-    patch, ratio = _side(vision.get("patch_size", 14)), config.get("downsample_ratio", 0.5)
-    template, sentence = config.get("template"), config.get("system_message")
-    if sentence is None and template is not None:
-        sentence = sentence_in(folder / CONVERSATION, template)
-    others = {
-        "num_image_token": int((side // patch) ** 2 * ratio**2),
-        "template": template,
-        "system_message": sentence,
-    }
-    return tiles | {"size": side}, others
 
 
 def _transformers(

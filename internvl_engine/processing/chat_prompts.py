@@ -4,7 +4,7 @@ L tokens of a prompt, n tiles of a picture, num_image_token tokens of a tile
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from .chat_templates import (
     PublishedTemplate,
     as_jinja,
     published_template,
+    takes_pictures,
 )
 from .message_parts import Message, Picture, counted
 from .messages import jinja_turns, pictures_of, published_turns, tiles_of
@@ -43,6 +44,8 @@ class ChatPrompts:
     ) -> None:
         self.tokenizer, self.num_image_token = tokenizer, num_image_token
         own = chat_template or getattr(tokenizer, "chat_template", None)
+        if isinstance(own, Mapping):  # several by name, as older files have them
+            own = own.get("default")
         self.template: PublishedTemplate | JinjaTemplate | None = None
         if template is not None and chat_template is None:
             self.template = published_template(template)
@@ -52,12 +55,16 @@ class ChatPrompts:
         self.image_token, self.start, self.end = (
             getattr(tokenizer, f"{name}_image_token", None) or default for name, default in names
         )
-        self.image_token_id = self._known(self.image_token)
-        if self.image_token_id is None:
+        known = self._known(self.image_token)
+        if known is None:
             raise ValueError(
                 f"the tokenizer has no token {self.image_token}; add_special_tokens(tokenizer) "
                 "appends those of chat models"
             )
+        self.image_token_id = known
+        self.ids(
+            ""
+        )  # a stored padding is switched off by the first call, which threads must not do
 
     def conversation(
         self,
@@ -83,7 +90,8 @@ class ChatPrompts:
             system, messages = messages[0].text, messages[1:]
         if open_turn is None:
             open_turn = not messages or messages[-1].role == "user"
-        jinja = isinstance(self.template, JinjaTemplate)
+        # A template that knows no pictures takes texts, where they have their places.
+        jinja = isinstance(self.template, JinjaTemplate) and takes_pictures(self.template.source)
         turns: Any = jinja_turns(messages) if jinja else published_turns(messages)
         if mark:
             turns = [
@@ -106,6 +114,10 @@ class ChatPrompts:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids; where the tokenizer begins texts with a token, there is one of it."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode: {error}") from error
         start = getattr(self.tokenizer, "bos_token", None)
         begun = bool(start) and prompt.startswith(str(start))
         return list(self.tokenizer(prompt, add_special_tokens=not begun)["input_ids"])
@@ -132,8 +144,8 @@ class ChatPrompts:
         """Text of one row of ids."""
         row = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
         if skip_special_tokens:
-            special = self._special_ids()
-            row = [i for i in row if i not in special]
+            special, known = self._special_ids(), len(self.tokenizer)
+            row = [i for i in row if i < known and i not in special]  # a head may have more rows
         return self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens)
 
     def answer(self, ids: Sequence[int] | Tensor) -> str:
@@ -213,7 +225,16 @@ class ChatPrompts:
         return self.start + self.image_token * (self.num_image_token * tiles) + self.end
 
     def _known(self, token: str) -> int | None:
-        return self.tokenizer.get_vocab().get(token)
+        """The id of a token; `get_vocab` would list 150,000 of them."""
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        same = found is not None and self.tokenizer.convert_ids_to_tokens(found) == token
+        return found if same else None
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """Texts that end an answer, where no token that is left out of texts does."""
+        hidden = self.stop_token_id in self._special_ids()
+        return [] if hidden or not self.separator else [self.separator]
 
     def _special_ids(self) -> set[int]:
         added = self.tokenizer.added_tokens_decoder

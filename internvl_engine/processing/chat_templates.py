@@ -203,6 +203,7 @@ def sentence_in(path: Path, template: str) -> str | None:
         if isinstance(node, ast.Call):
             values = {k.arg: k.value.value for k in node.keywords
                       if k.arg and isinstance(k.value, ast.Constant)}  # fmt: skip
-            if values.get("name") == template and isinstance(values.get("system_message"), str):
-                return values["system_message"]
+            sentence = values.get("system_message")
+            if values.get("name") == template and isinstance(sentence, str):
+                return sentence
     return None

@@ -115,7 +115,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens."""
-        special, text, run = set(self.all_special_tokens), "", []
+        special, text = set(self.all_special_tokens), ""
+        run: list[str] = []
         for token in tokens:
             if token in special:
                 text, run = text + self.pieces.decode(run) + token, []

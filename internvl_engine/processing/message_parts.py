@@ -95,7 +95,8 @@ class Beside:
         for kind, given in self.given.items():
             if self.used[kind] != len(given):
                 raise ValueError(
-                    f"{counted(len(given), kind)} came with {self.used[kind]} places for "
+                    f"{counted(len(given), kind)} came with "
+                    f"{counted(self.used[kind], 'place')} for "
                     f"{'it' if len(given) == 1 else 'them'}; write <{kind}> once for each"
                 )
 

@@ -145,9 +145,10 @@ class InternVLTileProcessor:
         return f"{type(self).__name__}({self.size} pixels, {tiles}{thumbnail})"
 
     def _opened(self, number: int, image: Any) -> Image.Image:
-        limits = {"max_pixels": self.max_pixels, "max_aspect_ratio": self.max_aspect_ratio}
         try:
-            return load_image(image, **limits)
+            return load_image(
+                image, max_pixels=self.max_pixels, max_aspect_ratio=self.max_aspect_ratio
+            )
         except (ImageError, FileNotFoundError, TypeError) as error:
             raise type(error)(f"image {number}: {error}") from error
 

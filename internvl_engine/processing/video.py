@@ -117,21 +117,20 @@ def _by_decord(decord: Any, path: str, wanted: int) -> list[Any]:
 
 
 def _by_opencv(cv2: Any, path: str, wanted: int) -> list[Any]:
-    def read(places: set[int] | None) -> list[Any]:
-        """Frames at some places; of None how many there are, which files do not always know."""
-        capture, found, place = cv2.VideoCapture(path), [], 0
+    def read(places: set[int]) -> tuple[list[Any], int]:
+        """Frames at some places, and how many there are, which files do not always know."""
+        capture, count = cv2.VideoCapture(path), 0
+        found: list[Any] = []
         while capture.grab():
-            if places is None:
-                found.append(place)
-            elif place in places:
+            if count in places:
                 sound, pixels = capture.retrieve()
                 found += [np.ascontiguousarray(pixels[..., ::-1])] if sound else []
-            place += 1
+            count += 1
         capture.release()
-        return found
+        return found, count
 
-    count = len(read(None))
-    return read(set(middles(count, wanted))) if count else []
+    count = read(set())[1]
+    return read(set(middles(count, wanted)))[0] if count else []
 
 
 DECODERS: dict[str, Callable[[Any, str, int], list[Any]]] = {

@@ -17,15 +17,36 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
-from .chat_files import CONVERSATION, NAME, chat_settings, picture_template, write_settings
+from .chat_files import (
+    CONVERSATION,
+    NAME,
+    chat_settings,
+    config_settings,
+    picture_template,
+    write_settings,
+)
 from .chat_prompts import ChatPrompts
 from .chat_tokenizer import FILES, load_tokenizer, save_tokenizer
 from .files import CLIP_STYLE, MODEL, OURS, processor_folder
-from .message_parts import Message
+from .message_parts import Message, Picture
 from .messages import is_conversation, pictures_of, tiles_of
 from .padding import pad_rows
 from .picture_reading import PictureReading
 from .tiles import InternVLTileProcessor
+
+
+class ChatInputs(BatchFeature):
+    """Inputs of a chat model. `num_patches_list` is the number of tiles of each picture."""
+
+    def __init__(self, data: dict[str, Any], num_patches_list: Sequence[int] = ()) -> None:
+        super().__init__(data)
+        self.num_patches_list = list(num_patches_list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.data, "num_patches_list": self.num_patches_list}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 class VisionLanguageProcessor(PictureReading):
@@ -96,7 +117,7 @@ class VisionLanguageProcessor(PictureReading):
         num_frames: int | None = None,
         dtype: torch.dtype = torch.float32,
         return_tensors: str | None = "pt",
-    ) -> BatchFeature:
+    ) -> "ChatInputs":
         """Model inputs for prompts with or without pictures, or for pictures alone.
 
         Args:
@@ -107,8 +128,8 @@ class VisionLanguageProcessor(PictureReading):
             messages: a conversation, or a list of them, for the template; see `read`.
             videos: as images; each see `video_frames`.
             training: pad on the right, give every row a tile (a white one with flag 0 where it
-                has none), let the images of a row share `max_tiles`, and for messages add
-                `labels` (B, L): answers and what ends them, -100 elsewhere.
+                has none), let the images of a row share `max_tiles`, and add `image_flags` (T,)
+                int64 and for messages `labels` (B, L): answers and what ends them, -100 elsewhere.
             padding_side: None is "right" for training and else "left", as `generate` needs it.
             system_message: in place of the processor's; a system message in messages wins.
             add_generation_prompt: whether the prompt ends with the role that answers; None where
@@ -119,9 +140,10 @@ class VisionLanguageProcessor(PictureReading):
             return_tensors: "pt"; other kinds are refused.
 
         Returns:
-            BatchFeature (a dict with `.to(device)`): input_ids and attention_mask (B, L) int64;
-            where there are pictures pixel_values (T, 3, S, S), image_flags (T,) int64, and
-            num_patches_list, the tiles of each picture (each frame is one).
+            ChatInputs (a dict with `.to(device)`), for `model(**inputs)` and, but for training,
+            `model.generate(**inputs)`: input_ids and attention_mask (B, L) int64, and pixel_values
+            (T, 3, S, S) where there are pictures. Its `num_patches_list` has the number of tiles
+            of each picture (each frame is one).
 
         Raises:
             ValueError: nothing to prepare, both text and messages, other placeholders than
@@ -139,7 +161,7 @@ class VisionLanguageProcessor(PictureReading):
         if text is None and messages is None:
             if images is None and videos is None:
                 raise ValueError(f"{NAME}: needs images, videos, text or messages")
-            return BatchFeature(self._pixels([self.pictures(images, videos, **limits)], dtype))
+            return self._inputs({}, [self.pictures(images, videos, **limits)], dtype)
         prompts: list[str]
         if messages is not None:
             rows = self.read_all(messages, images, videos, **limits)
@@ -155,7 +177,7 @@ class VisionLanguageProcessor(PictureReading):
             ]
         side = padding_side or ("right" if training else "left")
         batch = self.encode(prompts, side, labels=training and messages is not None)
-        return BatchFeature(self._pixels(pictures, dtype, dummies=training) | batch)
+        return self._inputs(batch, pictures, dtype, training)
 
     def prompt(
         self,
@@ -245,6 +267,17 @@ class VisionLanguageProcessor(PictureReading):
             others["system_message"] = options["system_message"]
         return cls(InternVLTileProcessor(**tiles), tokenizer, **others)
 
+    @classmethod
+    def from_config(cls, config: Any, tokenizer: Any) -> "VisionLanguageProcessor":
+        """The processor of a model that comes from no directory, as of `from_parts`.
+
+        Args:
+            config: its VisionLanguageConfig.
+            tokenizer: one of transformers', with the tokens of `add_special_tokens`.
+        """
+        tiles, others = config_settings(config.published_dict())
+        return cls(InternVLTileProcessor(**tiles), tokenizer, **others)
+
     def save_pretrained(
         self,
         directory: str | os.PathLike,
@@ -287,26 +320,23 @@ class VisionLanguageProcessor(PictureReading):
             "tile,\n)"
         )
 
-    def _pixels(
-        self, rows: Sequence[Sequence[Any]], dtype: torch.dtype, dummies: bool = False
-    ) -> dict[str, Any]:
-        """The pixels of rows of pictures that were read, and what belongs to them."""
+    def _inputs(
+        self,
+        batch: dict[str, Tensor],
+        rows: Sequence[Sequence[Picture]],
+        dtype: torch.dtype,
+        training: bool = False,
+    ) -> ChatInputs:
+        """Inputs of rows of ids and their pictures, which were read."""
+        side = self.image_processor.size
+        white = torch.full((1, side, side, 3), 255, dtype=torch.uint8, device="cpu")
         tiles, flags = [], []
         for row in rows:
-            found = tiles_of(row)
-            flag = 1
-            if not found and dummies:
-                side = self.image_processor.size
-                found, flag = (
-                    [torch.full((1, side, side, 3), 255, dtype=torch.uint8, device="cpu")],
-                    0,
-                )
+            found = tiles_of(row) or ([white] if training else [])
             tiles += found
-            flags += [flag] * sum(map(len, found))
-        if not tiles:
-            return {}
-        return {
-            "pixel_values": self.image_processor.pixel_values(tiles, dtype=dtype),
-            "image_flags": torch.tensor(flags, dtype=torch.int64, device="cpu"),
-            "num_patches_list": [len(t) for t in tiles],
-        }
+            flags += [int(bool(row))] * sum(map(len, found))
+        if tiles:
+            batch = {"pixel_values": self.image_processor.pixel_values(tiles, dtype=dtype), **batch}
+        if training:
+            batch["image_flags"] = torch.tensor(flags, dtype=torch.int64, device="cpu")
+        return ChatInputs(batch, [len(found) for row in rows for found in tiles_of(row)])

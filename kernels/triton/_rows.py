@@ -26,6 +26,17 @@ def reciprocal_rms(x, C, eps):
 
 
 @triton.jit
+def centre(x, mask, C):
+    """x less the mean of every row (rows, 1) over the C columns, and 0 outside of mask.
+
+    In two steps, so that the rounding of the first mean does not stay in rows far from zero.
+    """
+    C = tl.cast(C, tl.float32)
+    x = tl.where(mask, x - tl.div_rn(tl.sum(x, axis=1)[:, None], C), 0.0)
+    return tl.where(mask, x - tl.div_rn(tl.sum(x, axis=1)[:, None], C), 0.0)
+
+
+@triton.jit
 def add_exactly(total, lost, term):
     """Kahan's sum: (total + term, what rounding lost); thousands of rows cost one rounding.
 

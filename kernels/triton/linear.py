@@ -19,9 +19,11 @@ from ._rows import persistent_programs, row_offsets
 from ._sizes import cdiv
 from ._tuning import ARCHITECTURES, Config, launch_config
 
-EPILOGUES = {"none": 0, "gelu": 1, "swiglu": 2}
+EPILOGUES = {"none": 0, "gelu": 1, "swiglu": 2, "gelu_tanh": 3, "gelu_quick": 4}
 GELU = tl.constexpr(1)
 SWIGLU = tl.constexpr(2)
+GELU_TANH = tl.constexpr(3)
+GELU_QUICK = tl.constexpr(4)
 
 ROWS_FEW = 32  # up to here a tile has 16 or 32 rows and the time goes into reading the weight
 
@@ -66,6 +68,21 @@ CANDIDATES_FEW: list[Config] = [
 def _gelu(x):
     """x * Phi(x), exact."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _activate(x, EPILOGUE: tl.constexpr):
+    """The epilogue of one column by itself.
+
+    x / 2 * (1 + tanh(u)) is x * sigmoid(2 u), which loses nothing in the negative tail.
+    """
+    if EPILOGUE == GELU:
+        x = _gelu(x)
+    if EPILOGUE == GELU_TANH:
+        x = x * tl.sigmoid(x * (1.5957691216057308 + 0.071354816272600248 * x * x))
+    if EPILOGUE == GELU_QUICK:
+        x = x * tl.sigmoid(1.702 * x)
+    return x
 
 
 @triton.jit
@@ -122,8 +139,7 @@ def _linear_kernel(
         in_width = features < F
         if bias_ptr is not None:
             y += tl.load(bias_ptr + features, mask=in_width, other=0.0).to(tl.float32)[None, :]
-        if EPILOGUE == GELU:
-            y = _gelu(y)
+        y = _activate(y, EPILOGUE)
         if EPILOGUE == SWIGLU:
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + F + features, mask=in_width, other=0.0)
@@ -152,7 +168,7 @@ def linear_triton(
 ) -> Tensor:  # fmt: skip
     """Launches the kernel; takes CPU tensors too under TRITON_INTERPRET=1."""
     C, features = x.shape[-1], weight.shape[0]
-    if x.dtype == torch.float64 or C == 0 or epilogue not in EPILOGUES:
+    if x.dtype == torch.float64 or C == 0:
         return NotImplemented
     F = features // 2 if epilogue == "swiglu" else features
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -188,6 +204,7 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     }
     for name, epilogue, bias, residual, defaults in (
         ("fc1 gelu", "gelu", "*bf16", None, DEFAULTS),
+        ("fc1 tanh", "gelu_tanh", "*bf16", None, DEFAULTS),
         ("fc2 residual", "none", "*bf16", "*bf16", DEFAULTS),
         ("gate_up swiglu", "swiglu", None, None, DEFAULTS_SWIGLU),
         ("one token", "none", None, None, DEFAULTS_FEW),

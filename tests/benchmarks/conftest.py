@@ -4,9 +4,12 @@ import pytest
 from benchmark_cases import PEAKS
 
 from internvl_engine.benchmarks import (
+    bench_add_layer_norm,
     bench_attention,
+    bench_attention_with_mask,
     bench_cross_attention,
     bench_decode_attention,
+    bench_layer_norm,
     bench_linear,
     bench_pooling_attention,
     bench_qk_norm_attention,
@@ -20,6 +23,8 @@ from internvl_engine.benchmarks import (
 
 HEADS = {"HEADS": 2, "DIM": 32}
 SMALL = {
+    bench_layer_norm: {"SHAPES": {"one": (9, 64)}},
+    bench_add_layer_norm: {"SHAPES": {"InternViT": (9, 64), "CLIP": (5, 64)}},
     bench_rms_norm: {"SHAPES": {"vision": (9, 64), "QLLaMA": (5, 64)}},
     bench_swiglu: {"SHAPES": {"one": (9, 64)}},
     bench_rotary: {"SHAPES": {"one": (1, 9)}, **HEADS},
@@ -32,6 +37,10 @@ SMALL = {
         },
         "QUERIES": 6,
         **HEADS,
+    },
+    bench_attention_with_mask: {
+        "SHAPES": {"prefill": (9, 4)}, "TOKENS": 9, "PADDING": 3, "HEADS": 4, "KEY_HEADS": 2,
+        "DIM": 32,
     },
     bench_cross_attention: {
         "SHAPES": {"one": (1, 1, 9), "three rows": (2, 3, 9)}, "QUERIES": 5, **HEADS,

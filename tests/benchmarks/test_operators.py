@@ -33,6 +33,12 @@ COUNTS = {
     "add_rms_norm vision, backward": (2 * (6 * 576 + 4 * 64), 0),
     "add_rms_norm QLLaMA, forward": (2 * (4 * 320 + 64), 0),
     "add_rms_norm QLLaMA, backward": (2 * (4 * 320 + 2 * 64), 0),  # one dx serves both, no x
+    "layer_norm one, forward": (2 * (2 * 576 + 2 * 64), 0),  # weight and bias
+    "layer_norm one, backward": (2 * (3 * 576 + 3 * 64), 0),  # weight, both gradients
+    "add_layer_norm InternViT, forward": (2 * (4 * 576 + 3 * 64), 0),
+    "add_layer_norm InternViT, backward": (2 * (6 * 576 + 5 * 64), 0),
+    "add_layer_norm CLIP, forward": (2 * (4 * 320 + 2 * 64), 0),
+    "add_layer_norm CLIP, backward": (2 * (4 * 320 + 3 * 64), 0),
     "swiglu one, forward": (2 * (576 + 288), 0),
     "swiglu one, backward": (2 * (288 + 576 + 576), 0),
     "rotary one": (2 * (4 * 576 + 2 * 9 * 16), 0),  # q, k read and written; cos and sin
@@ -46,6 +52,10 @@ COUNTS = {
     ),
     "cross_attention three rows, backward": (
         2 * (4 * 6 * 5 * 64 + 4 * 2 * 9 * 64), 5 * 2 * 6 * 5 * 9 * 64,
+    ),
+    # q, k, v, out and the mask; 51 pairs are seen
+    "attention_with_mask prefill, bfloat16": (
+        2 * (2 * 2 * 9 * 4 * 32 + 2 * 2 * 9 * 2 * 32) + 2 * 9 * 9, 4 * 4 * 32 * 51,
     ),
     "decode_attention one": (2 * (2 * 2 * 17 * 64 + 2 * 2 * 64), 2 * 2 * 2 * 17 * 64),
     "pooling_attention one": (2 * (2 * 9 * 64 + 2 * 2 * 3 * 64), 2 * 2 * 2 * 3 * 9 * 64),

@@ -60,6 +60,10 @@ def test_every_row_has_the_same_bits_in_every_batch():
         "add_rms_norm": lambda x, q, k, n: kernels.add_rms_norm(
             x, x, None, weight.to(x.dtype), 1e-6
         )[0],
+        "layer_norm": lambda x, q, k, n: kernels.layer_norm(x, weight.to(x.dtype), None, 1e-6),
+        "add_layer_norm": lambda x, q, k, n: kernels.add_layer_norm(
+            x, x, None, weight.to(x.dtype), None, 1e-6
+        )[0],
         "swiglu": lambda x, q, k, n: kernels.swiglu(x),
         "qk_norm_attention": lambda x, q, k, n: kernels.qk_norm_attention(
             torch.stack((x, x, x), 2).unflatten(-1, (4, 128)), *[weight.to(x.dtype)] * 2

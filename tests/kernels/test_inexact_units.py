@@ -61,6 +61,8 @@ def heads(*positions: int) -> list[torch.Tensor]:
 CASES = {
     "rms_norm": lambda: (*floats((256, 41), (41,)), EPS),
     "add_rms_norm": lambda: (*floats((256, 41), (256, 41), (41,), (41,)), EPS),
+    "layer_norm": lambda: (*floats((256, 41), (41,), (41,)), EPS),
+    "add_layer_norm": lambda: (*floats((256, 41), (256, 41), (41,), (41,), (41,)), EPS),
     "swiglu": lambda: floats((256, 82)),
     "linear": lambda: (*floats((256, 41), (82, 41), (82,)), "swiglu"),
     "attention": lambda: (*heads(64, 64, 64), "causal"),
@@ -68,7 +70,8 @@ CASES = {
 }
 
 
-SLACK = {"rms_norm": 1.05, "add_rms_norm": 1.05}
+NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
+SLACK = dict.fromkeys(NORMS, 1.05)
 
 
 @pytest.mark.parametrize("operator", CASES)

@@ -87,7 +87,7 @@ SHAPES = [(48, 96), (31, 66)]
 
 @pytest.mark.parametrize("has_native", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", ["none", "gelu", "gelu_tanh", "gelu_quick", "swiglu"])
 @pytest.mark.parametrize("channels, features", SHAPES)
 def test_no_bit_of_a_dense_product_depends_on_the_batch(
     channels, features, epilogue, dtype, has_native, monkeypatch

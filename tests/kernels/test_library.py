@@ -11,7 +11,8 @@ from internvl_engine.kernels import _library
 
 from kernel_runs import backend_in_use
 
-OPERATORS = ("rms_norm", "add_rms_norm", "rotary", "rotary_append", "swiglu")
+OPERATORS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
+OPERATORS += ("rotary", "rotary_append", "swiglu")
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted")
 
 
@@ -80,6 +81,9 @@ def test_every_instruction_set_gives_the_right_result(isa):
         "                                   torch.autograd.grad(b, leaves, g), **tolerance)\n"
         "    check(kernels.rms_norm, reference.rms_norm, (x, w), x, w, 1e-6)\n"
         "    check(kernels.add_rms_norm, reference.add_rms_norm, (x, r, w), x, r, w, w, 1e-6)\n"
+        "    check(kernels.layer_norm, reference.layer_norm, (x, w), x, w, w, 1e-6)\n"
+        "    check(kernels.add_layer_norm, reference.add_layer_norm, (x, r, w),\n"
+        "          x, r, w, w, w, 1e-6)\n"
         "    check(kernels.swiglu, reference.swiglu, (r,), r[:, :82])\n"
         "    q = torch.randn(2, 3, 4, 22, dtype=dtype).requires_grad_()\n"
         "    table = reference.rotary_table(9, 22, 10000.0, dtype, 'cpu')\n"

@@ -7,7 +7,7 @@ from internvl_engine.kernels import linear
 
 from numerics import assert_as_accurate_as_eager, assert_gradient_as_accurate_as_eager
 
-EPILOGUES = ["none", "gelu", "swiglu"]
+EPILOGUES = ["none", "gelu", "gelu_tanh", "gelu_quick", "swiglu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Two tiles in each direction and a ragged third, one odd in everything, a single element, one row.
 SHAPES = [(150, 130, 96), (7, 34, 41), (1, 2, 1), (1, 192, 256)]

@@ -18,6 +18,7 @@ from numerics import assert_as_accurate_as_eager, assert_gradient_as_accurate_as
 
 # Whole panels of the widest layout, part of one, the fewest channels, one row, several panels.
 SHAPES = [(96, 64), (33, 42), (1, 2), (1, 3200), (200, 18)]
+EPILOGUES = ["none", "gelu", "gelu_tanh", "gelu_quick", "swiglu"]
 DTYPES = [
     dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +90,7 @@ def test_takes_the_bytes_of_the_dense_weight(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("shape", [(96, 64), (34, 42), (2, 2), (640, 3200)])
 @pytest.mark.parametrize("with_bias, with_residual", [(False, False), (True, True)])
 def test_matches_reference(shape, epilogue, dtype, with_bias, with_residual):
@@ -125,7 +126,7 @@ def test_reads_strided_x(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_outlier_channels(epilogue, dtype):
     x, weight, bias = inputs(96, 512, dtype)
     x[..., [3, 100]] *= 1000
@@ -147,8 +148,28 @@ def test_gives_the_same_bits_every_time_and_on_every_number_of_threads(dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", PANEL_DTYPES)
+@pytest.mark.parametrize("epilogue", ["gelu_tanh", "gelu_quick"])
+def test_activations_are_exact_in_the_tails_too(epilogue, dtype):
+    """Where the result is small and negative, 1 + tanh(u) would cancel."""
+    x = torch.linspace(-12, 12, 64 * 512).view(512, 64).to(dtype)
+    y = packed_product(x, torch.eye(64, dtype=dtype), None, epilogue).double()
+    factor = x.double()
+    if epilogue == "gelu_tanh":
+        u = (2 / torch.pi) ** 0.5 * (factor + 0.044715 * factor**3)
+    else:
+        u = 1.702 * factor / 2
+    truth = factor * torch.sigmoid(2 * u)
+    # The exponential's argument, 2 u, is rounded four times, and so are exp, the sum, the quotient
+    # and the result: half a unit each.
+    unit = torch.finfo(torch.float32).eps / 2
+    allowed = torch.finfo(dtype).eps + unit * (4 + 4 * (2 * u).abs())
+    kept = 2 * u > -80  # beyond, float32 is out of range
+    assert ((y - truth).abs() <= allowed * truth.abs())[kept].all()
+
+
 @one_dtype
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_x_and_bias_have_gradients(epilogue, dtype):
     x, weight, bias = (t.requires_grad_() for t in inputs(96, 64, dtype))
     residual = torch.randn(2, 5, 48 if epilogue == "swiglu" else 96).to(dtype).requires_grad_()
@@ -281,7 +302,7 @@ def operands(request):  # made before the default changes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_neither_the_default_dtype_nor_the_default_device_matters(
     operands, default, epilogue, dtype
 ):
@@ -305,7 +326,7 @@ def test_unpacks_the_panels_of_every_machine(rows, depth):
 
 
 @pytest.mark.parametrize("dtype", PANEL_DTYPES)
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_a_row_has_the_same_bits_in_every_batch(epilogue, dtype):
     """One caption alone and among others: the native layout sums in the same order for all rows."""
     # 3200 channels are more than a block of sums; 130 features leave part of a panel over.
@@ -319,7 +340,7 @@ def test_a_row_has_the_same_bits_in_every_batch(epilogue, dtype):
             assert torch.equal(alone, whole[some])
 
 
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_is_a_wellformed_operator(epilogue):
     if torch.float32 not in DTYPES:
         pytest.skip("no packed layout for float32 here")

@@ -80,6 +80,35 @@ def check_add_rms_norm_backward(module):
     assert_as_accurate_as_eager(actual, expected, *grads, x, residual, scale, weight, EPS)
 
 
+def layer_norm_inputs(*shapes):
+    """Far enough from zero that one subtraction of the mean is not enough."""
+    return (torch.randn(70, 40) + 1e4, *(torch.randn(shape) for shape in shapes))
+
+
+def check_layer_norm(module):
+    args = (*layer_norm_inputs(40, 40), EPS)
+    assert_as_accurate_as_eager(
+        module.layer_norm_triton(*args), reference.layer_norm, *args, slack=0.2
+    )
+
+
+def check_layer_norm_backward(module):
+    x, grad, weight, bias = layer_norm_inputs((70, 40), 40, 40)
+    actual = module.layer_norm_backward_triton(grad, x, weight, EPS)
+    expected = _autograd.gradient(reference.layer_norm, (0, 1, 2))
+    assert_as_accurate_as_eager(actual, expected, grad, x, weight, bias, EPS, slack=0.5)
+
+
+def check_add_layer_norm_backward(module):
+    grads = tuple(torch.randn(70, 40) for _ in range(2))
+    x, residual, scale, weight, bias = (torch.randn(s) for s in ((70, 40), (70, 40), 40, 40, 40))
+    y = residual + x * scale
+    actual = module.add_layer_norm_backward_triton(*grads, x, y, scale, weight, EPS)
+    expected = _autograd.gradient(reference.add_layer_norm, (0, 1, 2, 3, 4))
+    args = (*grads, x, residual, scale, weight, bias, EPS)
+    assert_as_accurate_as_eager(actual, expected, *args)
+
+
 def check_rotary(module):
     q, k = torch.randn(2, 3, 4, 20), torch.randn(2, 3, 4, 20)
     cos, sin = reference.rotary_table(50, 20, 10000.0, torch.float32, "cpu")
@@ -201,8 +230,10 @@ def check_pooling_attention(module):
 
 
 MASK = "(rows < num_rows) & (cols < C)\n    start"
+CENTRED = "    return tl.where(mask, x - tl.div_rn(tl.sum(x, axis=1)[:, None], C), 0.0)"
+DBIAS = "add_exactly(dbias, dbias_lost, grad)"
 GATE = "start + F + cols, mask=mask, other=0.0).to(tl.float32)\n    y"
-ROUNDED = "(x * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)"
+ROUNDED = "(x * rstd).to(DTYPE).to(tl.float32)"
 NOTHING_SEEN = "tl.min(tl.where(empty, positions, S), axis=0)"
 ALIKE = 'tl.where((lse == float("-inf"))[None, :], alike, p)'
 UP_TO = "tl.minimum(prefix, T), position + 1)"
@@ -210,7 +241,7 @@ ONE = "tl.full([BLOCK_M], 1.0"
 FACTOR = "scores *= tl.load(k_rstd_ptr + keys)[None, :]"
 # By file: the check, what is replaced, by what.
 MUTATIONS = {
-    "rms_norm": [
+    "_norm": [
         (check_rms_norm, "reciprocal_rms(x, C, eps)", "reciprocal_rms(x, C, 0.0)"),
         (check_rms_norm, MASK, MASK.replace("< C", "< C - 1")),
         (check_rms_norm, MASK, MASK.replace("num_rows", "num_rows - 1")),
@@ -218,12 +249,20 @@ MUTATIONS = {
         (check_rms_norm, "x_inner, x_outer_stride, x_inner_stride)", "x_inner, x_outer_stride, C)"),
         (check_rms_norm_backward, "dnormed - normed * mean", "dnormed"),
         (check_rms_norm_backward, "tl.num_programs(0)):", "tl.num_programs(0) + 1):"),
+        (check_layer_norm, ", weight, bias)", ", weight, weight)"),
+        (check_layer_norm_backward, "dx -= tl.sum(dnormed", "dx += 0 * tl.sum(dnormed"),
+        (check_layer_norm_backward, DBIAS, DBIAS.replace("grad", "dx")),
     ],
-    "add_rms_norm": [
+    "_rows": [
+        (check_layer_norm, CENTRED, "    return x"),
+        (check_layer_norm, "x = tl.where(mask, x", "x = tl.where(mask | True, x"),
+    ],
+    "_add_norm": [
         (check_add_rms_norm, "(residual + x)", "(residual - x)"),
         (check_add_rms_norm, "        x *= tl.load", "        residual *= tl.load"),
-        (check_add_rms_norm_backward, "dresidual = passed + rstd", "dresidual = rstd"),
+        (check_add_rms_norm_backward, "dresidual = passed + dr", "dresidual = dr"),
         (check_add_rms_norm_backward, "dresidual * x)", "passed * x)"),
+        (check_add_layer_norm_backward, DBIAS, DBIAS.replace("grad", "passed")),
     ],
     "rotary": [
         (check_rotary, "x1 * cos - x2 * sin", "x1 * cos + x2 * sin"),

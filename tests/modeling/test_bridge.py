@@ -1,10 +1,10 @@
 """The query bridge: what QLLaMA's queries read, in front of another language model."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from golden_vectors import assert_golden, load_golden
 from torch import nn
 from transformers import AutoModel, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -18,11 +18,14 @@ from internvl_engine import (
     accelerate,
     freeze,
 )
-from internvl_engine.assets import nano_directory
+from internvl_engine.assets import DIGITS, held_out, nano_directory
 from internvl_engine.modeling.bridge import QueryBridgeConfig
 from internvl_engine.modeling.image_prompt import image_prompt
 
+from golden_vectors import assert_golden, load_golden
 from models import QLLAMA, model, pixels
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def bridge(**changes):
@@ -182,8 +185,6 @@ def test_a_prompt_puts_the_image_in_front_or_in_place_of_its_token():
 
 def test_a_bridge_learns_to_tell_images_to_a_frozen_language_model():
     """The embedded model's tower in front of a language model that never changes."""
-    from internvl_engine.assets import DIGITS, held_out
-
     images, pairs = held_out()
     processor = InternVLProcessor.from_pretrained(nano_directory())
     whole = InternVL_G.from_pretrained(nano_directory(), dtype="float32")
@@ -264,6 +265,24 @@ def test_a_trained_two_mlp_projector_is_loaded(prefix, tmp_path):
     torch.save(state, tmp_path / "narrow.bin")
     with pytest.raises(ValueError, match=r"mlp2.0.weight must have shape \(20, 64\).*\(20, 7\)"):
         golden_tower(golden, projector=tmp_path / "narrow.bin")
+
+
+@pytest.mark.parametrize("patches", [False, True], ids=["queries", "patches"])
+def test_the_example_learns_and_answers(patches, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import query_bridge
+
+    images, pairs = held_out()
+    monkeypatch.setattr(query_bridge, "held_out", lambda: (images[:12], pairs[:12]))
+    monkeypatch.setattr("sys.argv", ["query_bridge.py", "--steps", "5", *["--patches"] * patches])
+    query_bridge.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "parameters train" in lines[0]
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    assert len([line for line in lines if line.endswith("of the held-out pictures")]) == 3
 
 
 def test_what_is_no_internvl_is_an_error(tmp_path):

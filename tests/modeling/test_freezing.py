@@ -7,6 +7,7 @@ import torch
 from foreign_towers import composite
 from published_model import modeling_internvl
 from torch import nn
+from transformers import AutoConfig
 
 from internvl_engine import VisionLanguageConfig, VisionLanguageModel, accelerate, freeze
 
@@ -17,7 +18,9 @@ ALL = {"vision_model", "mlp1", "language_model"}
 
 def chat(tie=False, layers=3, kind="qwen2", drop_path=0.0, **changes):
     """A small chat model, in training."""
-    llm = {**QLLAMA, "model_type": kind, "num_key_value_heads": 2, "tie_word_embeddings": tie}
+    llm = AutoConfig.for_model(
+        kind, **(QLLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": tie})
+    )
     vision = VISION | {"num_hidden_layers": layers, "drop_path_rate": drop_path}
     config = VisionLanguageConfig(vision_config=vision, llm_config=llm, **changes)
     return VisionLanguageModel(config).train()
@@ -146,6 +149,27 @@ def test_a_copy_that_peft_trains_stands_in_for_the_head():
     }
 
 
+@pytest.mark.parametrize("parts, rows", [("vision", {"vision", "projector"}),
+                                         ("language", {"embeddings", "language", "lm_head"})])  # fmt: skip
+def test_a_model_with_parts_of_it_loaded(parts, rows, tmp_path):
+    chat().save_pretrained(tmp_path)
+    built = VisionLanguageModel.from_pretrained(tmp_path, parts=parts)
+    assert set(freeze(built).parts) == rows
+    missing = {"lm_head": True} if parts == "vision" else {"projector": True}
+    with pytest.raises(ValueError, match=f"has no {next(iter(missing))}, or was loaded without"):
+        freeze(built, **missing)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+@pytest.mark.parametrize("build", [chat, composite, model], ids=["chat", "transformers", "14B"])
+def test_a_wrapped_model_has_the_parts_of_the_model(wrap, build):
+    expected, wrapped = build(), wrap(build())
+    reports = [freeze(each, lm_head=True, last_vision_layers=1) for each in (expected, wrapped)]
+    assert reports[1].rows == reports[0].rows
+    assert reports[0]["lm_head"].trainable > 0
+    assert {n.partition(".")[2] for n in training(wrapped)} == training(expected)
+
+
 QLLAMA_PARTS = {
     "nothing said": ({}, ()),
     "cross-attention": ({"cross_attention": True}, ("cross_attn",)),
@@ -218,8 +242,11 @@ def test_an_accelerated_model_has_the_gradients_of_the_eager_one(options, mode, 
     theirs = {n: p.grad for n, p in expected.named_parameters() if p.grad is not None}
     ours = {n: p.grad for n, p in built.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys() <= training(expected)
+    largest = max(gradient.norm() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+        # Roundings of fused layers: some gradients are zero but for them. What is left out shows
+        # as 1.
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5 * largest, name
 
 
 def test_a_frozen_parameter_loses_its_gradient():
@@ -259,7 +286,7 @@ def test_layers_that_are_not_read_are_named():
         (chat, {"last_vision_layers": True}, TypeError, "number of layers, got True"),
         (chat, {"vision": "yes"}, TypeError, "vision must be True or False, got 'yes'"),
         (model, {"projector": True}, ValueError, "has no projector"),
-        (lambda: nn.Linear(2, 2), {}, TypeError, "got Linear"),
+        (lambda: nn.Linear(2, 2), {}, TypeError, "needed a chat model.*got Linear"),
     ],
 )
 def test_what_a_model_lacks_is_an_error_and_changes_nothing(build, options, error, message):

@@ -87,16 +87,20 @@ def test_two_linears_are_one_product_and_their_weights_one_storage(owner, dtype)
     assert all(torch.equal(t, state[name]) for name, t in owner.state_dict().items())
 
 
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("epilogue", ["none", "gelu", "gelu_tanh", "gelu_quick", "swiglu"])
 @pytest.mark.parametrize("merged", [False, True])
 @torch.no_grad()
 def test_epilogues_are_those_of_the_modules(owner, dtype, epilogue, merged):
     x = torch.randn(5, 64, dtype=dtype)
     y = owner(x)
     gate, up = y.chunk(2, -1)
-    expected = {"none": y, "gelu": nn.functional.gelu(y)}.get(
-        epilogue, nn.functional.silu(gate) * up
-    )
+    expected = {
+        "none": y,
+        "gelu": nn.functional.gelu(y),
+        "gelu_tanh": nn.functional.gelu(y, approximate="tanh"),
+        "gelu_quick": y * torch.sigmoid(1.702 * y),
+        "swiglu": nn.functional.silu(gate) * up,
+    }[epilogue]
     residual = torch.randn_like(expected)
     pair = prepared(owner) if merged else Pair(owner)
     near(pair(x, epilogue, residual), residual + expected)

@@ -1,0 +1,226 @@
+"""Answers in conversations about images and videos: a chat model continues their prompts.
+
+Greedy by default, and an answer ends where the conversation template says so. Rows of a batch are
+padded on the left and may or may not have pictures.
+
+    B conversations, L tokens of the longest prompt, T tiles
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..processing.images import is_one_image
+from ..processing.message_parts import Message, counted
+from ..processing.messages import is_conversation, pictures_of, tiles_of
+from ..processing.picture_reading import of_rows
+from .streaming import StopAtText, stream_text
+
+if TYPE_CHECKING:
+    from ..processing.vision_language import VisionLanguageProcessor
+
+MAX_NEW_TOKENS = 1024
+GROWING = ("dynamic", "linear", "yarn")  # rotary scalings that go beyond the trained positions
+
+
+class Prepared(NamedTuple):
+    """Conversations that are ready to be answered, and how.
+
+    rows: of each the messages, the last one the user's.
+    prompts: of each the text.
+    settings: for `generate`.
+    batch_size: rows at a time.
+    """
+
+    rows: list[list[Message]]
+    prompts: list[str]
+    settings: dict[str, Any]
+    batch_size: int
+
+
+def prepare(
+    processor: "VisionLanguageProcessor",
+    images: Any,
+    question: Any,
+    *,
+    messages: Any = None,
+    videos: Any = None,
+    history: Any = None,
+    system_message: str | None = None,
+    max_tiles: int | None = None,
+    num_frames: int | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+    batch_size: int = 8,
+    **generate_kwargs: Any,
+) -> tuple[Prepared, bool]:
+    """Reads conversations in every form that `InternVLChat.chat` takes; whether there is only one.
+
+    Args, Raises: as `InternVLChat.chat`.
+    """
+    settings = _checked(
+        batch_size, max_new_tokens=max_new_tokens, num_beams=num_beams, **generate_kwargs
+    )
+    limits = {"max_tiles": max_tiles, "num_frames": num_frames}
+    if question is None and messages is None and _are_messages(images):
+        images, messages = None, images
+    if messages is not None:
+        if question is not None or history is not None:
+            raise ValueError("chat: messages hold questions and history; give either")
+        single = is_conversation(messages)
+        rows = processor.read_all(messages, images, videos, **limits)
+    else:
+        if question is None:
+            raise ValueError("chat: needs a question, or messages")
+        single = isinstance(question, str)
+        if not single and (isinstance(question, bytes) or not isinstance(question, Iterable)):
+            raise TypeError(f"chat: a question must be a text, or several, got {question!r:.60}")
+        asked = [question] if single else list(question)
+        given = [images], [videos], [history]
+        if not single:
+            given = _each(images, len(asked)), _each(videos, len(asked)), _each(history, len(asked))
+        rows = [
+            processor.read_question(before or (), text, pictures, films, **limits)
+            for text, pictures, films, before in zip(asked, *given, strict=True)
+        ]
+    for row in rows:
+        if row[-1].role != "user":
+            raise ValueError("chat: the last message must be the user's")
+    prompts = [processor.prompt(row, system_message) for row in rows]
+    return Prepared(rows, prompts, settings, batch_size), single
+
+
+def answers(engine: Any, work: Prepared) -> list[str]:
+    """The answers, in order."""
+    found: list[str] = []
+    for start in range(0, len(work.rows), work.batch_size):
+        part = slice(start, start + work.batch_size)
+        found += _answer(engine, work.rows[part], work.prompts[part], work.settings)
+    return found
+
+
+def stream(engine: Any, work: Prepared) -> Iterator[str]:
+    """The pieces of the answer to the only conversation; it runs when the first is asked for."""
+    if len(work.rows) != 1 or work.settings["num_beams"] != 1:
+        raise ValueError("chat: only one conversation can be streamed, with num_beams=1")
+    if work.settings.get("assistant_model") or work.settings.get("prompt_lookup_num_tokens"):
+        raise ValueError("chat: assisted generation cannot be streamed")
+    inputs, settings = _inputs(engine, work.rows, work.prompts, work.settings)
+
+    @torch.inference_mode()  # in the thread that runs it
+    def generate(**streaming: Any) -> None:
+        engine.model.generate(**inputs, **settings, **streaming)
+
+    return stream_text(generate, engine.processor.prompts, engine.processor.prompts.stop_texts)
+
+
+@torch.inference_mode()
+def _answer(
+    engine: Any, rows: Sequence[Sequence[Message]], prompts: Sequence[str], settings: dict[str, Any]
+) -> list[str]:
+    inputs, settings = _inputs(engine, rows, prompts, settings)
+    words = engine.processor.prompts
+    if words.separator and words.stop_token_id is None:
+        settings["stopping_criteria"] = [StopAtText(words, [words.separator])]
+    ids = engine.model.generate(**inputs, **settings)
+    ends = settings.get("eos_token_id") or _ends_of(engine.model)
+    return [words.answer(_up_to(row, ends)) for row in ids.tolist()]
+
+
+def _inputs(
+    engine: Any, rows: Sequence[Sequence[Message]], prompts: Sequence[str], settings: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs and settings of `generate`; the prompts are checked against the context."""
+    processor, model = engine.processor, engine.model
+    batch: dict[str, Any] = processor.encode(prompts)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    tiles = [tiles_of(pictures_of(row)) for row in rows]
+    room = context_of(model.config.llm_config) - max(lengths)
+    if room < 1:
+        longest = lengths.index(max(lengths))
+        count = sum(map(len, tiles[longest]))
+        images = f"{counted(count, 'tile')} of images among them ({processor.num_image_token} each)"
+        raise ValueError(
+            f"chat: the prompt has {max(lengths)} tokens, {images if count else 'no image'}, and "
+            f"the context {room + max(lengths)}; give "
+            f"{'fewer or smaller images (max_tiles=)' if count else 'a shorter text'}, or less "
+            "history"
+        )
+    found = [t for row in tiles for t in row]
+    if found:
+        pixels = processor.image_processor.pixel_values(found, dtype=engine.dtype)
+        batch["pixel_values"] = pixels.to(engine.device)
+    inputs = {name: value.to(engine.device) for name, value in batch.items()}
+    words = processor.prompts
+    settings = {"pad_token_id": words.pad_token_id, **settings}
+    if words.stop_token_id is not None:
+        settings.setdefault("eos_token_id", [words.stop_token_id])
+    for name in ("max_new_tokens", "min_new_tokens"):
+        if settings.get(name):
+            settings[name] = min(settings[name], room)
+    return inputs, settings
+
+
+def context_of(config: Any) -> int:
+    """The most positions of a language model; a scaling that grows with the text extends them."""
+    most = getattr(config, "max_position_embeddings", None) or 2**31
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    scaling = scaling if isinstance(scaling, dict) else {}
+    grows = scaling.get("rope_type", scaling.get("type")) in GROWING
+    return int(most * (scaling.get("factor") or 1)) if grows else most
+
+
+def _up_to(ids: list[int], ends: Iterable[int]) -> list[int]:
+    """The ids before the first of those that end an answer."""
+    places = [ids.index(end) for end in ends if end in ids]
+    return ids[: min(places, default=len(ids))]
+
+
+def _ends_of(model: Any) -> list[int]:
+    config = getattr(model.language_model, "generation_config", None)
+    end = getattr(config, "eos_token_id", None)
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _are_messages(given: Any) -> bool:
+    """Whether what came first is a conversation, or several."""
+    if not isinstance(given, list | tuple) or not given:
+        return False
+    if all(isinstance(item, list | tuple) and not isinstance(item, Message) for item in given):
+        given = [message for item in given for message in item]
+    return all(isinstance(m, Message) or (isinstance(m, dict) and "role" in m) for m in given)
+
+
+def _each(given: Any, rows: int) -> list[Any]:
+    """What belongs to each of several questions; a single image belongs to all."""
+    if given is not None and is_one_image(given):
+        return [given] * rows
+    return of_rows(given, rows, "images")
+
+
+def _checked(batch_size: Any, generation_config: Any = None, **given: Any) -> dict[str, Any]:
+    """Arguments of transformers' `generate`."""
+    if isinstance(generation_config, Mapping):  # as the published `chat` takes it
+        given = {**generation_config, **{k: v for k, v in given.items() if v is not None}}
+        generation_config = None
+    settings = {name: value for name, value in given.items() if value is not None}
+    for name in (
+        "num_return_sequences",
+        "return_dict_in_generate",
+        "stopping_criteria",
+        "streamer",
+    ):
+        if settings.get(name) not in (None, False, 1):
+            raise ValueError(f"chat: {name} is not for texts; call model.generate for it")
+    for name, usual in (("max_new_tokens", MAX_NEW_TOKENS), ("num_beams", 1)):
+        settings.setdefault(name, getattr(generation_config, name, None) or usual)
+    for name in ("max_new_tokens", "num_beams", "batch_size"):
+        value = batch_size if name == "batch_size" else settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"chat: {name} must be a whole number of 1 or more, got {value!r}")
+    if isinstance(settings.get("eos_token_id"), int):
+        settings["eos_token_id"] = [settings["eos_token_id"]]
+    if generation_config is None:
+        return {"do_sample": False, **settings}
+    return {"generation_config": generation_config, **settings}
