@@ -147,6 +147,16 @@ def test_an_answer_ends_at_the_separator(engine):
     assert stop == engine.processor.prompts.stop_token_id
 
 
+@pytest.mark.parametrize("layout, ends", [("published", False), ("transformers", True)])
+def test_other_ends_of_the_language_model(folders, layout, ends):
+    """The published chat goes on after them; transformers' does not."""
+    read = InternVLChat.from_pretrained(folders / layout, dtype="float32", accelerate=False)
+    whole = read.chat(IMAGE, ASKED, **SHORT)
+    first = read.processor.tokenizer(whole)["input_ids"][0]
+    read.model.language_model.generation_config.eos_token_id = [first]
+    assert read.chat(IMAGE, ASKED, **SHORT) == ("" if ends else whole)
+
+
 def test_options_of_generate(engine):
     greedy = engine.chat(IMAGE, ASKED, **SHORT)
     torch.manual_seed(0)
@@ -160,7 +170,7 @@ def test_options_of_generate(engine):
 
 
 def test_the_context_ends_an_answer(engine):
-    question = "a " * 235
+    question = "a " * 470
     length = engine.processor(messages=[{"role": "user", "content": question}])["input_ids"].shape[
         1
     ]
@@ -294,6 +304,8 @@ def test_a_processor_of_another_model_is_refused(engine):
         )
         with pytest.raises(ValueError, match="model takes 28 pixels and 4 tokens"):
             InternVLChat(engine.model, other, accelerate=False)
+    with pytest.raises(TypeError, match="got Linear and VisionLanguageProcessor"):
+        InternVLChat(torch.nn.Linear(1, 1), engine.processor)
     words = tokenizer(added=False)
     words.add_tokens([f"<{i}>" for i in range(200)])
     words.add_tokens(["<IMG_CONTEXT>"], special_tokens=True)

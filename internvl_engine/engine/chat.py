@@ -39,6 +39,7 @@ class InternVLChat:
         accelerate: swap eager modules for fused ones; `report` tells which.
 
     Raises:
+        TypeError: a model or processor of another class.
         ValueError: the processor makes tiles or tokens that the model does not take.
     """
 
@@ -233,6 +234,11 @@ def answered(messages: list[Message], answer: str) -> list[Message]:
 
 
 def _check_fit(model: Any, processor: Any) -> None:
+    if not hasattr(model, "num_image_token") or not hasattr(processor, "img_context_token_id"):
+        raise TypeError(
+            "InternVLChat: needs a VisionLanguageModel and a VisionLanguageProcessor, got "
+            f"{type(model).__name__} and {type(processor).__name__}; from_pretrained makes both"
+        )
     made = (processor.image_processor.size, processor.num_image_token)
     taken = (model.config.image_size, model.num_image_token)
     if made != taken:

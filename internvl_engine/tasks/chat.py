@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..processing.chat_templates import PublishedTemplate
 from ..processing.images import is_one_image
 from ..processing.message_parts import Message, counted
 from ..processing.messages import is_conversation, pictures_of, tiles_of
@@ -155,7 +156,9 @@ def _inputs(
     words = processor.prompts
     settings = {"pad_token_id": words.pad_token_id, **settings}
     if words.stop_token_id is not None:
-        settings.setdefault("eos_token_id", [words.stop_token_id])
+        # The published chat stops at the separator alone, transformers at the model's ends too.
+        own = [] if isinstance(words.template, PublishedTemplate) else _ends_of(model)
+        settings.setdefault("eos_token_id", list(dict.fromkeys([words.stop_token_id, *own])))
     for name in ("max_new_tokens", "min_new_tokens"):
         if settings.get(name):
             settings[name] = min(settings[name], room)
