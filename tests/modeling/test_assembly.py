@@ -148,7 +148,20 @@ def test_a_bare_internlm2_directory(tmp_path):
     assert torch.equal(built.language_model(ids).logits, words(ids).logits)
 
 
+class PublishedTower(nn.Module):
+    """Remote code's, with its names and without our class."""
+
+    def __init__(self):
+        super().__init__()
+        ours = vision()
+        self.config, self.embeddings, self.encoder = ours.config, ours.embeddings, ours.encoder
+
+    def forward(self, pixel_values):
+        return self.encoder(self.embeddings(pixel_values))
+
+
 VISION_OBJECTS = {
+    "the published tower": PublishedTower,
     "an InternViT": vision,
     "an InternVL-14B": lambda: model(vision_config=VISION),
     "a chat model": lambda: assemble(),
@@ -169,6 +182,9 @@ def test_a_vision_tower_in_an_object(kind):
     if "transformers" in kind:
         ours, theirs = built.vision_model.embeddings, tower.embeddings
         assert ours.class_embedding.data_ptr() == theirs.cls_token.data_ptr()  # shared
+    elif "published" in kind:
+        ours, theirs = (each.encoder.layers[0].attn.qkv for each in (built.vision_model, tower))
+        assert ours.weight.data_ptr() == theirs.weight.data_ptr()
     else:
         assert built.vision_model is tower
 
