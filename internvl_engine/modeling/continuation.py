@@ -68,7 +68,9 @@ def continue_prompts(
         cache = _read(language, embeds, mask, None)
         cache.batch_repeat_interleave(copies)
         options["past_key_values"] = cache
-    return model.language_model.generate(inputs_embeds=embeds, **options)
+    # transformers 4 would make these on the device of the weights: meta, where they are offloaded.
+    none_yet = torch.empty((len(embeds), 0), dtype=torch.int64, device=embeds.device)
+    return model.language_model.generate(none_yet, inputs_embeds=embeds, **options)
 
 
 def _can_copy(
