@@ -55,7 +55,7 @@ def cases(
     accelerate(ours, strict=True)
     side = config.image_size
     pixels = torch.randn(tiles, 3, side, side, device=device).to(dtype)
-    few = config.img_context_token_id
+    few = config.img_context_token_id or 0
     ids = torch.randint(1, few, (1, tiles * config.num_image_token + QUESTION), device=device)
     ids[:, 3 : 3 + tiles * config.num_image_token] = few
     answer = torch.randint(1, few, (1, ANSWER), device=device)

@@ -219,7 +219,7 @@ float largest_of_row(const AttentionCall<T>& call, const AttentionScratch<T>& s,
   return largest(top > other ? top : other);
 }
 
-// Powers of two of `factor` times the scores of row r, less the largest; returns their sum.
+// Powers of two of `factor` times the scores of row r less the largest; returns their sum.
 template <typename T>
 float exponentials(const AttentionScratch<T>& s, const TileRows& tile, int64_t r, float factor) {
   const float top = tile.top[r] == kNever ? 0.0f : tile.top[r];
@@ -227,8 +227,9 @@ float exponentials(const AttentionScratch<T>& s, const TileRows& tile, int64_t r
   Vec total = {}, other = {};
   for (int64_t panel = tile.first; panel < tile.end; ++panel) {
     const float* from = s.scores + (panel * tile.rows + r) * kPanel;
-    const Vec one = exp2_for<T>(load(from) * factor - top);
-    const Vec two = exp2_for<T>(load(from + kWidth) * factor - top);
+    // Multiplied last: the largest gives 1 exactly.
+    const Vec one = exp2_for<T>((load(from) - top) * factor);
+    const Vec two = exp2_for<T>((load(from + kWidth) - top) * factor);
     store(one, to + panel * kPanel);
     store(two, to + panel * kPanel + kWidth);
     total += one;
@@ -307,11 +308,11 @@ void attend_tile(const AttentionCall<T>& call, const AttentionScratch<T>& s, int
   const float factor = is_plain(call) ? call.scale / kLn2 : 1.0f;  // else mask_row has multiplied
   for (int64_t r = 0; r < rows; ++r) {
     if (call.seen.data) hide(s, tile, r, call.seen.at(batch, head, first + r));
-    tile.top[r] = is_plain(call) ? largest_of_row(call, s, tile, r) * factor : mask_row(s, tile, r);
+    tile.top[r] = is_plain(call) ? largest_of_row(call, s, tile, r) : mask_row(s, tile, r);
     tile.total[r] = exponentials(s, tile, r, factor);
     if (call.lse)
       call.lse[(batch * call.heads + head) * call.queries + first + r] =
-          (tile.top[r] + std::log2(tile.total[r])) * kLn2;
+          (tile.top[r] * factor + std::log2(tile.total[r])) * kLn2;
   }
   weigh_values(call, s, tile, batch, head, first);
   for (int64_t r = 0; r < rows; ++r)

@@ -188,6 +188,7 @@ def test_lora_of_its_own_on_q_k_and_v(tmp_path):
     model.save_pretrained(tmp_path / "b")
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["llm_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert config["llm_config"]["model_type"] == "llama" and "auto_map" not in config["llm_config"]
     assert (config["use_llm_lora"], config["use_backbone_lora"]) == (4, 0)
     names = load_file(tmp_path / "b" / WEIGHTS)
     start = "language_model.base_model.model.model.layers.0.self_attn.k_proj"

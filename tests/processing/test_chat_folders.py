@@ -18,10 +18,12 @@ from tiny_chat import (
     USER,
     published_folder,
     shown,
+    tokenizer,
     transformers_folder,
     user,
 )
 
+from internvl_engine import VisionLanguageConfig
 from internvl_engine.processing import VisionLanguageProcessor
 from internvl_engine.processing.chat_files import chat_settings
 
@@ -45,6 +47,37 @@ def test_absent_fields_of_the_config_are_the_published_defaults(tmp_path):
     images = read.image_processor
     assert (images.dynamic, images.max_tiles, images.use_thumbnail) == (False, 6, False)
     assert read.system_message is None
+
+
+def test_a_processor_of_a_configuration(processor):
+    config = VisionLanguageConfig.from_dict(CONFIG)
+    made = VisionLanguageProcessor.from_config(config, tokenizer())
+    assert made.image_processor.to_dict() == processor.image_processor.to_dict()
+    messages = user({"type": "image", "image": IMAGE}, ASKED)
+    expected = processor(messages=messages)["input_ids"]
+    assert torch.equal(made(messages=messages)["input_ids"], expected)
+
+
+def test_the_tokenizer_as_published_with_qwen(processor, tmp_path):
+    """vocab.json and merges.txt, with the added tokens in the settings."""
+    published_folder(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    flags = {"special": True, "lstrip": False, "rstrip": False, "single_word": False,
+             "normalized": False}  # fmt: skip
+    added = {str(i): {"content": token.content, **flags}
+             for i, token in processor.tokenizer.added_tokens_decoder.items()}  # fmt: skip
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added,
+                "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
+                "bos_token": None, "chat_template": PLAIN_JINJA}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    read = VisionLanguageProcessor.from_pretrained(tmp_path)
+    messages = user({"type": "image", "image": IMAGE}, ASKED)
+    expected = processor(messages=messages)["input_ids"]
+    assert torch.equal(read(messages=messages)["input_ids"], expected)
 
 
 @pytest.mark.golden
