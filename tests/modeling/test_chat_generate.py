@@ -171,6 +171,35 @@ def test_beams_samples_and_several_sequences(model, inputs):
     equal(answer(model, inputs, do_sample=True, top_k=1), answer(model, inputs))
 
 
+@pytest.mark.parametrize(
+    "llm",
+    [
+        {},
+        {"max_position_embeddings": 4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"model_type": "mistral", "architectures": None, "sliding_window": 6},
+    ],
+    ids=["plain", "dynamic", "window"],
+)
+def test_beams_read_the_prompt_once_and_answer_the_same(llm):
+    model = chat_model(llm=llm)
+    input_ids, mask = ids(PROMPT, [7, "image"])
+    inputs = {"pixel_values": tiles(2), "input_ids": input_ids, "attention_mask": mask}
+    embeds = model.embed(inputs["pixel_values"], input_ids)
+    expected = answer(model, {"inputs_embeds": embeds, "attention_mask": mask}, num_beams=3)
+    rows = []
+
+    def read(_, arguments):
+        rows.append(tuple(arguments[0].shape[:2]))
+
+    model.language_model.model.layers[0].mlp.register_forward_pre_hook(read)
+    equal(answer(model, inputs, num_beams=3), expected)
+    length = input_ids.shape[1]
+    if "sliding_window" in llm:
+        assert rows[0] == (6, length)
+    else:
+        assert rows[:2] == [(2, length), (6, 1)]
+
+
 class Streamer:
     def __init__(self):
         self.tokens, self.ended = [], False
