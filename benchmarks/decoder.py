@@ -130,7 +130,8 @@ class Layers:
         cache: Any = None, layer: Callable | None = None,
     ) -> Tensor:  # fmt: skip
         positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        out = (layer or model.layers[0])(
+        layer = model.layers[0] if layer is None else layer
+        out = layer(
             x, attention_mask=mask[model.config._attn_implementation], past_key_values=cache,
             position_ids=positions, position_embeddings=self._angles(x, positions),
         )  # fmt: skip

@@ -101,3 +101,10 @@ def assert_same_bits(folder: Path, state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         assert stored[name].dtype == tensor.dtype and stored[name].shape == tensor.shape, name
         assert torch.equal(stored[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def assert_alike(actual: Tensor, expected: Tensor) -> None:
+    """Outputs of the same weights, which may lie elsewhere in memory and be summed otherwise."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1)
+    assert error < (1e-5 if actual.dtype == torch.float32 else 2e-2), f"{error:.1e}"

@@ -39,7 +39,9 @@ def test_the_embedded_model_is_right(shown):
     document, _, _ = shown
     accuracy = document["accuracy"]
     assert set(accuracy) == {"zero_shot_c", "zero_shot_g", "caption", "retrieval_r1", "chat"}
-    assert all(0.98 <= accuracy[n] <= 1 for n in ("zero_shot_c", "zero_shot_g", "caption")), accuracy
+    assert all(0.98 <= accuracy[n] <= 1 for n in ("zero_shot_c", "zero_shot_g", "caption")), (
+        accuracy
+    )
     assert accuracy["retrieval_r1"] >= 0.9
     assert accuracy["chat"] >= 0.9 and document["more"]["chat_later"] >= 0.95
     assert document["counts"]["images"] == 360 and document["counts"]["labels"] == 10

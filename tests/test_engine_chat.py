@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from internvl_engine import InternVL, InternVLChat, VisionLanguageProcessor
 from internvl_engine.processing import ImageError, InternVLTileProcessor
+from internvl_engine.processing.picture_reading import with_question
 
 IMAGE, SMALL, ASKED = picture(), picture(20, 20), "What is this?"
 SHORT = {"max_new_tokens": 8}
@@ -106,6 +107,8 @@ def test_history_keeps_the_pictures(engine):
     assert again != expected
     pairs = engine.chat([IMAGE, None], ["a?", "b?"], return_history=True, **SHORT)
     histories = [history for _, history in pairs]
+    shared = engine.chat(None, ["x?", "y?"], history=history, **SHORT)
+    assert shared == [engine.chat(None, q, history=history, **SHORT) for q in ("x?", "y?")]
     assert engine.chat(None, ["x?", "y?"], history=histories, **SHORT) == [
         engine.chat(None, q, history=h, **SHORT)
         for q, h in zip(["x?", "y?"], histories, strict=True)
@@ -147,6 +150,16 @@ def test_an_answer_ends_at_the_separator(engine):
     assert stop == engine.processor.prompts.stop_token_id
 
 
+@pytest.mark.parametrize("layout, ends", [("published", False), ("transformers", True)])
+def test_other_ends_of_the_language_model(folders, layout, ends):
+    """The published chat goes on after them; transformers' does not."""
+    read = InternVLChat.from_pretrained(folders / layout, dtype="float32", accelerate=False)
+    whole = read.chat(IMAGE, ASKED, **SHORT)
+    first = read.processor.tokenizer(whole)["input_ids"][0]
+    read.model.language_model.generation_config.eos_token_id = [first]
+    assert read.chat(IMAGE, ASKED, **SHORT) == ("" if ends else whole)
+
+
 def test_options_of_generate(engine):
     greedy = engine.chat(IMAGE, ASKED, **SHORT)
     torch.manual_seed(0)
@@ -160,7 +173,7 @@ def test_options_of_generate(engine):
 
 
 def test_the_context_ends_an_answer(engine):
-    question = "a " * 235
+    question = "a " * 470
     length = engine.processor(messages=[{"role": "user", "content": question}])["input_ids"].shape[
         1
     ]
@@ -199,6 +212,9 @@ def test_the_context_ends_an_answer(engine):
     ({"question": "a", "temprature": 1}, ValueError, "temprature"),
     ({"question": "a", "stream": True, "num_beams": 2}, ValueError, "only one conversation can be"),
     ({"question": ["a", "b"], "stream": True}, ValueError, "only one conversation can be streamed"),
+    ({"images": [IMAGE, "gone"], "question": ["a", "b"]}, FileNotFoundError,
+     "conversation 1: image 0: gone"),
+    ({"question": ["a", "b"], "history": [[("a", "b")]]}, ValueError, "came with 1 histories"),
     ({"images": IMAGE, "question": "a", "max_tiles": 0}, ValueError, "max_tiles must be a whole"),
 ])  # fmt: skip
 def test_misuse_is_named_before_anything_is_computed(engine, monkeypatch, call, error, message):
@@ -232,7 +248,7 @@ def test_transformers_own_model_says_the_same(engine, folders, fused):
         assert accelerate(theirs).replaced
     images, questions = [IMAGE, None, [SMALL, IMAGE]], ["a?", "longer b?", "<image> and <image>?"]
     given = zip(images, questions, strict=True)
-    rows = [engine.processor.read_question((), q, i) for i, q in given]
+    rows = [engine.processor.opened(with_question(None, q, i)) for i, q in given]
     inputs = engine.processor(messages=rows)
     words = engine.processor.prompts
     options = {"eos_token_id": words.stop_token_id, "pad_token_id": words.pad_token_id, **SHORT}
@@ -294,6 +310,8 @@ def test_a_processor_of_another_model_is_refused(engine):
         )
         with pytest.raises(ValueError, match="model takes 28 pixels and 4 tokens"):
             InternVLChat(engine.model, other, accelerate=False)
+    with pytest.raises(TypeError, match="got Linear and VisionLanguageProcessor"):
+        InternVLChat(torch.nn.Linear(1, 1), engine.processor)
     words = tokenizer(added=False)
     words.add_tokens([f"<{i}>" for i in range(200)])
     words.add_tokens(["<IMG_CONTEXT>"], special_tokens=True)

@@ -97,6 +97,7 @@ def test_text_alone_has_no_placeholders_and_a_picture_four_a_tile(script, rows):
     context = rows.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     places = (batch.ids == context).sum(1)
     from nano_chat_rows import WITHOUT_PICTURE as without
+
     assert not places[:without].any() and places[without:].min() == 4
     assert places.sum() == 4 * batch.flags.sum()
     assert len(batch.flags) == len(batch.tiles) > batch.flags.sum()

@@ -110,6 +110,23 @@ def picture(width: int = 60, height: int = 30, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+IMAGE, ASKED = picture(), {"type": "text", "text": "What is this?"}
+USER = "<|im_start|>user\n"
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def shown(processor, inputs, row=0):
+    """A row as text, with <n> for n placeholders in a row."""
+    ids, mask = inputs["input_ids"][row], inputs["attention_mask"][row].bool()
+    text = processor.decode(ids[mask], skip_special_tokens=False)
+    for count in range(60, 0, -1):
+        text = text.replace("<IMG_CONTEXT>" * count, f"<{count}>")
+    return text
+
+
 @lru_cache
 def tiny_chat(seed: int = 0, accelerate: bool = False):
     """A whole engine of random weights, large enough that every input matters."""

@@ -142,6 +142,8 @@ def _published_names(config: Any, weights: Weights) -> Layout | None:
         return INTERNLM2
     # LoRA that was put on q, k and v: the same model as the published code's LLaMA holds it.
     config.llm_architecture = _LLAMA
+    for name in ("auto_map", "attn_implementation"):  # of InternLM2's remote code
+        config.llm_leftovers.pop(name, None)
     return None
 
 

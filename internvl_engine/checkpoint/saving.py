@@ -101,7 +101,7 @@ def save_chat(
     origin, folder = getattr(model, "origin", None), Path(folder)
     layout = chosen_layout(layout, origin, model.config)
     state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
-    arranged = arrange(_stating_lora(model), _of_state(model, state), layout)
+    arranged = arrange(_config_now(model), _of_state(model, state), layout)
     arranged.values.update(remote_code(origin, layout))
     written = write_checkpoint(folder, arranged, max_shard_size)
     generation = getattr(model.language_model, "generation_config", None)
@@ -119,9 +119,11 @@ def _refuse(options: Mapping[str, Any]) -> None:
             raise ValueError(f"save_pretrained: {name}={options[name]!r} is not supported")
 
 
-def _stating_lora(model: Any) -> Any:
-    """The configuration with the LoRA that the towers have now, however it came or went."""
+def _config_now(model: Any) -> Any:
+    """The configuration with what was set on the model, and with the LoRA that its towers have now,
+    however it came or went."""
     config = copy.deepcopy(model.config)
+    config.img_context_token_id = model.img_context_token_id
     for start, tower in CHAT.lora.items():
         module = getattr(model, start.rstrip("."))
         adapters = list((getattr(module, "peft_config", None) or {}).values())

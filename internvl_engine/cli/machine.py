@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     """Adds the others."""
     for function in (doctor, verify, convert):
         command(app)(function)
-    for benchmark in (kernels, layers, encoder):
+    for benchmark in (kernels, layers, encoder, chat):
         command(bench)(benchmark)
     app.add_typer(bench, name="bench")
 
@@ -242,6 +242,21 @@ def encoder(
     from ..benchmarks.encoder import cases
 
     options.run({"encoder": lambda device: cases(device, images or (), depth, compiles=compiles)})
+
+
+def chat(
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "bfloat16",
+    tiles: Annotated[int, typer.Option("--tiles", min=1, help="Of an image.")] = 5,
+    options: BenchOptions = USUAL,
+) -> None:
+    """A chat model of InternVL3-1B's shape with random weights, against transformers' own."""
+    import torch
+
+    from ..benchmarks.chat import cases
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"bench: --dtype must be float32 or bfloat16, got {dtype!r}")
+    options.run({"chat": lambda device: cases(device, getattr(torch, dtype), tiles=tiles)})
 
 
 def _percent(share: float) -> str:

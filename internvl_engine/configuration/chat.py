@@ -191,6 +191,7 @@ class VisionLanguageConfig(PretrainedConfig):
         for name in ("llm_leftovers", "llm_architecture", "dtype", "torch_dtype", "_name_or_path"):
             values.pop(name, None)
         values["model_type"] = self.model_type
+        values["architectures"] = ["InternVLChatModel"]  # by which servers choose their code
         values["hidden_size"] = self.hidden_size
         values["tie_word_embeddings"] = self.tie_word_embeddings
         values["llm_config"] = written_language(self._language)

@@ -39,6 +39,7 @@ class InternVLChat:
         accelerate: swap eager modules for fused ones; `report` tells which.
 
     Raises:
+        TypeError: a model or processor of another class.
         ValueError: the processor makes tiles or tokens that the model does not take.
     """
 
@@ -148,7 +149,7 @@ class InternVLChat:
                 where the question has `<image>`, else in front of it, numbered where there are
                 several. A conversation may come here too, see `messages`.
             question: a text; or several, each with its own item of `images` (an image, a list of
-                them, or None), `videos` and `history`. A single image is for all of them.
+                them, or None), `videos` and `history`. A single one is for all of them.
             messages: one conversation, or several: lists of {"role": "user" | "assistant" |
                 "system", "content": ...}, whose content is a text, or a list of parts as OpenAI's
                 and transformers' interfaces have them. `images` and `videos` then belong to the
@@ -157,7 +158,8 @@ class InternVLChat:
             history: what came before: the history that an earlier call returned, messages, or
                 pairs (question, answer).
             system_message: in place of the checkpoint's sentence.
-            stream: return an AnswerStream, which yields the answer in pieces as it is made.
+            stream: return an AnswerStream, which yields the answer in pieces as it is made, and
+                has the `history` in the end.
             return_history: return (answer, history) in place of the answer.
             max_new_tokens: of an answer, None is 1024; the context may end it earlier.
             num_beams: beams of the search, None is 1: greedy, unless generate_kwargs sample.
@@ -181,16 +183,15 @@ class InternVLChat:
         from ..tasks import chat
 
         work, single = chat.prepare(
-            self.processor, images, question, messages=messages, videos=videos, history=history,
+            images, question, messages=messages, videos=videos, history=history,
             system_message=system_message, max_new_tokens=max_new_tokens, num_beams=num_beams,
             max_tiles=max_tiles, num_frames=num_frames, batch_size=batch_size, **generate_kwargs,
         )  # fmt: skip
         if stream:
-            return AnswerStream(chat.stream(self, work), work.rows[0])
-        texts = chat.answers(self, work)
+            return AnswerStream(*chat.stream(self, work))
         found = [
             (text, answered(row, text)) if return_history else text
-            for row, text in zip(work.rows, texts, strict=True)
+            for text, row in chat.answers(self, work)
         ]
         return found[0] if single else found
 
@@ -233,6 +234,11 @@ def answered(messages: list[Message], answer: str) -> list[Message]:
 
 
 def _check_fit(model: Any, processor: Any) -> None:
+    if not hasattr(model, "num_image_token") or not hasattr(processor, "img_context_token_id"):
+        raise TypeError(
+            "InternVLChat: needs a VisionLanguageModel and a VisionLanguageProcessor, got "
+            f"{type(model).__name__} and {type(processor).__name__}; from_pretrained makes both"
+        )
     made = (processor.image_processor.size, processor.num_image_token)
     taken = (model.config.image_size, model.num_image_token)
     if made != taken:

@@ -35,8 +35,8 @@ class Anatomy:
         kind: what messages call the model.
         vision, language: the towers; None where the model has none.
         parts: every parameter of the model, in one part each: that of its narrowest name.
-        adapters: those of adapters (LoRA, modules_to_save), which no other part has, by the name
-            of the tower that they are on; `idle` are the ones that are not active.
+        adapters: those of peft's adapters (LoRA, prompts, modules_to_save), which no other part
+            has, by the name of the part that they are in; `idle` are the ones that are not active.
         layers: the layers of the vision tower, in order.
         tied: whether the LM head is the token embedding.
     """
@@ -141,10 +141,9 @@ def _adapters(model: nn.Module) -> dict[int, bool]:
     module: Any
     for module in model.modules():
         kinds: Any = tuple(getattr(module, "adapter_layer_names", ()))
-        if "modules_to_save" in module._modules:
-            kinds = (*kinds, "modules_to_save")
-            for parameter in getattr(module, "original_module", nn.Module()).parameters():
-                found.setdefault(id(parameter), False)  # its copy stands in for it
+        kinds += tuple(n for n in ("modules_to_save", "prompt_encoder") if n in module._modules)
+        if "original_module" in module._modules:  # a copy of it stands in for it
+            found |= {id(p): False for p in module.original_module.parameters()}
         for kind in kinds:
             for adapter, held in getattr(module, kind, {}).items():
                 for parameter in _parameters(held):

@@ -116,8 +116,8 @@ def freeze(
     Args:
         model: a chat model (ours, transformers', the published one), an InternVL-14B, or a
             QueryBridge; with adapters, and accelerated, too.
-        vision: freeze the vision tower.
-        language: freeze the language model, embeddings and LM head included.
+        vision: freeze the vision tower. False trains all of it, also what LoRA adapts.
+        language: freeze the language model, embeddings and LM head included. False likewise.
         projector: freeze what connects the two: `mlp1` of a chat model.
         last_vision_layers: so many of the last layers of the vision tower train.
         lm_head: the LM head trains. Where it is tied, these are the embeddings too.

@@ -46,6 +46,7 @@ class ChatLora:
         Raises:
             ValueError: no linear of the language model has a known name.
         """
+        refuse_adapted(self.language_model)
         alpha = lora_alpha or 2 * r
         targets = language_targets(self.language_model)
         self.language_model = wrap_lora(
@@ -91,12 +92,7 @@ def wrap_lora(
     """
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"LoRA: the rank r must be a whole number from 1 on, got {r!r}")
-    if any("lora_A" in name.split(".") for name, _ in tower.named_modules()):
-        bare: Any = getattr(tower, "get_base_model", lambda: tower)()
-        raise ValueError(
-            f"{type(bare).__name__} has LoRA already: merge it first (tower.merge_and_unload()), "
-            "or take it out (tower.unload())"
-        )
+    refuse_adapted(tower)
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -106,3 +102,13 @@ def wrap_lora(
     )
     wrapped = get_peft_model(tower, config)
     return wrapped if tower.training else wrapped.eval()  # peft's own modules start in training
+
+
+def refuse_adapted(tower: nn.Module) -> None:
+    """Raises ValueError where a tower has LoRA already."""
+    if any("lora_A" in name.split(".") for name, _ in tower.named_modules()):
+        bare: Any = getattr(tower, "get_base_model", lambda: tower)()
+        raise ValueError(
+            f"{type(bare).__name__} has LoRA already: merge it first (tower.merge_and_unload()), "
+            "or take it out (tower.unload())"
+        )

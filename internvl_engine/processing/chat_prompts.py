@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .chat_labels import ANSWER, ANSWER_END
 from .chat_templates import (
     PLACE,
     TEMPLATES,
@@ -22,7 +23,6 @@ from .message_parts import Message, Picture, counted
 from .messages import jinja_turns, pictures_of, published_turns, tiles_of
 from .special_tokens import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 
-ANSWER, ANSWER_END = "\ufdd2", "\ufdd3"  # around what is learned; no text has these code points
 VIDEO = "<video>"
 
 
@@ -81,6 +81,40 @@ class ChatPrompts:
             open_turn: end with the role that answers; None where the user spoke last.
             mark: put `ANSWER` and `ANSWER_END` around what the assistant says.
         """
+        prompt = self._rendered(messages, system, open_turn, mark)
+        places = [PLACE, *([self.image_token, VIDEO] if self._takes_parts else [])]
+        frame = "Frame" if self._takes_parts else None
+        return self._filled(prompt, places, pictures_of(messages), frame)
+
+    def unfilled(
+        self,
+        messages: Sequence[Message],
+        system: str | None = None,
+        open_turn: bool | None = None,
+    ) -> str:
+        """The prompt with a placeholder for every picture, which `finished` fills.
+
+        Args: as `conversation`; pictures need not be read.
+        """
+        unread = [
+            Message(m.role, tuple(p._replace(tiles=None) if isinstance(p, Picture) else p
+                                  for p in m.parts))
+            for m in messages
+        ]  # fmt: skip
+        prompt = self._rendered(unread, system, open_turn)
+        placed = [p for p in pictures_of(unread) if p.placed or not self._takes_parts]
+        pieces = prompt.split(PLACE)
+        marks = [*(f"<{picture.kind}>" for picture in placed), ""]
+        return "".join(piece + mark for piece, mark in zip(pieces, marks, strict=True))
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        system: str | None,
+        open_turn: bool | None,
+        mark: bool = False,
+    ) -> str:
+        """The prompt with `PLACE`, or what a Jinja template writes, where pictures go."""
         if self.template is None:
             raise ValueError(
                 "the checkpoint names no conversation template; pass template= one of "
@@ -90,17 +124,18 @@ class ChatPrompts:
             system, messages = messages[0].text, messages[1:]
         if open_turn is None:
             open_turn = not messages or messages[-1].role == "user"
-        # A template that knows no pictures takes texts, where they have their places.
-        jinja = isinstance(self.template, JinjaTemplate) and takes_pictures(self.template.source)
-        turns: Any = jinja_turns(messages) if jinja else published_turns(messages)
+        turns: Any = jinja_turns(messages) if self._takes_parts else published_turns(messages)
         if mark:
             turns = [
                 (role, ANSWER + said + ANSWER_END if role == "assistant" and said else said)
                 for role, said in turns
             ]
-        prompt = self.template.render(turns, system, open_turn)
-        places = [PLACE, *([self.image_token, VIDEO] if jinja else [])]
-        return self._filled(prompt, places, pictures_of(messages), "Frame" if jinja else None)
+        return self.template.render(turns, system, open_turn)
+
+    @property
+    def _takes_parts(self) -> bool:
+        """Whether the template places pictures; others take texts that have places for them."""
+        return isinstance(self.template, JinjaTemplate) and takes_pictures(self.template.source)
 
     def places(self, text: str) -> list[str]:
         """The kinds of pictures that a finished prompt has places for, in order."""
@@ -152,26 +187,6 @@ class ChatPrompts:
         """The answer in new ids: up to what ends it, without white space around it."""
         text = self.decode(ids)
         return (text.split(self.separator)[0] if self.separator else text).strip()
-
-    def labelled(self, marked: str) -> tuple[list[int], list[int]]:
-        """Ids of a prompt with marks, and its labels: the answers and what ends them, else -100.
-
-        A tokenizer need not split where an answer begins: a token that is partly answer is learned.
-        """
-        text, spans = "", []
-        for piece in re.split(f"({ANSWER}.*?{ANSWER_END})", marked, flags=re.DOTALL):
-            if piece.startswith(ANSWER):
-                spans.append([len(text), len(text) + len(piece) - 2])
-                piece = piece[1:-1]
-            elif spans and piece.startswith(self.separator):
-                spans[-1][1] += len(self.separator)
-            text += piece
-        ids = self.ids(text)
-        labels = [-100] * len(ids)
-        for start, end in spans:
-            first, last = (_agreeing(ids, self.ids(text[:place])) for place in (start, end))
-            labels[first:last] = ids[first:last]
-        return ids, labels
 
     def names(self) -> dict[str, str]:
         """The tokens that transformers' processor asks its tokenizer for, by name."""
@@ -239,9 +254,3 @@ class ChatPrompts:
     def _special_ids(self) -> set[int]:
         added = self.tokenizer.added_tokens_decoder
         return {*self.tokenizer.all_special_ids, *(i for i, t in added.items() if t.special)}
-
-
-def _agreeing(ids: Sequence[int], beginning: Sequence[int]) -> int:
-    """How many ids at the beginning are those of another row."""
-    pairs = enumerate(zip(ids, beginning, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(beginning)))

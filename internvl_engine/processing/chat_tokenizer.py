@@ -161,6 +161,8 @@ class LlamaTokenizer(SentencePieceTokenizer):
     """LLaMA's and Yi's, as transformers 4 had it."""
 
 
+# What transformers 4 and 5 call a tokenizer that tokenizer.json describes whole.
+ANY_FAST = ("PreTrainedTokenizerFast", "TokenizersBackend")
 SENTENCEPIECE_CLASSES = {kind.__name__: kind for kind in (InternLM2Tokenizer, LlamaTokenizer)}
 
 
@@ -176,6 +178,7 @@ def load_tokenizer(folder: Path) -> Any:
     kind = SENTENCEPIECE_CLASSES.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
     if (folder / MODEL).is_file() and (kind or not (folder / FAST).is_file()):
         refuse_pointer(folder / MODEL)
+        _pieces(str(folder / MODEL), b"")  # transformers 4 would hide what is wrong with it
         return (kind or LlamaTokenizer).from_pretrained(folder)
     if not any((folder / file).is_file() for file in (FAST, "vocab.json", "vocab.txt")):
         raise FileNotFoundError(
@@ -186,8 +189,8 @@ def load_tokenizer(folder: Path) -> Any:
         if (folder / file).is_file():
             refuse_pointer(folder / file)
     try:
-        own = "auto_map" in settings or "tokenizer_class" not in settings
-        if own and (folder / FAST).is_file():  # its class is remote code, or nowhere named
+        own = "auto_map" in settings or settings.get("tokenizer_class") in (None, *ANY_FAST)
+        if own and (folder / FAST).is_file():  # its class is remote code, or none in particular
             return PreTrainedTokenizerFast.from_pretrained(folder)
         # With a configuration given, that of the model is not looked at, which may be remote code.
         options: dict[str, Any] = {"config": PretrainedConfig(), "trust_remote_code": False}
@@ -213,14 +216,16 @@ def save_tokenizer(
     written = [str(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
     if template:
         (folder / JINJA).write_text(template, encoding="utf-8")
+    path = folder / SETTINGS
+    settings = read_json(path)
+    if settings.get("tokenizer_class") in ANY_FAST:
+        settings["tokenizer_class"] = ANY_FAST[0]  # the name that transformers 4 knows too
     if names:
-        path = folder / SETTINGS
-        settings = read_json(path)
         known = settings.get("extra_special_tokens")
         extra = known if isinstance(known, dict) else {}
         settings["extra_special_tokens"] = extra | dict(names)
         settings.pop("chat_template", None)
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return written
 
 

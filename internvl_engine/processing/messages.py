@@ -79,7 +79,8 @@ def is_conversation(messages: Any) -> bool:
 
 
 def published_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """(role, text) of each message, with `PLACE` for every image and every frame.
+    """(role, text) of each message, with `PLACE` for every image and every frame (or video, where
+    they are not read).
 
     Images that nobody placed have a line each, numbered where a message has several.
     """
@@ -91,8 +92,9 @@ def published_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
             if isinstance(part, str):
                 text += part
             elif part.kind == "video":
-                frames = [f"Frame-{i}: {PLACE}" for i in range(1, len(part.tiles) + 1)]
-                text += "\n".join(frames) + ("" if part.placed else "\n")
+                number = 0 if part.tiles is None else len(part.tiles)
+                frames = [f"Frame-{i}: {PLACE}" for i in range(1, number + 1)]
+                text += "\n".join(frames or [PLACE]) + ("" if part.placed else "\n")
             else:
                 count += 1
                 name = f"Image-{count}: " if several else ""

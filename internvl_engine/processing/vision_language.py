@@ -15,38 +15,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature
 
-from .chat_files import (
-    CONVERSATION,
-    NAME,
-    chat_settings,
-    config_settings,
-    picture_template,
-    write_settings,
-)
+from .chat_files import NAME, config_settings
+from .chat_folders import read_processor, write_processor
+from .chat_inputs import ChatInputs
+from .chat_labels import IGNORED, labelled
 from .chat_prompts import ChatPrompts
-from .chat_tokenizer import FILES, load_tokenizer, save_tokenizer
-from .files import CLIP_STYLE, MODEL, OURS, processor_folder
-from .message_parts import Message, Picture
-from .messages import is_conversation, pictures_of, tiles_of
+from .message_parts import Beside, Message, Picture
+from .messages import is_conversation, pictures_of, read_conversation, tiles_of
 from .padding import pad_rows
 from .picture_reading import PictureReading
 from .tiles import InternVLTileProcessor
-
-
-class ChatInputs(BatchFeature):
-    """Inputs of a chat model. `num_patches_list` is the number of tiles of each picture."""
-
-    def __init__(self, data: dict[str, Any], num_patches_list: Sequence[int] = ()) -> None:
-        super().__init__(data)
-        self.num_patches_list = list(num_patches_list)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.data, "num_patches_list": self.num_patches_list}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
 
 class VisionLanguageProcessor(PictureReading):
@@ -110,6 +89,7 @@ class VisionLanguageProcessor(PictureReading):
         messages: Any = None,
         videos: Any = None,
         training: bool = False,
+        padding: bool | str = True,
         padding_side: Literal["left", "right"] | None = None,
         system_message: str | None = None,
         add_generation_prompt: bool | None = None,
@@ -117,7 +97,7 @@ class VisionLanguageProcessor(PictureReading):
         num_frames: int | None = None,
         dtype: torch.dtype = torch.float32,
         return_tensors: str | None = "pt",
-    ) -> "ChatInputs":
+    ) -> ChatInputs:
         """Model inputs for prompts with or without pictures, or for pictures alone.
 
         Args:
@@ -130,6 +110,7 @@ class VisionLanguageProcessor(PictureReading):
             training: pad on the right, give every row a tile (a white one with flag 0 where it
                 has none), let the images of a row share `max_tiles`, and add `image_flags` (T,)
                 int64 and for messages `labels` (B, L): answers and what ends them, -100 elsewhere.
+            padding: True or "longest"; rows always become a batch.
             padding_side: None is "right" for training and else "left", as `generate` needs it.
             system_message: in place of the processor's; a system message in messages wins.
             add_generation_prompt: whether the prompt ends with the role that answers; None where
@@ -153,6 +134,8 @@ class VisionLanguageProcessor(PictureReading):
         """
         if return_tensors not in ("pt", None):
             raise ValueError(f'{NAME}: gives "pt" tensors, not {return_tensors!r}')
+        if padding not in (True, "longest"):
+            raise ValueError(f'{NAME}: padding must be True or "longest", got {padding!r}')
         if text is not None and messages is not None:
             raise ValueError(f"{NAME}: text and messages both make input_ids; give one")
         limits: dict[str, Any] = {
@@ -196,13 +179,16 @@ class VisionLanguageProcessor(PictureReading):
         """input_ids and attention_mask (B, L) of finished prompts, and labels of marked ones."""
         if side not in ("left", "right"):
             raise ValueError(f'{NAME}: padding_side must be "left" or "right", got {side!r}')
-        rows = [self.prompts.labelled(p) for p in prompts] if labels else (
-            [(self.prompts.ids(p), []) for p in prompts]
+        words = self.prompts
+        rows = [labelled(p, words.ids, words.separator) for p in prompts] if labels else (
+            [(words.ids(p), []) for p in prompts]
         )  # fmt: skip
-        ids = pad_rows([row for row, _ in rows], side, pad_token_id=self.prompts.pad_token_id)
+        ids = pad_rows([row for row, _ in rows], side, pad_token_id=words.pad_token_id)
         found = ids._asdict()
         if labels:
-            found["labels"] = pad_rows([row for _, row in rows], side, pad_token_id=-100).input_ids
+            found["labels"] = pad_rows(
+                [row for _, row in rows], side, pad_token_id=IGNORED
+            ).input_ids
         return found
 
     def apply_chat_template(
@@ -212,18 +198,24 @@ class VisionLanguageProcessor(PictureReading):
 
         Args:
             conversation: one or several, see `read`.
-            tokenize: make inputs; otherwise prompts, with pictures written out as their tokens.
+            tokenize: make inputs; otherwise the prompt for `__call__`, with a placeholder for
+                every picture, which need not be given yet.
             return_dict: False gives input_ids alone.
-            options: of `__call__`.
+            options: of `__call__`; without `tokenize` add_generation_prompt (False) and
+                system_message.
         """
         if tokenize:
             inputs = self(messages=conversation, **options)
             return inputs if return_dict else inputs["input_ids"]
-        system = options.pop("system_message", None)
-        opened = options.pop("add_generation_prompt", False)
-        rows = self.read_all(conversation, None, None, **options)
-        prompts = [self.prompt(row, system, opened) for row in rows]
-        return prompts[0] if is_conversation(conversation) else prompts
+        single = is_conversation(conversation)
+        system = options.get("system_message")
+        system = self.system_message if system is None else system
+        opened = options.get("add_generation_prompt", False)
+        prompts = [
+            self.prompts.unfilled(read_conversation(row, Beside(), whole=False), system, opened)
+            for row in ([conversation] if single else conversation)
+        ]
+        return prompts[0] if single else prompts
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
         """Text of one row of ids."""
@@ -253,19 +245,7 @@ class VisionLanguageProcessor(PictureReading):
             FileNotFoundError: no such directory or repository, or no tokenizer in it.
             ValueError: a damaged file, another kind of checkpoint, or an unknown template.
         """
-        files = (*FILES, OURS, CLIP_STYLE, MODEL, CONVERSATION)
-        folder = processor_folder(source, files=files, name=NAME, **options)
-        tiles, others = chat_settings(folder)
-        known = InternVLTileProcessor(**tiles).to_dict()
-        tiles |= {k: options[k] for k in known if options.get(k) is not None}
-        tokenizer = load_tokenizer(folder)
-        if options.get("template") or options.get("chat_template"):
-            others |= {k: options.get(k) for k in ("template", "chat_template")}
-        elif not others.get("chat_template"):
-            others["chat_template"] = picture_template(tokenizer, folder)
-        if options.get("system_message") is not None:
-            others["system_message"] = options["system_message"]
-        return cls(InternVLTileProcessor(**tiles), tokenizer, **others)
+        return cls(**read_processor(source, options))
 
     @classmethod
     def from_config(cls, config: Any, tokenizer: Any) -> "VisionLanguageProcessor":
@@ -293,23 +273,7 @@ class VisionLanguageProcessor(PictureReading):
         Returns:
             The paths.
         """
-        if layout not in ("published", "transformers"):
-            raise ValueError(
-                f'{NAME}: layout must be "published" or "transformers", got {layout!r}'
-            )
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        names, template = {}, ""
-        if layout == "transformers":
-            names, template = self.prompts.names(), self.prompts.jinja(self.system_message)
-        written = save_tokenizer(self.tokenizer, folder, names, template)
-        others = {
-            "num_image_token": self.num_image_token,
-            "template": self.template_name,
-            "chat_template": self.chat_template,
-            "system_message": self.system_message,
-        }
-        return written + write_settings(folder, self.image_processor.to_dict(), others, layout)
+        return write_processor(self, Path(directory), layout)
 
     def __repr__(self) -> str:
         template = self.prompts.template

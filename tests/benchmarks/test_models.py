@@ -5,7 +5,8 @@ from benchmark_cases import measured, tiny_vision
 from transformers import LlamaConfig
 
 from internvl_engine import kernels
-from internvl_engine.benchmarks import decoder, encoder, layers, timing
+from internvl_engine.benchmarks import chat, decoder, encoder, layers, timing
+from internvl_engine.configuration import VisionLanguageConfig
 
 
 @torch.no_grad()
@@ -93,3 +94,25 @@ def test_another_decoder_is_found_out():
     for queries in (13, 1):
         case = layers_.case("padded", 2, queries, 13, True, compiles=False)
         assert set(timing.failures(case)) >= {"ours (accelerated)"}
+
+
+@torch.no_grad()
+def test_a_whole_chat_model_is_timed_beside_transformers(device):
+    vision = tiny_vision(
+        num_hidden_layers=2, norm_type="layer_norm", qk_normalization=False, qkv_bias=True
+    )
+    language = decoder.qwen2_05b(
+        hidden_size=64, num_attention_heads=4, intermediate_size=96, vocab_size=50,
+        num_hidden_layers=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = VisionLanguageConfig(
+        vision, language, ps_version="v2", force_image_size=28, img_context_token_id=40
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        first, behind = chat.cases(device, dtype, config, tiles=2)
+        forms = {"ours (accelerated)", "eager", decoder.SDPA}
+        assert set(first.providers) == forms and first.shape == (1, 2 * 4 + 20)
+        assert set(behind.providers) == forms | {"ours (KVCache)"}
+        assert behind.shape == (1, chat.ANSWER)
+        for case in (first, behind, behind):  # the cache is put back
+            assert not timing.failures(case)

@@ -11,6 +11,7 @@ from chat_folders import (
     OF_TRANSFORMERS,
     PUBLISHED,
     WEIGHTS,
+    assert_alike,
     assert_recorded,
     assert_same_bits,
     dtype_of,
@@ -70,7 +71,7 @@ def test_published_to_transformers_and_back(tmp_path, case):
     assert_same_bits(tmp_path / "c", state_of(case))
     last = VisionLanguageModel.from_pretrained(tmp_path / "c", dtype=dtype_of(case))
     assert last.origin.layout == "published"
-    assert torch.equal(logits(last, case), logits(model, case))
+    assert_alike(logits(last, case), logits(model, case))
 
 
 @pytest.mark.parametrize("case", OF_TRANSFORMERS)
@@ -117,6 +118,10 @@ def test_transformers_own_class_loads_what_was_saved(tmp_path, case):
 @pytest.mark.parametrize("case", ["qwen2_300m_v2", INTERNLM, "llama_6b_v1", "phi3_300m_su_long"])
 def test_accelerated_models_save_the_same_bits(tmp_path, case):
     model = load(tmp_path / "a", case)
+    training = internvl_engine.accelerate(model, mode="training")
+    model.save_pretrained(tmp_path / "training")
+    assert_same_bits(tmp_path / "training", state_of(case))
+    training.undo()
     report = internvl_engine.accelerate(model)
     assert any(type(p).__name__ == "PackedTensor" for p in model.parameters()), str(report)
     model.save_pretrained(tmp_path / "b")
@@ -183,6 +188,7 @@ def test_lora_of_its_own_on_q_k_and_v(tmp_path):
     model.save_pretrained(tmp_path / "b")
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["llm_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert config["llm_config"]["model_type"] == "llama" and "auto_map" not in config["llm_config"]
     assert (config["use_llm_lora"], config["use_backbone_lora"]) == (4, 0)
     names = load_file(tmp_path / "b" / WEIGHTS)
     start = "language_model.base_model.model.model.layers.0.self_attn.k_proj"
@@ -190,7 +196,7 @@ def test_lora_of_its_own_on_q_k_and_v(tmp_path):
         f"{start}.{end}.weight" for end in ("base_layer", "lora_A.default", "lora_B.default")
     }
     again = VisionLanguageModel.from_pretrained(tmp_path / "b", **FP32)
-    assert torch.equal(logits(again, case), expected)
+    assert_alike(logits(again, case), expected)
     with pytest.raises(ValueError, match="transformers' layout has no LoRA.*merge_lora=True"):
         model.save_pretrained(tmp_path / "c", layout="transformers")
     model.language_model = model.language_model.merge_and_unload()
@@ -212,7 +218,7 @@ def test_another_alpha_is_kept_and_said(tmp_path):
     ):
         model.save_pretrained(tmp_path / "b")
     again = VisionLanguageModel.from_pretrained(tmp_path / "b", **FP32)
-    assert torch.equal(logits(again, case), logits(model, case))
+    assert_alike(logits(again, case), logits(model, case))
 
 
 def test_only_what_is_there_is_refused(tmp_path):
@@ -228,6 +234,16 @@ def test_only_what_is_there_is_refused(tmp_path):
     assert not (tmp_path / "b").exists()
     model.save_pretrained(tmp_path / "b", is_main_process=False, safe_serialization=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_placeholder_that_was_set_on_the_model(tmp_path):
+    model = VisionLanguageModel.from_pretrained(folder_of(tmp_path / "a", INTERNLM), **FP32)
+    with pytest.raises(ValueError, match="stores the id of <IMG_CONTEXT>"):
+        model.save_pretrained(tmp_path / "b", layout="transformers")
+    model.img_context_token_id = 114
+    model.save_pretrained(tmp_path / "b", layout="transformers")
+    again = VisionLanguageModel.from_pretrained(tmp_path / "b", **FP32)
+    assert again.img_context_token_id == again.config.img_context_token_id == 114
 
 
 def test_a_state_that_a_trainer_gathered(tmp_path):

@@ -11,10 +11,7 @@ from foreign_towers import composite, vision_tower
 from safetensors.torch import load_file, save_file
 from tiny_chat import tokenizer
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from internvl_engine import (
     InternVL_G,
@@ -148,7 +145,20 @@ def test_a_bare_internlm2_directory(tmp_path):
     assert torch.equal(built.language_model(ids).logits, words(ids).logits)
 
 
+class PublishedTower(nn.Module):
+    """Remote code's, with its names and without our class."""
+
+    def __init__(self):
+        super().__init__()
+        ours = vision()
+        self.config, self.embeddings, self.encoder = ours.config, ours.embeddings, ours.encoder
+
+    def forward(self, pixel_values):
+        return self.encoder(self.embeddings(pixel_values))
+
+
 VISION_OBJECTS = {
+    "the published tower": PublishedTower,
     "an InternViT": vision,
     "an InternVL-14B": lambda: model(vision_config=VISION),
     "a chat model": lambda: assemble(),
@@ -169,6 +179,9 @@ def test_a_vision_tower_in_an_object(kind):
     if "transformers" in kind:
         ours, theirs = built.vision_model.embeddings, tower.embeddings
         assert ours.class_embedding.data_ptr() == theirs.cls_token.data_ptr()  # shared
+    elif "published" in kind:
+        ours, theirs = (each.encoder.layers[0].attn.qkv for each in (built.vision_model, tower))
+        assert ours.weight.data_ptr() == theirs.weight.data_ptr()
     else:
         assert built.vision_model is tower
 
@@ -300,6 +313,12 @@ def test_saved_and_loaded_again(tie, layout, tmp_path):
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in built.state_dict().items())
     assert loaded.img_context_token_id == 342
+    written = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    if layout == "published":
+        assert written == ["InternVLChatModel"]
+        assert type(AutoModel.from_pretrained(tmp_path)) is VisionLanguageModel
+    else:
+        assert written == ["InternVLForConditionalGeneration"]
     for name in ("template", "force_image_size", "max_dynamic_patch", "ps_version"):
         assert getattr(loaded.config, name) == getattr(built.config, name), name
     from internvl_engine.processing.chat_tokenizer import load_tokenizer

@@ -4,9 +4,15 @@ import pytest
 from assembled import FP32, assemble, language, vision
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Qwen2Config, Qwen2Model
+from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2Model
 
 from internvl_engine.assets import nano_directory
+
+
+def clip():
+    config = CLIPVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                              intermediate_size=16, image_size=28, patch_size=14)  # fmt: skip
+    return CLIPVisionModel(config)
 
 
 def text_model():
@@ -27,6 +33,7 @@ MISFITS = {
     "shuffle": ({"ps_version": "v3"}, ValueError, "v1 or v2, got 'v3'"),
     "ratio": ({"downsample_ratio": 0.4}, ValueError, "got 0.4"),
     "drop path": ({"drop_path_rate": 1.5}, ValueError, "from 0 to 1, got 1.5"),
+    "CLIP": ({"vision": clip()}, TypeError, "with an InternViT, got CLIPVisionModel"),
     "no tower": ({"vision": nn.Linear(2, 2)}, TypeError, "vision must be.*got Linear"),
     "no head": ({"language": text_model()}, TypeError, "language must be.*got Qwen2Model"),
     "no model": ({"language": 3}, TypeError, "language must be.*got int"),

@@ -1,5 +1,8 @@
 """What chat models compute beyond the recorded cases: features, placeholders, loss, gradients."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,8 @@ from internvl_engine import VisionLanguageModel
 from internvl_engine.modeling.pixel_shuffle import pixel_shuffle
 from internvl_engine.modeling.vision import interpolate_positions
 
-from chat_goldens import CHAT
-from chat_models import IMAGE, LLM, TOKENS, chat_model, ids, tiles
+from chat_goldens import CHAT, load_chat
+from chat_models import IMAGE, TOKENS, chat_model, ids, tiles
 
 
 def equal(actual, expected):
@@ -233,6 +236,29 @@ def test_names_and_structure():
     assert linear.abs().max() <= 48**-0.5 and linear.std() > 0.4 * 48**-0.5
 
 
+def test_copies_are_models_of_their_own():
+    model = chat_model()
+    input_ids, _ = ids([3, "image", 4])
+    pixels = tiles(1)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.language_model.config is copied.config.llm_config
+        copied.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            equal(copied(pixels, input_ids).logits, model(pixels, input_ids).logits)
+
+
+@pytest.mark.parametrize("case", ["internlm2_300m_dynamic", "qwen3_300m_tied"])
+def test_an_offloaded_model_answers_the_same(case, tmp_path):
+    golden = load_chat(case)
+    offloaded = VisionLanguageModel.from_pretrained(
+        golden.path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=tmp_path
+    )
+    offloaded.img_context_token_id = golden.about["img_context_token_id"]
+    prompts = golden.prompts("batch")
+    expected = golden.model().generate(**prompts, max_new_tokens=4)
+    equal(offloaded.generate(**prompts, max_new_tokens=4), expected)
+
+
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
 def test_auto_classes_serve_a_published_folder(auto):
     folder = CHAT / "qwen3_300m_tied"  # its auto_map names remote code
@@ -248,28 +274,3 @@ def test_any_language_model():
             logits = model(tiles(1), input_ids, mask).logits
         assert logits.shape == (1, 6, 64) and logits.isfinite().all()
         assert model.generate(tiles(1), input_ids, max_new_tokens=3).shape == (1, 3)
-
-
-@torch.no_grad()
-def test_the_rotary_base_of_every_call_is_a_fresh_models():
-    scaling = {"type": "dynamic", "factor": 3.0}
-    llm = {"max_position_embeddings": 16, "rope_scaling": scaling, "rope_theta": 100.0}
-    model = chat_model(llm=llm)
-    short, long = torch.randint(3, 60, (1, 20)), torch.randint(3, 60, (1, 50))
-    fresh = model(input_ids=short).logits
-    model(input_ids=long)
-    equal(model(input_ids=short).logits, fresh)
-
-    rotary = model.language_model.model.rotary_emb
-    dim = 12
-    for length in (10, 16, 40):
-        cosine, sine = rotary(torch.zeros(1, length, 48), torch.arange(length)[None])
-        base = 100.0
-        if length > 16:
-            base *= (3.0 * length / 16 - 2.0) ** (dim / (dim - 2))
-        angles = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)
-        close(cosine[0], torch.cat((angles, angles), dim=-1).cos())
-        close(sine[0], torch.cat((angles, angles), dim=-1).sin())
-    plain = chat_model(llm=LLM | {"rope_theta": 100.0})
-    plain.load_state_dict(model.state_dict())
-    close(plain(input_ids=short[:, :16]).logits, model(input_ids=short[:, :16]).logits)

@@ -108,6 +108,17 @@ def test_features_in_place_of_tiles(model, inputs):
     equal(answer(model, inputs, visual_features=features), expected)
 
 
+def test_embeddings_in_place_of_ids(model, inputs):
+    embeds = model.embed(inputs["pixel_values"], inputs["input_ids"])
+    equal(answer(model, {"inputs_embeds": embeds}), answer(model, inputs))
+
+
+def test_a_batch_of_text_with_a_tensor_of_no_tiles(model):
+    input_ids, mask = ids([3, 4, 5], [6])
+    inputs = {"pixel_values": tiles(0), "input_ids": input_ids, "attention_mask": mask}
+    equal(answer(model, inputs), answer(model, inputs | {"pixel_values": None}))
+
+
 def test_without_tiles_placeholders_are_tokens(model):
     input_ids, mask = ids(PROMPT)
     plain = model.language_model.generate(input_ids, attention_mask=mask, max_new_tokens=5)

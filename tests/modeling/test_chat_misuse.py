@@ -87,6 +87,8 @@ def test_prompts_that_are_none(model):
         model(tiles(1))
     with pytest.raises(ValueError, match="input_ids are needed"):
         model.generate(tiles(1))
+    with pytest.raises(ValueError, match="inputs_embeds stand in place of input_ids and images"):
+        model.generate(tiles(1), inputs_embeds=torch.zeros(1, 5, 48))
     with pytest.raises(ValueError, match="tiles need input_ids"):
         model(tiles(1), inputs_embeds=torch.zeros(1, 5, 48))
     with pytest.raises(ValueError, match="integers of shape \\(batch, tokens\\), got .*\\(5,\\)"):

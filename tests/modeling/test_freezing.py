@@ -149,8 +149,27 @@ def test_a_copy_that_peft_trains_stands_in_for_the_head():
     }
 
 
-@pytest.mark.parametrize("parts, rows", [("vision", {"vision", "projector"}),
-                                         ("language", {"embeddings", "language", "lm_head"})])  # fmt: skip
+@pytest.mark.parametrize("kind", ["prompt", "tokens", "IA3"])
+def test_adapters_of_other_kinds_train(kind):
+    peft = pytest.importorskip("peft")
+    config = {
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "tokens": lambda: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[4]),
+        "IA3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
+    }[kind]()
+    built = chat()
+    built.language_model = peft.get_peft_model(built.language_model, config)
+    wanted = {n for n in training(built) if n.startswith("language_model.")}
+    assert wanted
+    report = freeze(built, projector=True)
+    check(built, report, wanted)
+    check(built, freeze(built, projector=True, adapters=False), set())
+
+
+@pytest.mark.parametrize(
+    "parts, rows",
+    [("vision", {"vision", "projector"}), ("language", {"embeddings", "language", "lm_head"})],
+)
 def test_a_model_with_parts_of_it_loaded(parts, rows, tmp_path):
     chat().save_pretrained(tmp_path)
     built = VisionLanguageModel.from_pretrained(tmp_path, parts=parts)

@@ -3,12 +3,18 @@
 import copy
 import json
 import pickle
+import shutil
 
 import pytest
 from tokenizer_fixtures import train
 
+from internvl_engine.assets import nano_chat_directory
 from internvl_engine.processing import SPECIAL_TOKENS, add_special_tokens
-from internvl_engine.processing.chat_tokenizer import SentencePieceTokenizer, load_tokenizer
+from internvl_engine.processing.chat_tokenizer import (
+    SentencePieceTokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 CHAT = ("<|im_start|>", "<|im_end|>")
 TEXT = "<|im_start|>red panda  x<img><IMG_CONTEXT></img>3.14<|im_end|>"
@@ -105,3 +111,16 @@ def test_damaged_models(tmp_path, content, message):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_fast_one_is_read_by_either_name_and_saved_by_the_one_both_versions_know(tmp_path, name):
+    source = tmp_path / "source"
+    shutil.copytree(nano_chat_directory(), source, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+    words = load_tokenizer(source)
+    assert words.tokenize("red<img>") == ["red", "<img>"]
+    save_tokenizer(words, tmp_path, {}, "")
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"

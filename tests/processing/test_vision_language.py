@@ -1,26 +1,22 @@
 """VisionLanguageProcessor: conversations in all forms, batches, labels, folders of both layouts."""
 
 import base64
-import copy
 import io
-import json
 import pickle
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from tiny_chat import (
-    CONFIG,
-    JINJA,
-    PLAIN_JINJA,
+    ASKED,
+    IMAGE,
     SIDE,
-    TOKENS,
+    USER,
     picture,
     published_folder,
+    shown,
     tokenizer,
-    transformers_folder,
+    user,
 )
 
 from internvl_engine.processing import (
@@ -30,72 +26,6 @@ from internvl_engine.processing import (
     VisionLanguageProcessor,
     add_special_tokens,
 )
-from internvl_engine.processing.chat_files import chat_settings
-
-IMAGE, ASKED = picture(), {"type": "text", "text": "What is this?"}
-USER = "<|im_start|>user\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return published_folder(tmp_path_factory.mktemp("published"))
-
-
-@pytest.fixture(scope="module")
-def processor(folder):
-    return VisionLanguageProcessor.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    return VisionLanguageProcessor.from_pretrained(
-        transformers_folder(tmp_path_factory.mktemp("foreign"))
-    )
-
-
-def user(*parts):
-    return [{"role": "user", "content": list(parts)}]
-
-
-def shown(processor, inputs, row=0):
-    """A row as text, with <n> for n placeholders in a row."""
-    ids, mask = inputs["input_ids"][row], inputs["attention_mask"][row].bool()
-    text = processor.decode(ids[mask], skip_special_tokens=False)
-    for count in range(60, 0, -1):
-        text = text.replace("<IMG_CONTEXT>" * count, f"<{count}>")
-    return text
-
-
-def test_settings_come_from_the_published_config(processor):
-    images = processor.image_processor
-    assert (images.size, images.max_tiles, images.use_thumbnail, images.dynamic) == (
-        SIDE, 4, True, True)  # fmt: skip
-    assert processor.num_image_token == TOKENS and processor.system_message == "Be brief."
-    assert processor.prompts.template.name == "internvl2_5"
-    words = processor.tokenizer
-    assert processor.img_context_token_id == words.convert_tokens_to_ids("<IMG_CONTEXT>")
-
-
-def test_absent_fields_of_the_config_are_the_published_defaults(tmp_path):
-    names = ("dynamic_image_size", "max_dynamic_patch", "use_thumbnail", "system_message")
-    bare = published_folder(tmp_path, **dict.fromkeys(names))
-    read = VisionLanguageProcessor.from_pretrained(bare)
-    images = read.image_processor
-    assert (images.dynamic, images.max_tiles, images.use_thumbnail) == (False, 6, False)
-    assert read.system_message is None
-
-
-CHAT_CASES = Path(__file__).parents[1] / "golden" / "chat"
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("case", json.loads((CHAT_CASES / "index.json").read_text()),
-                         ids=lambda case: case["case"])  # fmt: skip
-def test_settings_of_the_published_checkpoints(case):
-    tiles, others = chat_settings(CHAT_CASES / case["case"])
-    size = case["force_image_size"] or case["vision_image_size"]
-    assert [tiles["size"]] == list({size} if isinstance(size, int) else {*size})
-    assert others["num_image_token"] == case["num_image_token"]
 
 
 def encoded(image) -> str:
@@ -213,6 +143,7 @@ def test_pictures_alone(processor):
     ({"messages": user({"type": "image", "base64": "%%"})}, "base64 is damaged"),
     ({"messages": user({"type": "image", "image": b"no"})}, "image 0: image given as bytes"),
     ({"messages": [user(ASKED)] * 2, "images": [IMAGE]}, "2 conversations came with 1 images"),
+    ({"messages": user(ASKED), "padding": False}, "padding must be True"),
     ({"messages": user(ASKED), "padding_side": "up"}, "padding_side must be"),
     ({"messages": user(ASKED), "return_tensors": "np"}, 'gives "pt" tensors'),
     ({"messages": user({"type": "text", "text": "<IMG_CONTEXT>"}), "images": IMAGE,
@@ -245,36 +176,27 @@ def test_transformers_layout_writes_what_its_template_says(foreign):
     assert shown(foreign, inputs).startswith("<|im_start|>system\nSay it.<|im_end|>\n")
 
 
-def test_apply_chat_template(processor):
-    messages = user({"type": "image", "image": IMAGE}, ASKED)
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor.apply_chat_template(messages, tokenize=True)
-    assert processor.prompts.ids(text) == inputs["input_ids"][0].tolist()
-    assert processor.apply_chat_template([messages, messages])[0] == text.removesuffix(
-        "<|im_start|>assistant\n"
-    )
-
-
-def test_a_language_models_own_template_gives_way(tmp_path):
-    inherited = published_folder(tmp_path / "a", chat_template=PLAIN_JINJA)
-    read = VisionLanguageProcessor.from_pretrained(inherited)
-    assert read.prompts.template.name == "internvl2_5"
-    changes = {"template": None, "system_message": None}
-    unnamed = published_folder(tmp_path / "b", chat_template=PLAIN_JINJA, **changes)
-    plain = VisionLanguageProcessor.from_pretrained(unnamed)
-    inputs = plain(messages=user({"type": "image", "image": IMAGE}, ASKED))
-    assert shown(plain, inputs) == (
-        "<|im_start|>system\nYou are Owl.<|im_end|>\n"
-        f"{USER}<img><12></img>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    named = copy.copy(plain.tokenizer)
-    named.chat_template = {"default": PLAIN_JINJA, "tool_use": "{{ 1 / 0 }}"}
-    again = VisionLanguageProcessor(plain.image_processor, named, num_image_token=TOKENS)
-    assert "You are Owl." in shown(again, again(messages=user(ASKED)))
-    own = published_folder(tmp_path / "c", chat_template=JINJA)
-    assert VisionLanguageProcessor.from_pretrained(own).chat_template == JINJA
-    chosen = VisionLanguageProcessor.from_pretrained(own, template="phi3-chat", max_tiles=2)
-    assert chosen.prompts.template.name == "phi3-chat" and chosen.image_processor.max_tiles == 2
+@pytest.mark.parametrize("kind", ["processor", "foreign"])
+def test_apply_chat_template(request, kind):
+    ours = request.getfixturevalue(kind)
+    video, frames = {"type": "video"}, [picture(40, 40, i) for i in range(2)]
+    messages = [
+        *user({"type": "image"}, ASKED),
+        {"role": "assistant", "content": "A cat."},
+        *user(video, {"type": "image"}, {"type": "image"}),
+        {"role": "user", "content": "<image> x <video>"},
+    ]
+    text = ours.apply_chat_template(messages, add_generation_prompt=True)
+    assert text.count("<video>") == 2 and "<img>" not in text
+    given = {"images": [IMAGE, IMAGE, IMAGE, picture(20, 20)], "videos": [frames, frames]}
+    inputs = ours(text=[text], padding=True, return_tensors="pt", **given)
+    expected = ours(messages=messages, **given)
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    again = ours.apply_chat_template(messages, tokenize=True, return_dict=True, **given)
+    assert torch.equal(again["input_ids"], expected["input_ids"])
+    several = ours.apply_chat_template([messages, messages])
+    assert several[0] == several[1] == text.removesuffix("<|im_start|>assistant\n")
 
 
 def test_without_a_template_a_conversation_is_refused(tmp_path):
@@ -282,29 +204,6 @@ def test_without_a_template_a_conversation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="names no conversation template; .*internvl2_5"):
         bare(messages=user(ASKED))
     assert bare(text="a <image>", images=IMAGE).num_patches_list == [3]
-
-
-@pytest.mark.parametrize("layout", ["published", "transformers"])
-@pytest.mark.parametrize("kind", ["processor", "foreign"])
-def test_saved_processors_prepare_the_same(request, tmp_path, layout, kind):
-    ours = request.getfixturevalue(kind)
-    written = ours.save_pretrained(tmp_path / "saved", layout=layout)
-    assert all((tmp_path / "saved" / name.rpartition("/")[2]).is_file() for name in written)
-    source = published_folder if layout == "published" else transformers_folder
-    shutil.copy(source(tmp_path / "model") / "config.json", tmp_path / "saved")
-    again = VisionLanguageProcessor.from_pretrained(tmp_path / "saved")
-    messages = [*user({"type": "image", "image": IMAGE}, ASKED), ("a", "b"), *user(ASKED)]
-    one, other = ours(messages=messages), again(messages=messages)
-    assert torch.equal(one["input_ids"], other["input_ids"])
-    assert torch.equal(one["pixel_values"], other["pixel_values"])
-    assert again.tokenizer("<img></img>")["input_ids"] == ours.tokenizer("<img></img>")["input_ids"]
-
-
-def test_a_saved_processor_needs_no_config(processor, tmp_path):
-    processor.save_pretrained(tmp_path)
-    again = VisionLanguageProcessor.from_pretrained(tmp_path)
-    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
-    assert (again.num_image_token, again.system_message) == (TOKENS, "Be brief.")
 
 
 def test_inputs_survive_a_pickle_and_a_move(processor):
@@ -336,30 +235,6 @@ def test_answers_end_at_the_separator(processor):
     beyond = [*ids[:3], len(processor.tokenizer) + 5]  # a row that pads the table of the head
     assert processor.decode(beyond) == processor.decode(ids[:3])
     assert processor.batch_decode([ids[:3]]) == [processor.decode(ids[:3])]
-
-
-@pytest.mark.parametrize("break_it, error, message", [
-    (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json"),
-    (lambda f: (f / "tokenizer.json").write_text("{"), ValueError, "tokenizer in .* be read"),
-    (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "has no tokenizer"),
-    (lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"
-                                                 "oid sha256:1\nsize 2\n"), ValueError, "(?i)lfs"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "internvl", "qllama_config": {}}'),
-     ValueError, "no chat checkpoint .*InternVLProcessor"),
-    (lambda f: (f / "config.json").unlink(), ValueError, "nothing in .* says the size"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"template": "nope"})),
-     ValueError, "'nope' is not known; known are"),
-])  # fmt: skip
-def test_broken_folders(tmp_path, break_it, error, message):
-    folder = published_folder(tmp_path)
-    break_it(folder)
-    with pytest.raises(error, match=message):
-        VisionLanguageProcessor.from_pretrained(folder)
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="VisionLanguageProcessor: no directory"):
-        VisionLanguageProcessor.from_pretrained(tmp_path / "gone")
 
 
 def test_a_tokenizer_without_the_tokens_of_images():
