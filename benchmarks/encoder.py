@@ -136,10 +136,11 @@ def transformers_model(config: InternVisionConfig, state: State) -> Any:
         **{name: getattr(config, name) for name in same},
         image_size=[config.image_size] * 2,
         patch_size=[config.patch_size] * 2,
-        norm_type="rms_norm",
-        use_qk_norm=True,
+        norm_type=config.norm_type,
+        layer_norm_eps=config.layer_norm_eps,
+        use_qk_norm=config.qk_normalization,
         use_absolute_position_embeddings=True,
-        attention_bias=False,
+        attention_bias=config.qkv_bias,
     )
     settings._attn_implementation = "sdpa"
     renamed = {}

@@ -1,13 +1,16 @@
 """One layer of each tower at real width, against what people run today.
 
-    vision   InternViT-6B: C = 3200, 25 heads of 128, F = 12800, 257 tokens an image
-    qllama   QLLaMA-8B with cross-attention: C = 4096, 96 queries that read 257 x 3200
+    vision       InternViT-6B: C = 3200, 25 heads of 128, F = 12800, 257 tokens an image
+    vision_300m  InternViT-300M: C = 1024, 16 heads of 64, F = 4096, 1025 tokens a tile, LayerNorm;
+                 an image of four tiles and its thumbnail, float32 and bfloat16
+    qllama       QLLaMA-8B with cross-attention: C = 4096, 96 queries that read 257 x 3200
+    decoder      Qwen2-0.5B, behind 1,300 tokens and in front of them: decoder.py
 
 Speeds are related to the layer's four products through F.linear (vision), or to the eager layer.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,53 +25,79 @@ from internvl_engine.modeling.masks import AttentionMask
 from internvl_engine.modeling.qllama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from internvl_engine.modeling.vision import InternVisionModel
 
+from . import decoder
 from .cases import Case, Provider, rival
-from .encoder import DTYPE, Towers, counted, loaded, random_state
+from .encoder import DTYPE, Towers, counted, loaded, random_state, transformers_model
 from .report import Suites
 
 PRODUCTS = "four products, F.linear"
+TILES = 5
 
 
 def suites(only: Sequence[str] = (), images: int = 4) -> Suites:
-    """The layers in `only`, both where empty.
+    """The layers in `only`, all where empty. images: at a time; InternViT-300M has TILES.
 
     Raises:
         ValueError: there is no such layer.
     """
-    layers = {"vision": vision, "qllama": qllama}
+    layers: dict[str, Callable[[str], Iterator[Case]]] = {
+        "vision": lambda device: iter([vision(device, images)]),
+        "vision_300m": vision_300m,
+        "qllama": lambda device: iter([qllama(device, images)]),
+        "decoder": decoder.cases,
+    }
     if unknown := set(only) - set(layers):
-        raise ValueError(f"bench: no layer {', '.join(sorted(unknown))}; there are vision, qllama")
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"bench: no layer {names}; there are {', '.join(layers)}")
+    return {name: layers[name] for name in only or layers}
 
-    def one(name: str) -> Callable[[str], list[Case]]:
-        return lambda device: [layers[name](device, images)]
 
-    return {name: one(name) for name in only or layers}
+def vision_300m(
+    device: str, config: InternVisionConfig | None = None, compiles: bool = True
+) -> Iterator[Case]:
+    """A layer of InternViT-300M in both dtypes; x is (TILES, tokens, C)."""
+    config = config or internvit_300m()
+    for dtype in (torch.float32, DTYPE):
+        yield vision(device, TILES, config, compiles, dtype, "vision_300m_layer")
+
+
+def internvit_300m() -> InternVisionConfig:
+    """The tower of the chat models from 1B to 8B."""
+    return InternVisionConfig(
+        hidden_size=1024, num_attention_heads=16, intermediate_size=4096, image_size=448,
+        norm_type="layer_norm", qk_normalization=False, qkv_bias=True,
+    )  # fmt: skip
 
 
 def vision(
-    device: str, images: int, config: InternVisionConfig | None = None, compiles: bool = True
-) -> Case:
+    device: str, images: int, config: InternVisionConfig | None = None, compiles: bool = True,
+    dtype: torch.dtype = DTYPE, operator: str = "vision_layer",
+) -> Case:  # fmt: skip
     """A layer of InternViT; x is (images, tokens, C)."""
     config = config or InternVisionConfig()
     config.num_hidden_layers = 1
-    state = random_state(config, device)
+    state = random_state(config, device, dtype)
     towers = Towers(config, state)
-    wide = loaded(InternVisionModel, config, {name: t.float() for name, t in state.items()})
+    foreign = transformers_model(config, state)
+    accelerate(foreign, strict=True)
     tokens = 1 + (config.image_size // config.patch_size) ** 2
-    x = torch.randn(images, tokens, config.hidden_size, device=device).to(DTYPE)
-    wide_x = x.float()
+    x = torch.randn(images, tokens, config.hidden_size, device=device).to(dtype)
     providers = {
         **products(towers.eager.encoder.layers[0], x),
         "ours (accelerated)": Provider(lambda: towers.accelerated.encoder(x)[0]),
+        "transformers, accelerated": Provider(lambda: foreign.encoder(x)[0]),
         "eager": Provider(lambda: towers.eager.encoder(x)[0]),
-        "eager, float32": Provider(lambda: wide.encoder(wide_x)[0]),
         **rival("transformers, SDPA", lambda: towers.theirs.encoder(x)[0]),
     }
+    if dtype != torch.float32:
+        wide = loaded(InternVisionModel, config, {name: t.float() for name, t in state.items()})
+        wide_x = x.float()
+        providers["eager, float32"] = Provider(lambda: wide.encoder(wide_x)[0])
     if compiles:
         torch._dynamo.reset()
         compiled = torch.compile(towers.theirs.encoder, dynamic=False)
         providers |= rival("torch.compile", lambda: compiled(x)[0])
-    return _case("vision_layer", images, towers.eager.encoder.layers[0], x, providers, PRODUCTS)
+    return _case(operator, images, towers.eager.encoder.layers[0], x, providers, PRODUCTS)
 
 
 def products(layer: Any, x: Tensor) -> dict[str, Provider]:
@@ -125,7 +154,7 @@ def _case(
     traffic = sum(p.nbytes for p in layer.parameters()) + x.nbytes + out.nbytes
     label = f"{images} image{'s' * (images > 1)}, {x.shape[1]} tokens each"
     shape = tuple(x.shape)
-    return Case(operator, label, shape, DTYPE, providers, traffic, flops, images, baseline)
+    return Case(operator, label, shape, x.dtype, providers, traffic, flops, images, baseline)
 
 
 def spread(layer: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedModule
-from .recognition import EXPECTED, LOOPS, Recognition
+from .recognition import LAYERS, LOOPS, Recognition, is_expected
 from .weights import has_own_forward
 
 MODES = ("inference", "training")
@@ -151,19 +151,25 @@ def _find(module: nn.Module, name: str, recognition: Recognition) -> Iterator[Fo
         inside = kind in LOOPS
     else:
         kind = recognition.kind_of(module)
-        if kind is not None:
-            fixed = _untouchable(module)
-            reason = fixed or recognition.unsupported_reason(kind, module)
+        fixed = None if kind is None else _untouchable(module)
+        reason = None if kind is None else fixed or recognition.unsupported_reason(kind, module)
+        if kind in LAYERS and (reason or _has_fused_parts(module)):
+            pass  # its parts speak for themselves
+        elif kind is not None:
             fused = None if reason else kind.__name__
             yield module, kind, Entry(name, type(module).__name__, fused, reason or "")
             inside = bool(kind in LOOPS or (reason and not fixed))
-        elif type(module).__name__ in EXPECTED:
+        elif is_expected(module):
             reason = "it does not hold what this class is known to hold"
             yield module, None, Entry(name, type(module).__name__, None, reason)
     if inside:
         for attribute, child in module._modules.items():
             if child is not None:
                 yield from _find(child, f"{name}.{attribute}".lstrip("."), recognition)
+
+
+def _has_fused_parts(module: nn.Module) -> bool:
+    return any(isinstance(part, FusedModule) for part in module.modules())
 
 
 def _untouchable(module: nn.Module) -> str | None:

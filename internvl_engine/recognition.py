@@ -18,22 +18,42 @@ from torch import Tensor, nn
 
 from .fused import (
     FusedAttentionPooling,
+    FusedCLIPLayer,
     FusedCrossAttention,
     FusedDecoder,
     FusedDecoderLayer,
+    FusedDinov2Layer,
+    FusedDinov2LayerOf4,
+    FusedInternLM2Attention,
+    FusedInternLM2MLP,
     FusedLlamaAttention,
+    FusedLlamaLayer,
     FusedLlamaMLP,
     FusedModule,
+    FusedPackedAttention,
+    FusedPackedLayer,
+    FusedPackedMLP,
+    FusedPreNormBlock,
     FusedPublishedAttention,
+    FusedResidualAttentionBlock,
     FusedRMSNorm,
+    FusedTimmBlock,
     FusedTransformersVisionLayer,
     FusedVisionEncoder,
     FusedVisionLayer,
+    FusedViTLayer,
+    FusedViTLayerOf4,
 )
 from .fused.base import submodule
 
 OURS = "internvl_engine.modeling."
 MODELS = "transformers.models."
+LLAMA = (f"{MODELS}llama.modeling_llama",)
+MISTRAL = (f"{MODELS}mistral.modeling_mistral",)
+PHI3 = (f"{MODELS}phi3.modeling_phi3",)
+QWEN2 = (f"{MODELS}qwen2.modeling_qwen2",)
+QWEN3 = (f"{MODELS}qwen3.modeling_qwen3",)
+QWEN3_MOE = (f"{MODELS}qwen3_moe.modeling_qwen3_moe",)
 # Fused class -> the names of its eager classes and where those are defined: the module's path or,
 # for remote code and copies of the published repository, the name of its file.
 KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
@@ -42,37 +62,82 @@ KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
     FusedTransformersVisionLayer: {
         "InternVLVisionLayer": (f"{MODELS}internvl.modeling_internvl",),
     },
+    FusedTimmBlock: {"Block": ("timm.models.vision_transformer",)},
+    FusedCLIPLayer: {
+        "CLIPEncoderLayer": (f"{MODELS}clip.modeling_clip",),
+        "SiglipEncoderLayer": (f"{MODELS}siglip.modeling_siglip",),
+        "Siglip2EncoderLayer": (f"{MODELS}siglip2.modeling_siglip2",),
+    },
+    **{
+        kind: {
+            "Dinov2Layer": (f"{MODELS}dinov2.modeling_dinov2",),
+            "Dinov2WithRegistersLayer": (
+                f"{MODELS}dinov2_with_registers.modeling_dinov2_with_registers",
+            ),
+        }
+        for kind in (FusedDinov2Layer, FusedDinov2LayerOf4)
+    },
+    **{
+        kind: {"ViTLayer": (f"{MODELS}vit.modeling_vit",)}
+        for kind in (FusedViTLayer, FusedViTLayerOf4)
+    },
+    FusedResidualAttentionBlock: {
+        "ResidualAttentionBlock": ("open_clip.transformer",),
+        "CustomResidualAttentionBlock": ("open_clip.transformer",),  # named, never served
+    },
     FusedDecoder: {"LlamaModel": (f"{OURS}qllama",)},
     FusedDecoderLayer: {"LlamaDecoderLayer": (f"{OURS}qllama_layers",)},
     FusedAttentionPooling: {"AttentionPoolingBlock": (f"{OURS}pooling", "modeling_internvl")},
-    FusedLlamaAttention: {
-        "LlamaAttention": (f"{MODELS}llama.modeling_llama",),
-        "MistralAttention": (f"{MODELS}mistral.modeling_mistral",),
-        "Qwen2Attention": (f"{MODELS}qwen2.modeling_qwen2",),
+    FusedLlamaLayer: {
+        "LlamaDecoderLayer": LLAMA, "MistralDecoderLayer": MISTRAL, "Qwen2DecoderLayer": QWEN2,
+        "Qwen3DecoderLayer": QWEN3, "Qwen3MoeDecoderLayer": QWEN3_MOE,
     },
+    FusedPackedLayer: {"Phi3DecoderLayer": PHI3},
+    FusedLlamaAttention: {
+        "LlamaAttention": LLAMA, "MistralAttention": MISTRAL, "Qwen2Attention": QWEN2,
+        "Qwen3Attention": QWEN3, "Qwen3MoeAttention": QWEN3_MOE,
+        "GptOssAttention": (f"{MODELS}gpt_oss.modeling_gpt_oss",),
+    },
+    FusedPackedAttention: {"Phi3Attention": PHI3},
+    FusedInternLM2Attention: {"InternLM2Attention": ("modeling_internlm2",)},
     FusedPublishedAttention: {"LlamaAttention": ("modeling_qllama",)},
     FusedCrossAttention: {"LlamaCrossAttention": ("modeling_qllama",)},
     FusedLlamaMLP: {
-        "LlamaMLP": (
-            f"{OURS}qllama_layers", f"{MODELS}llama.modeling_llama", "modeling_qllama",
-        ),
+        "LlamaMLP": (f"{OURS}qllama_layers", *LLAMA, "modeling_qllama"), "MistralMLP": MISTRAL,
+        "Qwen2MLP": QWEN2, "Qwen3MLP": QWEN3, "Qwen3MoeMLP": QWEN3_MOE,
     },
+    FusedPackedMLP: {"Phi3MLP": PHI3},
+    FusedInternLM2MLP: {"InternLM2MLP": ("modeling_internlm2",)},
     FusedRMSNorm: {
         "InternRMSNorm": (f"{OURS}vision", "modeling_intern_vit"),
-        "LlamaRMSNorm": (
-            f"{OURS}qllama_layers", f"{MODELS}llama.modeling_llama", "modeling_qllama",
-        ),
+        "LlamaRMSNorm": (f"{OURS}qllama_layers", *LLAMA, "modeling_qllama"),
+        "MistralRMSNorm": MISTRAL, "Qwen2RMSNorm": QWEN2, "Qwen3RMSNorm": QWEN3,
+        "Qwen3MoeRMSNorm": QWEN3_MOE, "Phi3RMSNorm": PHI3,
+        "InternLM2RMSNorm": ("modeling_internlm2",),
         # apex's, which the published code takes where apex is installed
         "FusedRMSNorm": ("apex.normalization.fused_layer_norm",),
     },
 }  # fmt: skip
 LOOPS = (FusedVisionEncoder, FusedDecoder)  # whose layers are fused by themselves
+# Whose attention, MLP and norms are fused by themselves where the layer as a whole cannot be.
+LAYERS = (FusedLlamaLayer, FusedPackedLayer)
 # Served where the table has the class: what they do beside computing could not be tried.
-BY_TABLE_ONLY = (*LOOPS, FusedLlamaAttention)
-# Parts that a known class may have from elsewhere.
-TRUSTED = ("torch.nn.modules.", "transformers.activations", "timm.")
+BY_TABLE_ONLY = (*LOOPS, *LAYERS, FusedLlamaAttention, FusedPackedAttention)
+# Parts that a known class may have from elsewhere, by where those are defined, and by name too.
+TRUSTED = (
+    "torch.nn.modules.", "transformers.activations", "timm.layers.activations", "timm.layers.drop",
+    "timm.models.layers.drop",
+)  # fmt: skip
+PARTS = {
+    "Attention": ("timm.layers.attention", "timm.models.vision_transformer"),
+    "LayerNorm": ("timm.layers.norm",),
+    "LayerScale": ("timm.layers.layer_scale", "timm.models.vision_transformer"),
+    "Mlp": ("timm.layers.mlp",),
+}
+# Names that others give to something else.
+COMMON = {"Block", "LlamaDecoderLayer", "LlamaModel", "ResidualAttentionBlock"}
 # Classes that the report names even where they hold something else.
-EXPECTED = {name for kind in KNOWN for name in KNOWN[kind]} - {"LlamaModel", "LlamaDecoderLayer"}
+EXPECTED = {name for kind in KNOWN if kind not in LAYERS for name in KNOWN[kind]} - COMMON
 
 # Float32 rounds sums of up to 16,384 products to within 1e-5 of their norm, and another order of
 # three layers of them stays below this; a limit, a scale or an epsilon of its own shows as 1e-3.
@@ -97,7 +162,8 @@ class Recognition:
     def kind_of(self, module: Any) -> type[FusedModule] | None:
         """The fused class for a module of this structure, or None."""
         for kind in KNOWN:
-            if kind.matches(module) and (kind not in LOOPS or is_known(kind, module)):
+            quiet = kind in LOOPS or kind in LAYERS
+            if kind.matches(module) and (not quiet or is_known(kind, module)):
                 return kind
         return None
 
@@ -107,14 +173,15 @@ class Recognition:
             known, reason = is_known(kind, module), kind.unsupported_reason(module)
             if reason is not None:
                 return reason
-            if kind is not FusedLlamaAttention and not _same_arguments(kind, type(module)):
+            if kind not in BY_TABLE_ONLY and not _same_arguments(kind, type(module)):
                 return f"its forward takes other arguments than that of {kind.__name__}"
             if kind in BY_TABLE_ONLY:
+                if known and (kind not in LAYERS or _has_known_parts(kind, module)):
+                    return None
                 name = f"{_path(module)}.{type(module).__name__}"
-                return (
-                    None if known else f"{name} is not known to compute what {kind.__name__} does"
-                )
-            if known and _has_known_parts(kind, module) and not self.check:
+                return f"{name} is not known to compute what {kind.__name__} does"
+            trusted = known and _has_known_parts(kind, module) and not _returns_more(kind, module)
+            if trusted and not self.check:
                 return None
             key = (kind, _settings(module))
             if key not in self._tried:
@@ -132,6 +199,12 @@ def is_known(kind: type[FusedModule], module: Any) -> bool:
     return own and any(place in (path, path.rpartition(".")[2]) for place in places)
 
 
+def is_expected(module: Any) -> bool:
+    """Whether the report names a module even where it holds something else than it should."""
+    known = (is_known(kind, module) for kind in KNOWN if kind not in LAYERS)
+    return type(module).__name__ in EXPECTED or any(known)
+
+
 def _path(module: Any) -> str:
     return type(module).__module__
 
@@ -142,10 +215,16 @@ def _has_known_parts(kind: type[FusedModule], module: Any) -> bool:
     return all(
         _path(part) == _path(module) == getattr(type(part).forward, "__module__", None)
         or _path(part).startswith(TRUSTED)
+        or _path(part) in PARTS.get(type(part).__name__, ())
         or is_known(FusedRMSNorm, part)
         for part in parts
         if part is not None
     )
+
+
+def _returns_more(kind: type[FusedModule], module: Any) -> bool:
+    """Whether a forward that could return attentions may return None in their place."""
+    return bool(kind.facts(type(module)).get("RETURNS_TUPLE"))
 
 
 def _settings(module: nn.Module) -> tuple:
@@ -202,6 +281,8 @@ def _same_arguments(one: type[FusedModule], other: type[nn.Module]) -> bool:
     """Whether modules of two classes can be called alike; a single argument may have any name."""
     if one.compute is FusedModule.compute:  # a loop within the eager forward
         return True
+    if issubclass(one, FusedPreNormBlock):  # looks at every argument of a call
+        return True
     names = [list(signature(each).parameters) for each in (one.compute, other.forward)]
     return names[0] == names[1] or [len(each) for each in names] == [2, 2]
 
@@ -221,7 +302,7 @@ def _stand_in(module: Any, uniform: Callable[..., Tensor]) -> Any:
     for name in [name for name in vars(copied) if "_hooks" in name]:
         copied.__dict__[name] = OrderedDict()
     copied._parameters = {
-        name: None if p is None else nn.Parameter(uniform(0.5, 1.5, p.shape))
+        name: None if p is None else nn.Parameter(_values_like(p, uniform))
         for name, p in module._parameters.items()
     }
     copied._buffers = {name: _plain(buffer) for name, buffer in module._buffers.items()}
@@ -230,6 +311,13 @@ def _stand_in(module: Any, uniform: Callable[..., Tensor]) -> Any:
         for name, child in module._modules.items()
     }
     return copied
+
+
+def _values_like(parameter: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
+    if parameter.dim() < 2:
+        return uniform(0.5, 1.5, parameter.shape)
+    spread = (3 / parameter.shape[-1]) ** 0.5  # as a Linear's, see _stand_in
+    return uniform(-spread, spread, parameter.shape)
 
 
 def _plain(buffer: Tensor | None) -> Tensor | None:

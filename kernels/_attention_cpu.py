@@ -22,8 +22,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 def attention_native(
     q: Tensor, k: Tensor, v: Tensor, mask: str, prefix: int, key_padding_mask: Tensor | None,
     scale: float, interleave: bool, saves: bool, norm: Norm | None = None,
+    seen: Tensor | None = None,
 ) -> Attended:  # fmt: skip
     """csrc/cpu/attention.h, for every attention operator.
+
+    seen: (r * B, H, S, T) bool of any strides but the last, which queries see which keys.
 
     Every head of keys is packed once for all rows of q that read it. In bfloat16 it is 2.7 to 3.6
     times as fast as PyTorch's blocked attention (benchmarks/results), with half the error of eager.
@@ -42,6 +45,7 @@ def attention_native(
         dtype, pointer(q), pointer(k), pointer(v), pointer(out), address(lse if saves else None),
         (address(q_weight), address(k_weight), address(rstd)), eps,
         reference.MASKS.index(mask), prefix, address(key_padding_mask),
+        (0, 0, 0, 0) if seen is None else pointer(seen),
         (images, batch // images, heads, key_heads, queries, keys, dim), interleave, scale,
         torch.get_num_threads(),
     )  # fmt: skip

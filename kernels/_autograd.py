@@ -9,12 +9,16 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+_Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
+PLAIN_CPU = (_Keys(_Key.CPU) | _Keys(_Key.AutogradCPU)).raw_repr()
+
 
 def register_autograd(
     into: library.Library,
     overload: torch._ops.OpOverload,
     backward: Callable,
     setup_context: Callable,
+    on_cpu: Callable,
 ) -> None:
     """What PyTorch's own `register_autograd` for a library does, for torch.func too.
 
@@ -27,6 +31,8 @@ def register_autograd(
         into: the library of the operator.
         backward: as PyTorch's takes it.
         setup_context: as PyTorch's takes it.
+        on_cpu: what the library registered for the CPU. Plain tensors there, seen by no mode and no
+            transform, go straight to it: 3 us less than through the dispatcher once more.
     """
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
@@ -35,6 +41,8 @@ def register_autograd(
 
     def run_below(keyset, args):
         with below():
+            if keyset.raw_repr() == PLAIN_CPU:
+                return on_cpu(*args)
             if not transforms_active():
                 return redispatch(keyset & after, *args)
             # The next level of torch.func's transforms records what this one computes.
@@ -72,6 +80,8 @@ def register_autograd(
             with enable_single_level_autograd_function():
                 return apply(keyset, *args)
         with below():
+            if keyset.raw_repr() == PLAIN_CPU:
+                return on_cpu(*args)
             return redispatch(keyset & after, *args)
 
     into.impl(overload._opname, run, "Autograd", with_keyset=True)

@@ -22,7 +22,7 @@ def rotary_append_native(
 ) -> Tensor:  # fmt: skip
     """Calls csrc/cpu/rotary.h."""
     dtype = NATIVE_TYPES.get(q.dtype)
-    if dtype is None or k.shape != q.shape:
+    if dtype is None:
         return NotImplemented
     y = empty_heads(q)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
@@ -31,7 +31,7 @@ def rotary_append_native(
     native.rotary_append(
         dtype, pointer(q), pointer(k), pointer(v), pointer(y), pointer(k_cache), pointer(v_cache),
         cos.data_ptr(), sin.data_ptr(), cos.shape[0], positions.data_ptr(),
-        positions_stride(positions), slots.data_ptr(), k_cache.shape[2], q.shape,
+        positions_stride(positions), slots.data_ptr(), k_cache.shape[2], q.shape, k.shape[1],
         torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -39,6 +39,7 @@ DECODERS = {
     "llama": llama,
     "grouped": partial(llama, heads=2),
     "qwen2": partial(llama, "Qwen2", heads=2),
+    "qwen3": partial(llama, "Qwen3", heads=2),
     "mistral": partial(llama, "Mistral", heads=2, sliding_window=5),
 }
 IDS = torch.randint(3, 61, (2, 11), generator=torch.Generator().manual_seed(0))

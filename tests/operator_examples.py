@@ -27,6 +27,7 @@ def examples() -> dict[str, tuple]:
     table = reference.rotary_table(9, 16, 10000.0, torch.float32, "cpu")
     positions, lengths = torch.arange(9)[None], torch.tensor([4, 9])
     shared = (q.repeat(2, 2, 1, 1), k, k)  # by two rows and two heads
+    grouped, seen = (q.repeat(1, 2, 1, 1), k, k), torch.rand(2, 1, 9, 9) > 0.3
     causal = ("causal", 0, torch.rand(2, 9) > -1, 0.25, False)
     found = {
         "rms_norm": (x, weight[0], 1e-6),
@@ -45,6 +46,10 @@ def examples() -> dict[str, tuple]:
         "linear_backward": (torch.randn(3, 6), x, weight, bias, "none", [True, True, True]),
         "attention": (*shared, *causal, True),
         "attention_backward": (*_saved("attention", shared, *causal), *causal),
+        "attention_with_mask": (*grouped, seen, 0.25),
+        "attention_with_mask_backward": (
+            *(x.bfloat16() for x in (grouped[0], *grouped)), seen, 0.25,
+        ),
         "decode_attention": (q[:, :, :1], k, k, lengths, None, 0.25),
         "qk_norm_attention": (qkv, *norms, 1e-6, 0.25, True),
         "qk_norm_attention_backward": (

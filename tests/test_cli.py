@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_folders import folder_of
 from PIL import Image
 from tiny_engine import pictures, saved, tiny_engine
 
 from internvl_engine.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = "demo classify caption ask embed index search doctor verify convert bench".split()
+COMMANDS = "demo classify caption ask embed chat index search doctor verify convert bench".split()
 
 
 @pytest.fixture(scope="session")
@@ -267,6 +268,19 @@ def test_verify_and_convert(run, checkpoint, tmp_path):
     assert code == 1 and json.loads(out)["ok"] is False and "damaged" in err
     code, _, err = run("convert", checkpoint, tmp_path / "half")
     assert code == 1 and "holds weights already" in err
+
+
+def test_convert_a_chat_checkpoint_into_another_layout(run, tmp_path):
+    source = folder_of(tmp_path / "a", "qwen2_300m_v2")
+    (source / "added_tokens.json").write_text('{"<IMG_CONTEXT>": 123}')
+    arguments = ("convert", source, tmp_path / "b", "--layout", "transformers", "--json")
+    assert "model.safetensors" in from_json(run(*arguments))["files"]
+    code, out, err = run("verify", tmp_path / "b", "--json")
+    findings = {each["check"]: each["passed"] for each in json.loads(out)["findings"]}
+    assert code == 1 and findings["tokenizer"] is False and "not one that is known here" in err
+    assert findings["finite"] and findings["names and shapes"]
+    code, _, err = run("convert", source, tmp_path / "c", "--layout", "gguf")
+    assert code == 1 and "layout must be 'published' or 'transformers', got 'gguf'" in err
 
 
 def documented_commands() -> list[str]:

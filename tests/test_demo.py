@@ -13,7 +13,7 @@ from PIL import Image
 
 from internvl_engine.assets import nano_directory
 from internvl_engine.cli import main, sheet
-from internvl_engine.cli.demo import Demo, Picture, _accuracy, _more
+from internvl_engine.cli.demo import Demo, Picture, Scene, _accuracy, _more
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -38,9 +38,12 @@ def shown(tmp_path_factory):
 def test_the_embedded_model_is_right(shown):
     document, _, _ = shown
     accuracy = document["accuracy"]
-    assert set(accuracy) == {"zero_shot_c", "zero_shot_g", "caption", "retrieval_r1"}
-    assert all(0.98 <= accuracy[name] <= 1 for name in set(accuracy) - {"retrieval_r1"}), accuracy
+    assert set(accuracy) == {"zero_shot_c", "zero_shot_g", "caption", "retrieval_r1", "chat"}
+    assert all(0.98 <= accuracy[n] <= 1 for n in ("zero_shot_c", "zero_shot_g", "caption")), (
+        accuracy
+    )
     assert accuracy["retrieval_r1"] >= 0.9
+    assert accuracy["chat"] >= 0.9 and document["more"]["chat_later"] >= 0.95
     assert document["counts"]["images"] == 360 and document["counts"]["labels"] == 10
     assert document["counts"]["parameters"] > 100_000
     assert {"device", "dtype", "torch", "transformers"} <= set(document["machine"])
@@ -74,9 +77,12 @@ def by_hand() -> Demo:
     right = [picture("red", "one"), picture("blue", "two")] * 8
     wrong = [picture("red", "one", "a red seven")] * 3 + [picture("red", "one", label="two")]
     pictures = right + wrong
+    pair, truths = Image.new("RGB", (112, 56), (20, 22, 32)), ("a red one and a blue two", "red")
+    scenes = [Scene(pair, truths, truths)] * 3 + [Scene(pair, truths, ("a red one", "red"))]
     searches = {"a red one": [(0, 0.9), (1, 0.2)] * 4, "a blue two": [(0, 0.8), (1, 0.7)] * 4}
     return Demo(
-        pictures, searches, _accuracy(pictures, searches), _more(pictures), {"all": 1.0},
+        pictures, scenes, searches, _accuracy(pictures, scenes, searches),
+        _more(pictures, scenes), {"all": 1.0},
         {"device": "a machine", "torch": "2", "dtype": "float32"}, 1000,
     )  # fmt: skip
 
@@ -84,9 +90,10 @@ def by_hand() -> Demo:
 def test_shares_are_counted():
     demo = by_hand()
     assert demo.accuracy == {
-        "zero_shot_c": 19 / 20, "zero_shot_g": 1.0, "caption": 17 / 20, "retrieval_r1": 1 / 2
+        "zero_shot_c": 19 / 20, "zero_shot_g": 1.0, "caption": 17 / 20, "retrieval_r1": 1 / 2,
+        "chat": 3 / 4,
     }  # fmt: skip
-    assert demo.more == {"answer_colour": 1.0, "answer_digit": 19 / 20}
+    assert demo.more == {"answer_colour": 1.0, "answer_digit": 19 / 20, "chat_later": 1.0}
 
 
 @pytest.mark.parametrize("light, palette", [(False, sheet.DARK), (True, sheet.LIGHT)])
@@ -97,7 +104,7 @@ def test_mistakes_are_marked(light, palette):
     counts = {colour: count for count, colour in page.getcolors(1 << 24)}
     for name in (palette.page, palette.text, palette.inks["red"]):
         assert tuple(bytes.fromhex(name[1:])) in counts, name
-    outline = 4 * sheet.TILE  # pixels, at the least, around each of the four wrong pictures
+    outline = 4 * sheet.TILE  # pixels, at the least, around each of four wrong pictures and a scene
     assert counts[tuple(bytes.fromhex(palette.wrong[1:]))] > 4 * outline
 
 

@@ -261,7 +261,7 @@ def test_a_generator_is_an_iterable_like_any_other(engine):
 
 
 def test_weights_that_do_not_fit_stay_mapped(monkeypatch):
-    monkeypatch.setattr("internvl_engine.engine.memory", lambda: {"available": 1000})
+    monkeypatch.setattr("internvl_engine.engine.weights.memory", lambda: {"available": 1000})
     with pytest.warns(UserWarning, match="stay mapped and eager, because only 0.0 GB"):
         engine = InternVL.nano()
     assert engine.report is None

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SURFACE = {  # all that will be public, by module
     "accelerate": ["accelerate"],
-    "configuration": ["InternVLConfig", "InternVisionConfig"],
+    "configuration": ["InternVLConfig", "InternVisionConfig", "VisionLanguageConfig"],
     "engine": ["InternVL"],
     "modeling.chat": ["VisionLanguageModel"],
     "modeling.internvl": ["InternVLModel", "InternVL_C", "InternVL_G"],

@@ -87,6 +87,22 @@ void pack_values(const T* from, int64_t stride, int64_t keys, int64_t dim, int64
 struct Interval {
   int64_t start, end;
 };
+
+// From the first key that a row of a mask shows to the last one.
+inline Interval shown_by(const uint8_t* seen, int64_t keys) {
+  int64_t start = 0, end = keys;
+  const auto none = [&](int64_t key) {
+    uint64_t eight;
+    std::memcpy(&eight, seen + key, sizeof eight);
+    return eight == 0;
+  };
+  while (start + 8 <= keys && none(start)) start += 8;
+  while (start < keys && !seen[start]) ++start;
+  while (end >= start + 8 && none(end - 8)) end -= 8;
+  while (end > start && !seen[end - 1]) --end;
+  return start < end ? Interval{start, end} : Interval{0, 0};
+}
+
 template <typename T>
 Interval seen_by(const AttentionCall<T>& call, int64_t row) {
   const int64_t prefix = smaller(call.prefix, call.keys);
@@ -105,8 +121,27 @@ Interval seen_by(const AttentionCall<T>& call, int64_t row) {
 // Rows of a tile: scores and probabilities of panels [first, end), and what the softmax leaves.
 struct TileRows {
   int64_t rows, first, end;
+  Interval seen[kTileRows];
   float top[kTileRows], total[kTileRows];  // the largest score and the sum of the exponentials
 };
+
+// What the rows of a tile see, queries [first, first + rows) of one head, and the panels of all that.
+template <typename T>
+TileRows rows_of_tile(const AttentionCall<T>& call, int64_t batch, int64_t head, int64_t first,
+                      int64_t rows) {
+  TileRows tile{rows, 0, 0, {}, {}, {}};
+  int64_t start = call.keys, end = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Interval seen = call.seen.data ? shown_by(call.seen.at(batch, head, first + r), call.keys)
+                                         : seen_by(call, call.keys - call.queries + first + r);
+    tile.seen[r] = seen;
+    if (seen.start == seen.end) continue;
+    start = smaller(start, seen.start);
+    end = seen.end > end ? seen.end : end;
+  }
+  if (start < end) tile.first = start / kPanel, tile.end = parts_of(end, kPanel);
+  return tile;
+}
 
 inline float largest(Vec v) {
   float lanes[kWidth], top = kNever;
@@ -121,9 +156,26 @@ inline float sum_of(Vec v) {
   return static_cast<float>(sum.total());
 }
 
+// Hides what row r of a mask hides, in its scaled scores.
+template <typename T>
+void hide(const AttentionScratch<T>& s, const TileRows& tile, int64_t r, const uint8_t* seen) {
+  for (int64_t key = tile.seen[r].start; key < tile.seen[r].end; ++key) {
+    uint64_t eight;  // which are mostly all shown: bytes of 1
+    if (key + 8 <= tile.seen[r].end) {
+      std::memcpy(&eight, seen + key, sizeof eight);
+      if (eight == 0x0101010101010101u) {
+        key += 7;
+        continue;
+      }
+    }
+    if (!seen[key]) s.scores[(key / kPanel * tile.rows + r) * kPanel + key % kPanel] = kNever;
+  }
+}
+
 // Scales and masks the scores of row r in place; returns the largest.
 template <typename T>
-float mask_row(const AttentionScratch<T>& s, const TileRows& tile, int64_t r, Interval seen) {
+float mask_row(const AttentionScratch<T>& s, const TileRows& tile, int64_t r) {
+  const Interval seen = tile.seen[r];
   Vec top = Vec{} + kNever;
   IntVec lane;
   for (int i = 0; i < kWidth; ++i) lane[i] = i;
@@ -143,19 +195,47 @@ float mask_row(const AttentionScratch<T>& s, const TileRows& tile, int64_t r, In
   return largest(top);
 }
 
-// Powers of two of the scores of row r, less the largest; returns their sum.
+// Whether every row sees every key and all scores have one factor.
 template <typename T>
-float exponentials(const AttentionScratch<T>& s, const TileRows& tile, int64_t r) {
+bool is_plain(const AttentionCall<T>& call) {
+  return call.mask == Mask::full && !call.seen.data && !call.key_padding_mask && !call.q_weight;
+}
+
+// The largest score of row r where the call is plain: they stay as they are, but for keys that are not
+// there.
+template <typename T>
+float largest_of_row(const AttentionCall<T>& call, const AttentionScratch<T>& s, const TileRows& tile,
+                     int64_t r) {
+  float* row = s.scores + r * kPanel;
+  for (int64_t key = call.keys; key < tile.end * kPanel; ++key)
+    row[(tile.end - 1) * tile.rows * kPanel + key % kPanel] = kNever;
+  Vec top = Vec{} + kNever, other = top;
+  for (int64_t panel = 0; panel < tile.end; ++panel) {
+    const Vec one = load(row + panel * tile.rows * kPanel);
+    const Vec two = load(row + panel * tile.rows * kPanel + kWidth);
+    top = one > top ? one : top;
+    other = two > other ? two : other;
+  }
+  return largest(top > other ? top : other);
+}
+
+// Powers of two of `factor` times the scores of row r less the largest; returns their sum.
+template <typename T>
+float exponentials(const AttentionScratch<T>& s, const TileRows& tile, int64_t r, float factor) {
   const float top = tile.top[r] == kNever ? 0.0f : tile.top[r];
   T* to = s.row + r * s.panels * kPanel;
-  Vec total = {};
-  for (int64_t panel = tile.first; panel < tile.end; ++panel)
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      const Vec p = exp2(load(s.scores + (panel * tile.rows + r) * kPanel + i) - top);
-      total += p;
-      store(p, to + panel * kPanel + i);
-    }
-  return sum_of(total);
+  Vec total = {}, other = {};
+  for (int64_t panel = tile.first; panel < tile.end; ++panel) {
+    const float* from = s.scores + (panel * tile.rows + r) * kPanel;
+    // Multiplied last: the largest gives 1 exactly.
+    const Vec one = exp2_for<T>((load(from) - top) * factor);
+    const Vec two = exp2_for<T>((load(from + kWidth) - top) * factor);
+    store(one, to + panel * kPanel);
+    store(two, to + panel * kPanel + kWidth);
+    total += one;
+    other += two;
+  }
+  return sum_of(total + other);
 }
 
 // Packs queries [first, first + rows) of one head; with norms, folded.
@@ -217,13 +297,7 @@ void weigh_values(const AttentionCall<T>& call, const AttentionScratch<T>& s, co
 template <typename T>
 void attend_tile(const AttentionCall<T>& call, const AttentionScratch<T>& s, int64_t image,
                  int64_t batch, int64_t head, int64_t first, int64_t rows) {
-  const int64_t row = call.keys - call.queries + first;  // position among the keys
-  Interval seen = seen_by(call, row);
-  for (int64_t r = 1; r < rows; ++r) {
-    const Interval next = seen_by(call, row + r);
-    seen = {smaller(seen.start, next.start), next.end > seen.end ? next.end : seen.end};
-  }
-  TileRows tile{rows, seen.start / kPanel, parts_of(seen.end, kPanel), {}, {}};
+  TileRows tile = rows_of_tile(call, batch, head, first, rows);
   pack_queries(call, s, batch, head, first, rows);
   const auto multiply = multiply_tile_of<T, false>(rows);
   for (int64_t panel = tile.first; panel < tile.end; ++panel) {
@@ -231,12 +305,14 @@ void attend_tile(const AttentionCall<T>& call, const AttentionScratch<T>& s, int
     multiply(s.q, keys, s.scores + panel * rows * kPanel, s.steps, true,
              reinterpret_cast<const char*>(keys + s.steps * kPanel));
   }
+  const float factor = is_plain(call) ? call.scale / kLn2 : 1.0f;  // else mask_row has multiplied
   for (int64_t r = 0; r < rows; ++r) {
-    tile.top[r] = mask_row(s, tile, r, seen_by(call, row + r));
-    tile.total[r] = exponentials(s, tile, r);
+    if (call.seen.data) hide(s, tile, r, call.seen.at(batch, head, first + r));
+    tile.top[r] = is_plain(call) ? largest_of_row(call, s, tile, r) : mask_row(s, tile, r);
+    tile.total[r] = exponentials(s, tile, r, factor);
     if (call.lse)
       call.lse[(batch * call.heads + head) * call.queries + first + r] =
-          (tile.top[r] + std::log2(tile.total[r])) * kLn2;
+          (tile.top[r] * factor + std::log2(tile.total[r])) * kLn2;
   }
   weigh_values(call, s, tile, batch, head, first);
   for (int64_t r = 0; r < rows; ++r)

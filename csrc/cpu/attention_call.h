@@ -23,6 +23,7 @@ struct AttentionCall {
   Mask mask;
   int64_t prefix;
   const uint8_t* key_padding_mask;  // (images, keys), 0 for padding, that nobody sees, or null
+  Heads<const uint8_t> seen;  // (rows of q, heads, queries, keys), 0 where hidden, or null data
 
   int64_t images, repeats, heads, key_heads, queries, keys, dim;
   bool interleave;

@@ -7,6 +7,7 @@
 #include "norm.h"
 #include "norm_backward.h"
 #include "operators.h"
+#include "read_mask.h"
 #include "rotary.h"
 #include "swiglu.h"
 
@@ -17,7 +18,7 @@ const cpu::Operators<T>& operators() {
   static constexpr cpu::Operators<T> table = {
       norm<T>, norm_backward<T>, rotary<T>, rotary_append<T>, swiglu<T>, swiglu_backward<T>,
       linear_panel<T>, linear_workspace<T>, linear<T>,
-      attention_workspace<T>, attention<T>, decode_attention<T>,
+      attention_workspace<T>, attention<T>, decode_attention<T>, read_mask<T>,
   };
   return table;
 }

@@ -19,7 +19,7 @@ struct Operators {
   void (*rotary_append)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y,
                         Heads<T> k_cache, Heads<T> v_cache, const T* cos, const T* sin,
                         const int64_t* positions, int64_t positions_stride, const int64_t* slots,
-                        Extent n, int threads);
+                        Extent n, int64_t key_heads, int threads);
   void (*swiglu)(Rows<const T> gate_up, T* y, int64_t rows, int64_t cols, int threads);
   void (*swiglu_backward)(Rows<const T> grad, Rows<const T> gate_up, T* d, int64_t rows,
                           int64_t cols, int threads);
@@ -33,6 +33,7 @@ struct Operators {
   void (*decode_attention)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
                            const int64_t* lengths, const uint8_t* key_padding_mask, Extent n,
                            int64_t key_heads, float scale, float* weights, int threads);
+  bool (*read_mask)(Heads<const T> mask, Heads<uint8_t> seen, Extent n, int threads);
 };
 
 // The name of the best instruction set that was compiled and that this processor has, or of the one

@@ -15,6 +15,7 @@ _PUBLIC = {  # name: the module that defines it
     "CheckpointNotFoundError": "errors",
     "Contents": "contents",
     "HUB_OPTIONS": "hub",
+    "Origin": "saving",
     "PARTS": "parts",
     "PartNotLoadedError": "parts",
     "Placement": "placement",
@@ -24,12 +25,14 @@ _PUBLIC = {  # name: the module that defines it
     "computes_in_bfloat16": "dtypes",
     "download": "hub",
     "hub_options": "hub",
+    "load_language_model": "language",
     "load_pretrained": "pretrained",
     "needs": "parts",
     "read_json": "files",
     "refuse_pointer": "files",
     "replaced_weights": "writing",
     "resolve_dtype": "dtypes",
+    "save_chat": "saving",
 }
 if TYPE_CHECKING:
     from .contents import Contents as Contents
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from .hub import download as download
     from .hub import hub_options as hub_options
     from .identify import check_takes as check_takes
+    from .language import load_language_model as load_language_model
     from .locate import Source as Source
     from .parts import PARTS as PARTS
     from .parts import AbsentModule as AbsentModule
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
     from .parts import needs as needs
     from .placement import Placement as Placement
     from .pretrained import load_pretrained as load_pretrained
+    from .saving import Origin as Origin
+    from .saving import save_chat as save_chat
     from .writing import replaced_weights as replaced_weights
 
 __all__ = list(_PUBLIC)

@@ -46,13 +46,13 @@ def adopt_frequency(config: Any, stated: bool, contents: Contents) -> None:
     """
     if isinstance(config, InternVisionConfig):
         return
-    decoder = getattr(config, "qllama_config", config)
-    layers = decoder.num_hidden_layers
     places = {
         int(match[1]) for name in contents.names if (match := re.search(CROSS_ATTENTION, name))
     }
     if not places:
         return
+    decoder = getattr(config, "qllama_config", config)
+    layers = decoder.num_hidden_layers
     current = getattr(decoder, "cross_attention_frequency", 2)
     if places == set(range(0, layers, current)):
         return
@@ -96,12 +96,14 @@ def adopt_positions(
             f"{contents.tensors[name]}: needed shape (1, 1 + side * side, {vision.hidden_size}), "
             f"got {shape}"
         )
-    forces = family is None or family.forces_size
-    force = getattr(config, "force_image_size", None) if forces else None
-    wanted = (force or vision.image_size) // vision.patch_size
-    if side == wanted:
-        return None
     size = side * vision.patch_size
+    forces = family is None or family.forces_size
+    # A chat model interpolates to force_image_size: its table is for the tower's own image_size.
+    force = getattr(config, "force_image_size", None) if forces else asked
+    if side == (force or vision.image_size) // vision.patch_size:
+        if not forces:
+            vision.image_size = force or vision.image_size
+        return None
     if asked is None:
         warnings.warn(
             f"{contents.path}: the configuration says {force or vision.image_size} px, the "
@@ -109,7 +111,7 @@ def adopt_positions(
             stacklevel=6,
         )
     vision.image_size = size
-    if force:
+    if forces and force:
         config.force_image_size = None if asked else size
     return asked
 

@@ -30,6 +30,10 @@ def build(model_class: Any, config: Any) -> Any:
         target = model.get_submodule(path)
         for name in module._non_persistent_buffers_set:
             target._buffers[name] = module._buffers[name]
+        # transformers 4's rotary embedding has a second name for its frequencies, of no buffer.
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(target, name, value)
     return model
 
 

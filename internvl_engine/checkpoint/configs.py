@@ -7,12 +7,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ..configuration import InternVLConfig
+from ..configuration import InternVLConfig, VisionLanguageConfig
+from ..configuration.layouts import read_vision
 from .contents import Contents
 from .errors import CheckpointError, CheckpointNotFoundError, listed
 from .identify import built_by, check_config, family_of, tower_of
 from .keywords import overrides_of
 from .locate import Source
+
+# Keywords of chat models that are fields of their vision tower.
+OF_VISION = frozenset({"drop_path_rate"})
 
 
 @dataclass
@@ -82,6 +86,8 @@ def read_config(
         check_config(values, config_class, place)
     general = PretrainedConfig().to_dict()  # output_hidden_states, for one
     known = {*inspect.signature(config_class).parameters, *values, *general}
+    if issubclass(config_class, VisionLanguageConfig):
+        known |= OF_VISION
     overrides = overrides_of(options, known)
     if unknown := sorted(set(overrides) - known):
         raise TypeError(
@@ -107,6 +113,8 @@ def read_config(
 
 def _build(config_class: Any, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
     family = family_of(values)
+    if issubclass(config_class, VisionLanguageConfig):
+        return _build_chat(config_class, values, overrides)
     if family is None or built_by(config_class) is not None:
         return config_class.from_dict(_plain(values) | overrides)
     tower = family.towers[tower_of(config_class)]
@@ -118,21 +126,23 @@ def _build(config_class: Any, values: dict[str, Any], overrides: dict[str, Any])
             own["image_size"] = whole.image_size
     if not isinstance(own, dict):
         raise TypeError(f"{tower.config} must be an object, got {own!r}")
-    own = {tower.fields.get(name, name): value for name, value in own.items()}
-    if tower.fields:
-        own |= {
-            name: _square(name, own[name]) for name in ("image_size", "patch_size") if name in own
-        }
+    own = read_vision(own) if tower.is_transformers else own
     return config_class.from_dict(_plain(own) | overrides)
 
 
-def _square(name: str, sides: Any) -> Any:
-    """One side of a square that another package writes as a pair."""
-    if not isinstance(sides, list | tuple):
-        return sides
-    if len(set(sides)) != 1:
-        raise ValueError(f"{name} must be a square, got {sides}")
-    return sides[0]
+def _build_chat(config_class: Any, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    """The fields of the file may be transformers', those that the user sets are ours."""
+    config = config_class.from_dict(_plain(values))
+    asked = overrides.get("downsample_ratio", config.downsample_ratio)
+    if asked != config.downsample_ratio:
+        raise ValueError(
+            f"downsample_ratio={asked}: the projector of the checkpoint was made for "
+            f"{config.downsample_ratio}"
+        )
+    for name, value in overrides.items():
+        setattr(config.vision_config if name in OF_VISION else config, name, value)
+    config.check()
+    return config
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

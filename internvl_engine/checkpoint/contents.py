@@ -4,59 +4,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
+from .entries import Entry, Grouped, Stacked, Stored
 from .errors import CheckpointError, listed
-from .families import Layout
 from .files import WeightFile, open_weights
+from .grouping import Heads
+from .layouts import Layout
 from .locate import Needed, Source, Weights
 from .names import LORA, translate
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor in its file, not read yet."""
-
-    file: WeightFile
-    name: str
-    shape: tuple[int, ...]
-    dtype: Any
-
-    def read(self) -> Tensor:
-        """The tensor, mapped where the format allows."""
-        return self.file.read(self.name)
-
-    def __str__(self) -> str:
-        return f"{self.name} in {self.file.path}"
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Several stored tensors as one, row after row."""
-
-    pieces: tuple[Stored, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first = self.pieces[0].shape
-        return (sum(piece.shape[0] if piece.shape else 0 for piece in self.pieces), *first[1:])
-
-    @property
-    def dtype(self) -> Any:
-        return self.pieces[0].dtype
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        return torch.cat([piece.read() for piece in self.pieces])
-
-    def __str__(self) -> str:
-        return f"{self.pieces[0]} and {len(self.pieces) - 1} more"
-
-
-Entry = Stored | Stacked
 
 
 @dataclass
@@ -84,16 +39,23 @@ class Contents:
     parts: str | None = None
 
     @classmethod
-    def read(cls, source: Source, weights: Weights, needed: Needed | None = None) -> "Contents":
+    def read(
+        cls,
+        source: Source,
+        weights: Weights,
+        needed: Needed | None = None,
+        heads: Heads | None = None,
+    ) -> "Contents":
         """Reads the headers of a checkpoint's files.
 
         Args:
             needed: whether a tensor is wanted, by its published name; None wants all.
+            heads: of the language model, for layouts that store q, k and v as one tensor.
 
         Raises:
             CheckpointError: a file is damaged, or the names contradict each other.
         """
-        return _Reading(source, weights).contents(needed)
+        return _Reading(source, weights, heads).contents(needed)
 
     @classmethod
     def join(cls, contents: Mapping[str, "Contents"]) -> "Contents":
@@ -151,8 +113,8 @@ class Contents:
 class _Reading:
     """The headers of a checkpoint on their way into Contents."""
 
-    def __init__(self, source: Source, weights: Weights) -> None:
-        self.path, self.index = source.path, weights.index
+    def __init__(self, source: Source, weights: Weights, heads: Heads | None) -> None:
+        self.path, self.index, self.heads = source.path, weights.index, heads
         self.files: dict[Path, WeightFile] = {}
         if weights.shards is not None:
             self.where = {name: source.folder / file for name, file in weights.shards.items()}
@@ -176,10 +138,11 @@ class _Reading:
             if needed is not None and not needed(name):
                 continue
             adapter = LORA.match(name)
+            entry = self._entry(stored, names.grouped.get(name))
             if adapter:
-                lora.setdefault(adapter["linear"], {})[adapter["side"]] = self._entry(stored)
+                lora.setdefault(adapter["linear"], {})[adapter["side"]] = entry
             else:
-                tensors[name] = self._entry(stored)
+                tensors[name] = entry
         self._check_pairs(lora)
         return Contents(
             path=self.path,
@@ -196,9 +159,23 @@ class _Reading:
             self.files[path] = open_weights(path)
         return self.files[path]
 
-    def _entry(self, names: tuple[str, ...]) -> Entry:
+    def _entry(self, names: tuple[str, ...], rows: str | None) -> Entry:
         pieces = tuple(map(self._piece, names))
-        return pieces[0] if len(pieces) == 1 else Stacked(pieces)
+        if rows is None:
+            return pieces[0] if len(pieces) == 1 else Stacked(pieces)
+        packed = pieces[0]
+        if self.heads is None:
+            raise CheckpointError(
+                f"{packed}: q, k and v in one tensor, which a config.json with num_attention_heads "
+                "and num_key_value_heads would tell apart; there is none"
+            )
+        if not packed.shape or not self.heads.fit(packed.shape[0]):
+            query, key = self.heads
+            raise CheckpointError(
+                f"{packed}: needed rows for {query} heads that share {key} key heads, a multiple "
+                f"of {query + 2 * key}, got shape {packed.shape}"
+            )
+        return Grouped(packed, rows, self.heads)
 
     def _piece(self, name: str) -> Stored:
         path = self.where[name]

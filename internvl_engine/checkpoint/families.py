@@ -6,7 +6,8 @@
     InternViT        embeddings.*  encoder.*                           published, transformers
 
 A stored name becomes a published one in three steps: wrappers of trainers go (names.py), the rules
-of the layout that the names are in apply, and several tensors may become one, row after row.
+of the layout that the names are in apply (layouts.py), and several tensors may become one, row
+after row, or one become several.
 """
 
 from collections.abc import Mapping
@@ -17,40 +18,16 @@ CROSS_ATTENTION = r"(?:^|\.)layers\.(\d+)\.cross_attn\."
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One way to name the tensors of a family.
-
-    Args:
-        name: what messages call it.
-        marks: pattern; one stored name that matches tells the layout.
-        renames: patterns and their replacements, applied one after the other.
-        stacks: pattern of one of several tensors, the name of the whole, and the order of the
-            pattern's group `piece`. The pieces become one tensor, row after row.
-        leftovers: pattern of stored names that are known and of no use.
-        preset: the configuration where the checkpoint has no config.json.
-        parts: the parts it holds where no configuration says so.
-    """
-
-    name: str
-    marks: str
-    renames: tuple[tuple[str, str], ...] = ()
-    stacks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
-    leftovers: str | None = None
-    preset: str | None = None
-    parts: str | None = None
-
-
-@dataclass(frozen=True)
 class Tower:
     """A part of a checkpoint that has a model class of its own.
 
     Args:
         config: the field of config.json with its configuration; None where that is the whole file.
-        fields: fields that another package calls differently, by that package's name.
+        is_transformers: whether the fields are those of transformers' InternVLVisionConfig.
     """
 
     config: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
+    is_transformers: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,47 +91,68 @@ INTERNVL_14B = Family(
     lora={"vision_model.": "backbone", "qllama.": "qllama"},
     forces_size=True,
 )
-# transformers' vision tower has other names for the fields of the same configuration.
-_TRANSFORMERS_VISION = {
-    "use_qk_norm": "qk_normalization",
-    "attention_bias": "qkv_bias",
-    "layer_scale_init_value": "initializer_factor",
-    "hidden_dropout_prob": "dropout",
+# vision    vision tower and projector: the features of images in the language model's width
+# language  the language model alone: text
+# all       the whole model
+_CHAT_PARTS = {
+    "vision": (_VISION, r"mlp1\."),
+    "language": (r"language_model\.",),
+    "all": ("",),
 }
-_TOWER_OF_CHAT = "InternVisionModel takes its vision tower"
+_CHAT_LORA = {"vision_model.": "backbone", "language_model.": "llm"}
+_CHAT_ADVICE = (
+    "VisionLanguageModel and InternVLChat take it; InternVisionModel takes its vision tower"
+)
 CHAT = Family(
     title="a chat checkpoint (vision tower, MLP and a language model)",
     model_types=("internvl_chat",),
     config_fields=("vision_config", "llm_config"),
+    builds="internvl_chat",
     towers={
         "vision": Tower("vision_config"),
         "language": Tower("llm_config"),
     },
-    advice=_TOWER_OF_CHAT,
+    advice=_CHAT_ADVICE,
+    parts=_CHAT_PARTS,
+    lora=_CHAT_LORA,
 )
 TRANSFORMERS_CHAT = Family(
     title="a chat checkpoint in transformers' layout (InternVLForConditionalGeneration)",
     model_types=("internvl",),
     config_fields=("vision_config", "text_config"),
+    builds="internvl_chat",
     towers={
-        "vision": Tower("vision_config", _TRANSFORMERS_VISION),
+        "vision": Tower("vision_config", is_transformers=True),
         "language": Tower("text_config"),
     },
-    advice=_TOWER_OF_CHAT,
+    advice=_CHAT_ADVICE,
+    parts=_CHAT_PARTS,
+    lora=_CHAT_LORA,
+)
+_VISION_ADVICE = (
+    "InternVisionModel takes it, and VisionLanguageModel.from_parts(vision=..., language=...) puts "
+    "a projector and a language model behind it"
 )
 VISION = Family(
     title="an InternViT vision tower alone",
     model_types=("intern_vit_6b", "intern_vit_300m"),
     towers={"vision": Tower()},
-    advice="InternVisionModel takes it",
+    advice=_VISION_ADVICE,
 )
 TRANSFORMERS_VISION = Family(
     title="an InternViT vision tower alone, in transformers' layout",
     model_types=("internvl_vision",),
-    towers={"vision": Tower(fields=_TRANSFORMERS_VISION)},
-    advice="InternVisionModel takes it",
+    towers={"vision": Tower(is_transformers=True)},
+    advice=_VISION_ADVICE,
 )
-FAMILIES = (INTERNVL_14B, CHAT, TRANSFORMERS_CHAT, VISION, TRANSFORMERS_VISION)
+QUERY_BRIDGE = Family(
+    title="a query bridge (learned queries and QLLaMA alone)",
+    model_types=("internvl_query_bridge",),
+    builds="internvl_query_bridge",
+    advice="QueryBridge takes it",
+    parts={"all": ("",)},
+)
+FAMILIES = (INTERNVL_14B, CHAT, TRANSFORMERS_CHAT, VISION, TRANSFORMERS_VISION, QUERY_BRIDGE)
 
 # Names at the top of a composite. Whatever stands before one of them is a trainer's prefix.
 ROOTS = frozenset({
@@ -164,55 +162,3 @@ ROOTS = frozenset({
 })  # fmt: skip
 # Those of them that belong to a tower, by what `Family.towers` calls it.
 TOWER_ROOTS = {"vision": {"vision_model"}, "language": {"qllama", "language_model"}}
-
-STANDALONE = Layout(
-    name="the standalone InternVL-C file",
-    marks=r"^(cls_token|pos_embed)$|^blocks\.0\.",
-    renames=(
-        (r"^cls_token$", "vision_model.embeddings.class_embedding"),
-        (r"^pos_embed$", f"vision_model.{POSITIONS}"),
-        (r"^patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-        (r"^blocks\.(.*?)(?:\.gamma)?$", r"vision_model.encoder.layers.\1"),
-        (r"^transformer\.", "qllama.model."),
-    ),
-    # What stage-1 training left behind. Its LoRA matrices among them: the published inference
-    # never applies them.
-    leftovers=(
-        r"^(target_pos_embed|mask_token|grad_norm_square_momentum_(clip|sim))$|^norm3\."
-        r"|\.lora_[AB]\."
-    ),
-    preset="14b-224px",
-    parts="c",
-)
-TRANSFORMERS = Layout(
-    name="transformers' layout",
-    marks=r"(^|\.)embeddings\.cls_token$|(^|\.)encoder\.layer\.\d+\.|^multi_modal_projector\.",
-    renames=(
-        (r"^vision_tower\.", "vision_model."),
-        (r"embeddings\.cls_token$", "embeddings.class_embedding"),
-        (r"embeddings\.position_embeddings$", POSITIONS),
-        (r"embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
-        (r"encoder\.layer\.(\d+)\.", r"encoder.layers.\1."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.lambda_([12])$", r".ls\1"),
-        (r"\.attention\.projection_layer\.", ".attn.proj."),
-        (r"\.attention\.([qk])_norm\.", r".attn.\1_norm."),
-        (r"^multi_modal_projector\.layer_norm\.", "mlp1.0."),
-        (r"^multi_modal_projector\.linear_1\.", "mlp1.1."),
-        (r"^multi_modal_projector\.linear_2\.", "mlp1.3."),
-        # Files have the language model's own names; state dicts of the model in memory do not.
-        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-    ),
-    stacks=(
-        (
-            r"^(?P<start>.*encoder\.layers\.\d+)\.attention\.(?P<piece>[qkv])_proj\.(?P<end>\w+)$",
-            r"\g<start>.attn.qkv.\g<end>",
-            ("q", "k", "v"),
-        ),
-    ),
-)
-LAYOUTS = (STANDALONE, TRANSFORMERS)
-# Of every family: tables that old LLaMA code saved, and the counter of AveragedModel.
-LEFTOVERS = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^n_averaged$"

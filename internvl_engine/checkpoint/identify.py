@@ -35,6 +35,14 @@ def tower_of(config_class: Any) -> str:
     return "vision" if is_vision else "language"
 
 
+def language_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """What of a config.json is about its language model: all where it is nothing else."""
+    family = family_of(values)
+    tower = family.towers.get("language") if family is not None else None
+    own = values if tower is None or tower.config is None else values[tower.config]
+    return own if isinstance(own, dict) else {}
+
+
 def own_fields(values: dict[str, Any], config_class: Any) -> dict[str, Any]:
     """What of a config.json is about the model of a class: all, or the part of a tower."""
     family = family_of(values)
@@ -66,7 +74,7 @@ def check_takes(source: str | Path, model_class: Any, **options: Any) -> Source:
         CheckpointError: it is of another kind; the message says of which, and which class takes it.
     """
     found = Source.find(source, **hub_options(options))
-    refuse_adapter(found)
+    refuse_adapter(found, built_by(model_class.config_class))
     if found.config is not None:
         check_config(found.config, model_class.config_class, found.folder / "config.json")
     if found.hub is None:
@@ -85,7 +93,8 @@ def check_config(values: dict[str, Any], config_class: Any, place: Path | str) -
     """
     family, needed = family_of(values), built_by(config_class)
     if needed is not None:
-        fits, title = family is needed, needed.title
+        fits = family is not None and family.builds == needed.builds
+        title = needed.title
     else:
         tower = tower_of(config_class)
         fits = family is None or tower in family.towers
@@ -93,16 +102,34 @@ def check_config(values: dict[str, Any], config_class: Any, place: Path | str) -
     if fits:
         return
     if family is None:
-        kind = f"it has model_type {values.get('model_type')!r}: another architecture"
-        raise CheckpointError(f"{place}: not a {config_class.__name__}: {kind}, not {title}")
+        kind, advice = _stranger(values)
+        raise CheckpointError(
+            f"{place}: not a {config_class.__name__}: {kind}, not {title}{advice}"
+        )
     raise CheckpointError(
         f"{place}: not a {config_class.__name__}: this is {family.title}, not {title}; "
         f"{family.advice}"
     )
 
 
-def refuse_adapter(source: Source) -> None:
+def _stranger(values: dict[str, Any]) -> tuple[str, str]:
+    """What a config.json of no family of ours is, and what takes it where something here does."""
+    names = values.get("architectures") or ()
+    decoder = next((n for n in names if str(n).endswith(("ForCausalLM", "LMHeadModel"))), None)
+    if decoder is None:
+        return f"it has model_type {values.get('model_type')!r}: another architecture", ""
+    advice = (
+        "; VisionLanguageModel.from_parts(vision=..., language=...) puts a vision tower and a "
+        "projector before it"
+    )
+    return f"this is a language model alone ({decoder})", advice
+
+
+def refuse_adapter(source: Source, family: Family | None) -> None:
     """Raises where a folder holds what peft saves: the LoRA matrices alone.
+
+    Args:
+        family: whose composite was asked for; None for a tower.
 
     Raises:
         CheckpointError: it does.
@@ -112,19 +139,23 @@ def refuse_adapter(source: Source) -> None:
         return
     kind = f"a peft adapter ({values.get('peft_type', 'LORA')}, rank {values.get('r', 'unknown')})"
     base = values.get("base_model_name_or_path") or "the checkpoint it was trained on"
-    place = _adapted(source.folder)
+    place = _adapted(source.folder, family)
     raise CheckpointError(
         f"{source.path}: {kind} without the weights that it adapts. Load {base} with "
         f"from_pretrained, then {place} = peft.PeftModel.from_pretrained({place}, folder)"
     )
 
 
-def _adapted(folder: Path) -> str:
+def _adapted(folder: Path, family: Family | None) -> str:
     """The module that an adapter belongs on, by the names of its matrices."""
     path = next(folder.glob("adapter_model.*"), None)
     if path is None:
         return "model"
-    name = canonical(next(iter(open_weights(path).names()), ""))
+    names = open_weights(path).names()
+    name = canonical(next(iter(names), ""))
     if name.partition(".")[0] in ROOTS:
         return "model"
-    return "model.vision_model" if name.startswith("encoder.") else "model.qllama"
+    if family is None:
+        return "model"
+    vision, language = family.lora
+    return f"model.{vision if name.startswith('encoder.') else language}".rstrip(".")

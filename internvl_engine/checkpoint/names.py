@@ -7,15 +7,19 @@ trainers      module._orig_mod.vision_model.encoder.layers.0._fsdp_wrapped_modul
 standalone C  blocks.0.attn.qkv.weight      (internvl_c_13b_224px.pth)
 one tower     encoder.layers.0.attn.qkv.weight
 
-The rules themselves are in families.py.
+InternLM2     language_model.model.layers.0.attention.wqkv.weight
+
+The rules themselves are in layouts.py.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .families import LAYOUTS, LEFTOVERS, ROOTS, Layout
+from .families import ROOTS
+from .grouping import PIECES
+from .layouts import LAYOUTS, LEFTOVERS, Layout
 
 LORA = re.compile(r"^(?P<linear>.*)\.lora_(?P<side>[AB])\.weight$")
 
@@ -40,6 +44,7 @@ class Names:
 
     Args:
         stored: published name to the stored names whose tensors, row after row, are it.
+        grouped: published name to "q", "k" or "v" where it is some rows of the stored tensor.
         leftovers: stored names that are known and of no use.
         doubled: pairs of stored names that mean the same tensor.
         layout: the layout the names are in; None is the published one.
@@ -47,6 +52,7 @@ class Names:
     """
 
     stored: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    grouped: dict[str, str] = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
     doubled: list[tuple[str, str]] = field(default_factory=list)
     layout: Layout | None = None
@@ -75,11 +81,13 @@ def translate(names: Iterable[str]) -> Names:
         if re.search(unused, short) or _REPLACED.search(name):
             result.leftovers.append(name)
             continue
-        published, place = _publish(short, layout)
-        taken = pieces.setdefault(published, {})
-        if place in taken:
-            result.doubled.append((taken[place], name))
-        taken[place] = name
+        for published, place, piece in _publish(short, layout):
+            taken = pieces.setdefault(published, {})
+            if place in taken:
+                result.doubled.append((taken[place], name))
+            taken[place] = name
+            if piece is not None:
+                result.grouped[published] = piece
     result.stored = {
         published: tuple(found[place] for place in sorted(found))
         for published, found in pieces.items()
@@ -92,16 +100,21 @@ def _is_in(layout: Layout, names: Iterable[str]) -> bool:
     return any(marks.search(name) for name in names)
 
 
-def _publish(name: str, layout: Layout | None) -> tuple[str, int]:
-    """The published name, and which piece of that tensor it is."""
+def _publish(name: str, layout: Layout | None) -> Iterator[tuple[str, int, str | None]]:
+    """Published names, which piece of that tensor it is, and which rows of it that tensor is."""
     if layout is None:
-        return name, 0
-    for pattern, replacement in layout.renames:
-        name = re.sub(pattern, replacement, name)
-    for pattern, whole, order in layout.stacks:
-        if found := re.match(pattern, name):
-            return found.expand(whole), order.index(found["piece"])
-    return name, 0
+        yield name, 0, None
+        return
+    name = layout.ours(name)
+    if layout.stacked and (found := layout.stacked.piece_pattern.match(name)):
+        yield layout.stacked.whole.format(**found.groupdict()), PIECES.index(found["piece"]), None
+    elif layout.grouped and (found := layout.grouped.whole_pattern.match(name)):
+        for piece in PIECES:
+            # lora_A maps what goes in, which is the same for all three.
+            rows = None if found["end"].startswith("lora_A.") else piece
+            yield layout.grouped.piece.format(piece=piece, **found.groupdict()), 0, rows
+    else:
+        yield name, 0, None
 
 
 def _prefix(names: Iterable[str]) -> tuple[str, tuple[str, ...]]:

@@ -27,10 +27,10 @@ def needs(parts: str, family: Family = INTERNVL_14B) -> Callable[[str], bool]:
     return lambda name: pattern.match(name) is not None
 
 
-def parts_with(names: Iterable[str]) -> list[str]:
+def parts_with(names: Iterable[str], family: Family = INTERNVL_14B) -> list[str]:
     """The parts that hold any of the weights of these published names."""
     names = list(names)
-    return [parts for parts in PARTS if any(map(needs(parts), names))]
+    return [parts for parts in family.parts if any(map(needs(parts, family), names))]
 
 
 class PartNotLoadedError(RuntimeError):
@@ -41,8 +41,8 @@ class PartNotLoadedAttributeError(PartNotLoadedError, AttributeError):
     """The same where an attribute was asked for: `hasattr` says no."""
 
 
-def _explanation(name: str, weights: Iterable[str], parts: str) -> str:
-    others = " or ".join(map(repr, parts_with(weights)))
+def _explanation(name: str, weights: Iterable[str], parts: str, family: Family) -> str:
+    others = " or ".join(map(repr, parts_with(weights, family)))
     return (
         f"this model was loaded with parts={parts!r}, which leave {name} out; what you asked for "
         f"needs it: load with parts={others}"
@@ -52,9 +52,9 @@ def _explanation(name: str, weights: Iterable[str], parts: str) -> str:
 class AbsentModule(nn.Module):
     """Stands in place of a module that the loaded parts leave out; it holds nothing."""
 
-    def __init__(self, name: str, weights: Iterable[str], parts: str, replaced: nn.Module) -> None:
+    def __init__(self, explanation: str, replaced: nn.Module) -> None:
         super().__init__()
-        self.explanation = _explanation(name, weights, parts)
+        self.explanation = explanation
         self.submodules = frozenset(child for child, _ in replaced.named_children())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,8 +73,8 @@ class AbsentModule(nn.Module):
 class AbsentParameter:
     """Stands in place of a parameter that the loaded parts leave out."""
 
-    def __init__(self, name: str, parts: str) -> None:
-        self.explanation = _explanation(name, [name], parts)
+    def __init__(self, explanation: str) -> None:
+        self.explanation = explanation
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "explanation" not in self.__dict__:  # copy and pickle ask
@@ -85,22 +85,24 @@ class AbsentParameter:
         raise PartNotLoadedError(self.explanation)
 
 
-def drop_absent(model: nn.Module, parts: str) -> None:
+def drop_absent(model: nn.Module, parts: str, family: Family = INTERNVL_14B) -> None:
     """Puts stand-ins where the composite holds what the parts leave out."""
-    needed = needs(parts)
     for name, _ in list(model.named_parameters(recurse=False)):
-        if not needed(name):
+        if not needs(parts, family)(name):
             delattr(model, name)
-            object.__setattr__(model, name, AbsentParameter(name, parts))
-    _drop_below(model, "", needed, parts)
+            explanation = _explanation(name, [name], parts, family)
+            object.__setattr__(model, name, AbsentParameter(explanation))
+    _drop_below(model, "", parts, family)
 
 
-def _drop_below(module: nn.Module, path: str, needed: Callable[[str], bool], parts: str) -> None:
+def _drop_below(module: nn.Module, path: str, parts: str, family: Family) -> None:
+    needed = needs(parts, family)
     for name, child in list(module.named_children()):
         place = canonical(f"{path}{name}.")
         weights = [canonical(place + weight) for weight, _ in child.named_parameters()]
         kept = [needed(weight) for weight in weights]
         if kept and not any(kept):
-            setattr(module, name, AbsentModule(place.rstrip("."), weights, parts, child))
+            explanation = _explanation(place.rstrip("."), weights, parts, family)
+            setattr(module, name, AbsentModule(explanation, child))
         elif not all(kept):
-            _drop_below(child, place, needed, parts)
+            _drop_below(child, place, parts, family)

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .contents import Contents, Entry, Stored
+from .contents import Contents
 from .dtypes import FLOATS, dtype_name
+from .entries import Entry, Stored
 from .errors import CheckpointError, listed
-from .names import canonical
+from .experts import fuse_experts
+from .names import LORA, canonical
 from .ties import heads
 
 
@@ -76,8 +78,8 @@ class Plan:
         reader: reads it.
         patch_size: side of a patch in pixels; None for a decoder.
         resize: side in pixels to which the position table is resized once it is there.
-        tied: name of an output embedding to that of the input embedding whose weight it takes,
-            because the checkpoint has one tensor for both.
+        tied: name of a weight to that of the one that it is, because the checkpoint has one tensor
+            for both: an output embedding and the input embedding, lora_A of q, k and v.
     """
 
     names: dict[str, str]
@@ -120,6 +122,7 @@ def match(
     """
     state = model.state_dict()
     wanted = {name: canonical(name) for name in state}
+    fuse_experts(contents, wanted.values())
     available = set(contents.tensors)
     tied = {
         each.head: each.embedding
@@ -145,7 +148,20 @@ def match(
             problems += _problems(contents.entry(published), tuple(state[name].shape))
     if problems:
         raise CheckpointError("\n".join(problems[:5]) + _beyond(len(problems) - 5))
-    return wanted, tied
+    tied |= _shared(wanted, contents)
+    return {name: own for name, own in wanted.items() if name not in tied}, tied
+
+
+def _shared(wanted: Mapping[str, str], contents: Contents) -> dict[str, str]:
+    """LoRA matrices that are one tensor in the checkpoint: later name to the first.
+
+    One tensor in the model too, so that its gradient is that of the published parameter.
+    """
+    first: dict[Entry, str] = {}
+    found = {name: contents.entry(own) for name, own in wanted.items() if LORA.match(own)}
+    return {
+        name: first[entry] for name, entry in found.items() if first.setdefault(entry, name) != name
+    }
 
 
 def _missing(contents: Contents, missing: list[str]) -> str:
@@ -158,6 +174,11 @@ def _missing(contents: Contents, missing: list[str]) -> str:
         text += (
             "; it holds FSDP's flattened parameters: save a full state dict (StateDictType."
             "FULL_STATE_DICT)"
+        )
+    if any(name.startswith("mlp1.") for name in missing) and "mlp1.1.weight" not in contents.names:
+        text += (
+            "; it has no projector (mlp1): VisionLanguageModel.from_parts(vision=..., language=..."
+            ") starts a new one"
         )
     if contents.parts:
         text += f"; the checkpoint holds parts {contents.parts!r}"

@@ -13,21 +13,33 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..configuration import VisionLanguageConfig
 from . import ties
 from .adoption import adopt
+from .arranging import PUBLISHED
 from .building import build
 from .configs import Reading, fields_of, read_config
 from .contents import Contents
 from .dtypes import resolve_dtype
 from .fill import fill
+from .grouping import heads_of
 from .hub import hub_options
-from .identify import built_by, check_config, needed_by, own_fields, refuse_adapter
+from .identify import (
+    built_by,
+    check_config,
+    language_fields,
+    needed_by,
+    own_fields,
+    refuse_adapter,
+)
 from .locate import Source
 from .names import canonical, prefix_of
 from .parts import drop_absent
 from .placement import Placement, place
 from .plan import Plan, Reader, match
 from .quantized import refuse_quantized
+from .saving import Origin, layout_of
+from .tokens import IMG_CONTEXT, added_token_id
 
 
 def load_pretrained(
@@ -62,8 +74,9 @@ def load_pretrained(
         device_map: "auto", "balanced", "sequential", or module names to devices, "cpu" or "disk".
         offload_folder: for weights on disk that are not stored in dtype.
         max_memory: device number, "cpu" to bytes or "20GiB"; for device_map="auto".
-        parts: "image", "text", "c", "g", "caption" or "all" of the composite; the rest is neither
-            read nor held, and using it raises. None is what the checkpoint holds.
+        parts: "image", "text", "c", "g", "caption" or "all" of InternVL-14B; "vision" (with the
+            projector), "language" or "all" of a chat model. The rest is neither read nor held, and
+            using it raises. None is what the checkpoint holds.
         merge_lora: fold LoRA into the weights it adapts, instead of building a model with LoRA.
         lora_alpha: LoRA's alpha, which published checkpoints do not store; None is the
             configuration's, else twice the rank.
@@ -90,7 +103,7 @@ def load_pretrained(
         placement = place(model, device, device_map, max_memory, dtype)
         dtype = resolve_dtype(dtype, placement.main)
         fill(model, plan, placement, dtype, offload_folder, progress)
-        _finish(model, found, placement, dtype)
+        _finish(model, plan, found, placement, dtype)
     if not output_loading_info:
         return model
     info: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -128,13 +141,14 @@ def prepare(
     needed_by(model_class, parts)  # before anything is downloaded: are there such parts?
     given = fields_of(config, model_class.config_class)
     found = Source.find(source, **hub_options(options))
-    refuse_adapter(found)
+    refuse_adapter(found, family)
     if given is None and found.config is not None:  # before weights are downloaded
         check_config(found.config, model_class.config_class, found.folder / "config.json")
     if family is not None and parts is None:
         parts = (given or {}).get("parts") or (found.config or {}).get("parts")
     needed = needed_by(model_class, parts)
-    contents = Contents.read(found, found.weights(needed), needed)
+    heads = heads_of(language_fields(given or found.config or {}))
+    contents = Contents.read(found, found.weights(needed), needed, heads)
     reading = read_config(model_class.config_class, found, given, options, contents)
     if config is None and "quantization_config" not in options and found.config is not None:
         refuse_quantized(contents, own_fields(found.config, model_class.config_class))
@@ -143,12 +157,13 @@ def prepare(
     if lora_alpha is not None:
         if not contents.lora:
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")
-        reading.alphas = dict.fromkeys(reading.alphas, lora_alpha)
+        reading.alphas = dict.fromkeys(reading.alphas or [""], lora_alpha)
     contents.parts = reading.parts
-    asked = {"force_image_size": (given or {}).get("force_image_size")} | reading.overrides
-    resize = adopt(
-        reading, contents, merge_lora, asked.get("image_size") or asked["force_image_size"]
-    )
+    asked = dict(reading.overrides)
+    if family is not None and family.forces_size:
+        asked = {"force_image_size": (given or {}).get("force_image_size")} | asked
+    size = asked.get("image_size") or asked.get("force_image_size")
+    resize = adopt(reading, contents, merge_lora, size)
     model = build(model_class, reading.config)
     plan = _plan(model, reading, contents, parts, merge_lora, strict)
     plan.resize = resize
@@ -164,10 +179,10 @@ def _plan(
     strict: bool,
 ) -> Plan:
     """Finds every weight of the model, which is cut to the parts first."""
-    alphas = reading.alphas
-    if built_by(type(model.config)) is not None:
+    alphas, family = reading.alphas, built_by(type(model.config))
+    if family is not None:
         parts = parts or reading.parts or "all"
-        drop_absent(model, parts)
+        drop_absent(model, parts, family)
         model.config.parts = None if parts == "all" else parts
     else:
         prefix = prefix_of(map(canonical, model.state_dict()), contents.names)
@@ -180,7 +195,9 @@ def _plan(
     return Plan(names, contents, Reader(contents, merge, alphas), patch_size, tied=tied)
 
 
-def _finish(model: Any, source: Source, placement: Placement, dtype: torch.dtype) -> None:
+def _finish(
+    model: Any, plan: Plan, source: Source, placement: Placement, dtype: torch.dtype
+) -> None:
     """What a loaded model has beside its weights."""
     model.eval()
     model.config.dtype = dtype
@@ -189,7 +206,19 @@ def _finish(model: Any, source: Source, placement: Placement, dtype: torch.dtype
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.placement = placement
+    if isinstance(model.config, VisionLanguageConfig):
+        model.origin = Origin(source.folder, layout_of(plan.contents))
+        take_context_id(model, source)
+        if model.origin.layout == PUBLISHED:  # whose code goes by llm_config
+            return
     if source.json("generation_config.json") is not None:
         generator: Any = model if model.can_generate() else getattr(model, "language_model", None)
         if hasattr(generator, "generation_config"):
             generator.generation_config = GenerationConfig.from_pretrained(source.folder)
+
+
+def take_context_id(model: Any, source: Source) -> None:
+    """The placeholder's id out of the tokenizer's files, where the configuration has none."""
+    if model.img_context_token_id is None:
+        model.img_context_token_id = added_token_id(source, IMG_CONTEXT)
+        model.config.img_context_token_id = model.img_context_token_id

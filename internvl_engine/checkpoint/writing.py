@@ -58,7 +58,11 @@ def _mark(path: Path) -> tuple[int, int]:
 def write_shards(
     folder: Path, planned: list[Planned], read: Callable[[str], Tensor], max_shard_size: int
 ) -> list[Path]:
-    """Writes the tensors as one file, or as shards with an index; only complete files get names.
+    """Writes the tensors as one file, or as shards with an index.
+
+    Files get their names when all are complete: what lies in the folder stays whole where writing
+    is cut off. An index goes before its shards are replaced, so that a folder in between, for the
+    moment that takes, says that it is incomplete.
 
     Args:
         folder: exists.
@@ -75,10 +79,19 @@ def write_shards(
     else:
         count = len(shards)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    written = []
-    for name, shard in zip(names, shards, strict=True):
-        _write(folder / name, shard, read)
-        written.append(folder / name)
+    partial = [folder / f"{name}.partial" for name in names]
+    try:
+        for path, shard in zip(partial, shards, strict=True):
+            _write(path, shard, read)
+    except BaseException:  # a keyboard interrupt too
+        for path in partial:
+            path.unlink(missing_ok=True)
+        raise
+    written = [folder / name for name in names]
+    if any(path.is_file() for path in written) and len(shards) > 1:
+        (folder / INDEX).unlink(missing_ok=True)
+    for path, complete in zip(partial, written, strict=True):
+        path.replace(complete)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.size for tensor in planned)},
@@ -86,7 +99,7 @@ def write_shards(
                 t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
             },
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
         written.append(folder / INDEX)
     return written
 
@@ -117,8 +130,7 @@ def _write(path: Path, tensors: list[Planned], read: Callable[[str], Tensor]) ->
         end += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             value = read(tensor.name)
@@ -126,4 +138,10 @@ def _write(path: Path, tensors: list[Planned], read: Callable[[str], Tensor]) ->
             file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, in place of an earlier one only when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import images, machine, search
+from . import chat, images, machine, search
 
 app = typer.Typer(
     help="InternVL-14B on fused kernels: classify, describe, question and find images.",
@@ -33,5 +33,6 @@ def _options(
 
 machine.register_demo(app)
 images.register(app)
+chat.register(app)
 search.register(app)
 machine.register(app)

@@ -1,4 +1,4 @@
-"""`internvl demo`: the embedded model on handwriting it never saw, scored and drawn."""
+"""`internvl demo`: the embedded models on handwriting they never saw, scored and drawn."""
 
 import tempfile
 import time
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..engine import InternVL
 
 
+CHAT = ("What is this?", "What colour is the first?")  # two turns of a conversation
+SCENES = 60
 QUESTIONS = {"colour": "what colour is it?", "digit": "what digit is it?"}
 MODES: "tuple[Mode, ...]" = ("c", "g")
 BATCH = 90
@@ -38,10 +40,24 @@ class Picture:
 
 
 @dataclass
+class Scene:
+    """A picture of several held-out digits, and a conversation about it: the turns of `CHAT`.
+
+    truths: the right answers.
+    answers: those that the chat model gave.
+    """
+
+    image: "Image"
+    truths: tuple[str, str]
+    answers: tuple[str, str]
+
+
+@dataclass
 class Demo:
     """Everything that was seen, and how well."""
 
     pictures: list[Picture]
+    scenes: list[Scene]
     searches: dict[str, list[tuple[int, float]]]  # query: places of pictures, with their cosines
     accuracy: dict[str, float]
     more: dict[str, float]
@@ -58,6 +74,7 @@ class Demo:
                 "images": len(self.pictures),
                 "labels": len({picture.digit for picture in self.pictures}),
                 "queries": len(self.searches),
+                "scenes": len(self.scenes),
                 "parameters": self.parameters,
             },
             "seconds": self.seconds,
@@ -79,7 +96,8 @@ class _Clock:
 
 
 def run(device: str | None = None, dtype: str | None = None) -> Demo:
-    """Classifies (C and G), describes, questions and searches all held-out pictures.
+    """Classifies (C and G), describes, questions and searches all held-out pictures, and talks
+    about scenes of them.
 
     Args:
         device: None is the GPU where there is one.
@@ -110,12 +128,15 @@ def run(device: str | None = None, dtype: str | None = None) -> Demo:
     clock.lap("answer")
     searches = _search(engine, images, sorted({picture.truth for picture in pictures}))
     clock.lap("index_and_search")
+    scenes = _talk(device, dtype)
+    clock.lap("chat")
     seconds = clock.seconds | {"all": round(sum(clock.seconds.values()), 4)}
     return Demo(
         pictures,
+        scenes,
         searches,
-        _accuracy(pictures, searches),
-        _more(pictures),
+        _accuracy(pictures, scenes, searches),
+        _more(pictures, scenes),
         seconds,
         machine(engine),
         engine.num_parameters,
@@ -150,8 +171,27 @@ def _search(
     }
 
 
+def _talk(device: str | None, dtype: str | None) -> list[Scene]:
+    """Two questions in a row about each scene, to the chat model."""
+    from ..assets import held_out_scenes, in_words
+    from ..engine import InternVLChat
+
+    engine = InternVLChat.nano(device=device, **({"dtype": dtype} if dtype else {}))
+    images, shown = held_out_scenes(SCENES)
+    options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": SCENES // 2}
+    first = engine.chat(images, [CHAT[0]] * SCENES, return_history=True, **options)
+    history = [before for _, before in first]
+    second = engine.chat(question=[CHAT[1]] * SCENES, history=history, **options)
+    return [
+        Scene(image, (in_words(pairs), pairs[0][0]), (text, later))
+        for image, pairs, (text, _), later in zip(images, shown, first, second, strict=True)
+    ]
+
+
 def _accuracy(
-    pictures: list[Picture], searches: dict[str, list[tuple[int, float]]]
+    pictures: list[Picture],
+    scenes: list[Scene],
+    searches: dict[str, list[tuple[int, float]]],
 ) -> dict[str, float]:
     """Shares of 0..1; R@1 is how often the first picture of a query shows what it says."""
     return {
@@ -161,16 +201,18 @@ def _accuracy(
         "retrieval_r1": _share(
             pictures[hits[0][0]].truth == query for query, hits in searches.items()
         ),
+        "chat": _share(scene.answers[0] == scene.truths[0] for scene in scenes),
     }
 
 
-def _more(pictures: list[Picture]) -> dict[str, float]:
-    return {
+def _more(pictures: list[Picture], scenes: list[Scene]) -> dict[str, float]:
+    answers = {
         f"answer_{name}": _share(
             picture.answers[name] == getattr(picture, name) for picture in pictures
         )
         for name in QUESTIONS
     }
+    return answers | {"chat_later": _share(s.answers[1] == s.truths[1] for s in scenes)}
 
 
 def _share(right: Any) -> float:

@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     """Adds the others."""
     for function in (doctor, verify, convert):
         command(app)(function)
-    for benchmark in (kernels, layers, encoder):
+    for benchmark in (kernels, layers, encoder, chat):
         command(bench)(benchmark)
     app.add_typer(bench, name="bench")
 
@@ -40,17 +40,17 @@ def demo(
     dtype: Annotated[str | None, typer.Option(help="[default: float32]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the embedded model on held-out pictures: no network, a few seconds.
+    """Run the embedded models on held-out pictures: no network, a few seconds.
 
-    Classifies, describes, questions and searches 360 handwritten digits that it never saw, and
-    draws what came of it.
+    Classifies, describes, questions and searches 360 handwritten digits that they never saw, talks
+    about several of them in one picture, and draws what came of it.
     """
     check_writable(out, "--out")
-    from .demo import run
+    from .demo import CHAT, run
     from .sheet import draw
 
     if not as_json:
-        notice("the embedded nano model on 360 held-out pictures ...")
+        notice("the embedded models on 360 held-out pictures ...")
     seen = run(device, dtype)
     draw(seen, light).save(out)
     if as_json:
@@ -61,6 +61,9 @@ def demo(
     examples = seen.pictures[:84:21]
     rows = [(p.caption, p.label["c"], _percent(p.probability["c"]), p.truth) for p in examples]
     print_table(("it says", "digit", "sure", "it is"), rows)
+    typer.echo()
+    talks = [(scene.answers[0], scene.answers[1], scene.truths[0]) for scene in seen.scenes[:6]]
+    print_table((*CHAT, "it is"), talks)
     show(f"\n{len(seen.pictures)} pictures in {seen.seconds['all']:.1f} s; see {out}")
 
 
@@ -73,6 +76,8 @@ def _results(seen: "Demo") -> list[tuple[str, str, float]]:
         ("answers: what colour?", _percent(more["answer_colour"]), seconds["answer"] / 2),
         ("answers: what digit?", _percent(more["answer_digit"]), seconds["answer"] / 2),
         ("search by text, R@1", _percent(right["retrieval_r1"]), seconds["index_and_search"]),
+        ("chat: what is this?", _percent(right["chat"]), seconds["chat"] / 2),
+        ("chat, then: what colour?", _percent(more["chat_later"]), seconds["chat"] / 2),
     ]
 
 
@@ -106,7 +111,7 @@ def verify(
     from ..verification import verify as check
 
     report = check(directory, images or None, hashes=hashes)
-    failure = f"{directory}: the checkpoint is damaged or not one of InternVL-14B"
+    failure = f"{directory}: the checkpoint is damaged, or not one that is known here"
     if as_json:
         print_json(report.as_dict() | ({} if report.ok else {"error": failure}))
     else:
@@ -121,15 +126,23 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="[default: as stored]")] = None,
     parts: Annotated[
-        str | None, typer.Option(help="all, c, g, image, text or caption. [default: what is there]")
+        str | None,
+        typer.Option(
+            help="all, c, g, image, text or caption; of a chat model all, vision or language. "
+            "[default: what is there]"
+        ),
     ] = None,
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Fold LoRA in.")] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Of a chat model: published or transformers. [default: as it is]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint again: another dtype, fewer parts, LoRA merged, safetensors."""
+    """Write a checkpoint again: another dtype or layout, fewer parts, LoRA merged, safetensors."""
     from ..conversion import convert as rewrite
 
-    files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora)
+    files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora, layout=layout)
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
         print_json({"source": source, "target": str(target), "files": sizes})
@@ -200,7 +213,9 @@ def kernels(
 
 
 def layers(
-    which: Annotated[list[str] | None, typer.Argument(help="vision, qllama, or both.")] = None,
+    which: Annotated[
+        list[str] | None, typer.Argument(help="vision, vision_300m, qllama, decoder; all.")
+    ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="In a batch.")] = 4,
     options: BenchOptions = USUAL,
 ) -> None:
@@ -227,6 +242,21 @@ def encoder(
     from ..benchmarks.encoder import cases
 
     options.run({"encoder": lambda device: cases(device, images or (), depth, compiles=compiles)})
+
+
+def chat(
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "bfloat16",
+    tiles: Annotated[int, typer.Option("--tiles", min=1, help="Of an image.")] = 5,
+    options: BenchOptions = USUAL,
+) -> None:
+    """A chat model of InternVL3-1B's shape with random weights, against transformers' own."""
+    import torch
+
+    from ..benchmarks.chat import cases
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"bench: --dtype must be float32 or bfloat16, got {dtype!r}")
+    options.run({"chat": lambda device: cases(device, getattr(torch, dtype), tiles=tiles)})
 
 
 def _percent(share: float) -> str:

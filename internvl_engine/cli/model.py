@@ -8,10 +8,10 @@ from ..printable import printable
 from .console import notice
 
 if TYPE_CHECKING:
-    from ..engine import InternVL
+    from ..engine import InternVL, InternVLChat
 
-NANO = "nano"
-VARIABLE = "INTERNVL_MODEL"
+NANO, NANO_CHAT = "nano", "nano-chat"
+VARIABLE, CHAT_VARIABLE = "INTERNVL_MODEL", "INTERNVL_CHAT_MODEL"
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")]
 Mode = Annotated[str, typer.Option(help="c: vision tower alone; g: with QLLaMA's queries.")]
@@ -48,6 +48,38 @@ class ModelOptions(NamedTuple):
             dtype = {} if self.dtype == "auto" else {"dtype": self.dtype}
             return InternVL.nano(**options, **dtype)
         return InternVL.from_pretrained(self.model, dtype=self.dtype, **options)
+
+
+class ChatModelOptions(NamedTuple):
+    """Which chat model, and where."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            envvar=CHAT_VARIABLE,
+            show_default=False,
+            help="Directory or hub id of a chat checkpoint; without one, nano-chat, the embedded "
+            "model.",
+        ),
+    ] = None
+    device: Device = None
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto"
+
+    def load(self) -> "InternVLChat":
+        """The engine of a command."""
+        from ..engine import InternVLChat
+
+        if self.model is None:
+            notice(
+                f"no --model and no {CHAT_VARIABLE}: using the embedded nano-chat model, which "
+                "knows nothing but handwritten digits in coloured ink"
+            )
+        if self.model is None or self.model == NANO_CHAT:  # a folder of that name is ./nano-chat
+            dtype = {} if self.dtype == "auto" else {"dtype": self.dtype}
+            return InternVLChat.nano(device=self.device, **dtype)
+        return InternVLChat.from_pretrained(self.model, dtype=self.dtype, device=self.device)
 
 
 def check_mode(mode: str, *others: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .demo import CHAT
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -71,15 +73,22 @@ class Sheet:
         self.draw.text((x, y), words, font=font, fill=colour or self.palette.text, anchor=anchor)
         return font.getlength(words)
 
-    def picture(self, x: int, y: int, image: "Image.Image", outline: str = "") -> None:
-        """A tile with round corners, in an outline where one is given."""
+    def picture(self, x: int, y: int, image: "Image.Image", outline: str = "") -> int:
+        """A picture as high as a tile, with round corners, in an outline where one is given.
+
+        Returns:
+            Its width.
+        """
         from PIL import Image
 
-        tile = image.resize((TILE, TILE), Image.Resampling.LANCZOS)
+        width = TILE * image.width // image.height
+        picture = image.resize((width, TILE), Image.Resampling.LANCZOS)
         if outline:
-            self.image.paste(outline, (x - 4, y - 4), _round(TILE + 8, ROUND + 4))
-            self.image.paste(self.palette.page, (x - 2, y - 2), _round(TILE + 4, ROUND + 2))
-        self.image.paste(tile, (x, y), _round(TILE, ROUND))
+            self.image.paste(outline, (x - 4, y - 4), _round(width + 8, TILE + 8, ROUND + 4))
+            inside = _round(width + 4, TILE + 4, ROUND + 2)
+            self.image.paste(self.palette.page, (x - 2, y - 2), inside)
+        self.image.paste(picture, (x, y), _round(width, TILE, ROUND))
+        return width
 
     def rule(self) -> None:
         """A line across the page."""
@@ -110,6 +119,8 @@ def draw(demo: "Demo", light: bool = False) -> "Image.Image":
     what = f"the best of {len(pictures)}, by cosine; {shown} show it"
     _title(sheet, f"Search: “{query}”", what)
     _hits(sheet, demo, query)
+    _title(sheet, "Conversations", f"the chat model, “{CHAT[0]}” and then “{CHAT[1]}”")
+    _talks(sheet, demo)
     _questions(sheet, demo)
     return sheet.finish()
 
@@ -195,6 +206,24 @@ def _hits(sheet: Sheet, demo: "Demo", query: str) -> None:
     sheet.y += TILE + 40
 
 
+def _talks(sheet: Sheet, demo: "Demo") -> None:
+    """Scenes of two and three digits, as many as fit into a line, with both answers."""
+    palette, x = sheet.palette, MARGIN
+    for scene in demo.scenes:
+        width = TILE * scene.image.width // scene.image.height
+        if width == TILE or x + width > WIDTH - MARGIN:
+            continue
+        outline = "" if scene.answers == scene.truths else palette.wrong
+        sheet.picture(x, sheet.y, scene.image, outline)
+        for line, answer in enumerate(scene.answers):
+            place = float(x)
+            for word in answer.split():
+                colour = palette.inks.get(word, palette.text)
+                place += sheet.text(place, sheet.y + TILE + 28 + 24 * line, word, 17, colour) + 5
+        x += width + GAP
+    sheet.y += TILE + 64
+
+
 def _questions(sheet: Sheet, demo: "Demo") -> None:
     sheet.y += 30
     sheet.rule()
@@ -223,11 +252,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _round(side: int, radius: int) -> "Image.Image":
-    """The mask of a square with round corners."""
+def _round(width: int, height: int, radius: int) -> "Image.Image":
+    """The mask of a rectangle with round corners."""
     from PIL import Image, ImageDraw
 
-    mask = Image.new("L", (side * OVERSAMPLE,) * 2)
-    corners = (0, 0, side * OVERSAMPLE - 1, side * OVERSAMPLE - 1)
+    mask = Image.new("L", (width * OVERSAMPLE, height * OVERSAMPLE))
+    corners = (0, 0, width * OVERSAMPLE - 1, height * OVERSAMPLE - 1)
     ImageDraw.Draw(mask).rounded_rectangle(corners, radius * OVERSAMPLE, 255)
-    return mask.resize((side, side), Image.Resampling.LANCZOS)
+    return mask.resize((width, height), Image.Resampling.LANCZOS)

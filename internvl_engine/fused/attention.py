@@ -50,19 +50,21 @@ def rotate(
     return Heads(q, k, v)
 
 
-def attend(heads: Heads, mask: Tensor | AttentionMask | None) -> Tensor:
-    """Self-attention under a described or a ready mask: (B, H, S, D)."""
+def attend(heads: Heads, mask: Tensor | AttentionMask | None, scale: float | None = None) -> Tensor:
+    """Self-attention under a described mask or one that is a tensor, see `attention_with_mask`."""
     q, k, v = heads
     if q.dtype != v.dtype:  # autocast leaves the rotated ones in the dtype of the tables
         q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is None:
-        return kernels.attention(q, k, v)
+        return kernels.attention(q, k, v, scale=scale)
     if isinstance(mask, AttentionMask):
         if q.shape[2] == 1 and mask.kind != "block" and not torch.is_grad_enabled():
-            return kernels.decode_attention(q, k, v, None, mask.key_padding_mask)
+            return kernels.decode_attention(q, k, v, None, mask.key_padding_mask, scale)
         kind = "full" if mask.is_open else mask.kind
-        return kernels.attention(q, k, v, kind, mask.prefix, mask.key_padding_mask)
-    if mask.device.type == "cpu":  # where SDPA takes 2 to 6 times as long in bfloat16
-        return reference.masked_attention(q, k, v, mask)[0]
-    mask = mask.clamp(min=torch.finfo(q.dtype).min)
-    return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return kernels.attention(q, k, v, kind, mask.prefix, mask.key_padding_mask, scale)
+    on_gpu = mask.device.type != "cpu"
+    if not torch.is_grad_enabled() or not (mask.requires_grad or on_gpu and q.requires_grad):
+        return kernels.attention_with_mask(q, k, v, mask, scale)
+    k, v = (reference.repeat_heads(x, q.shape[1]) for x in (k, v))  # for the gradient of SDPA
+    mask = mask if mask.dtype == torch.bool else mask.clamp(min=torch.finfo(q.dtype).min)
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)

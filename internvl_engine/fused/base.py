@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..weights import Linears, WeightTensor, is_hooked
+from ..weights import Linears, WeightTensor, find_linear, is_hooked
 
 # Of norms and activations: what their class leaves open.
 SETTINGS = ("approximate", "variance_epsilon", "eps")
@@ -67,6 +67,12 @@ class FusedModule(nn.Module):
     def unsupported_reason(cls, module: Any) -> str | None:
         """Why a module that matches must stay eager, or None."""
         return None
+
+    @classmethod
+    def facts(cls, eager: Any) -> dict[str, Any]:
+        """What else the class of the fused modules of an eager class holds: read once, not at every
+        call."""
+        return {}
 
     @classmethod
     def example_inputs(cls, module: Any, draw: Callable[..., Tensor]) -> tuple:
@@ -202,7 +208,7 @@ class Fusion:
         self.linears = {
             group: Linears(*names, tied=tied)
             for group, names in type(module).LINEARS.items()
-            if all(submodule(module, name) is not None for name in names)
+            if all(find_linear(module, name) is not None for name in names)
         }
         parts = module.parts()
         self.contract = contract(module, parts)
@@ -264,6 +270,7 @@ def _derived(fused: Any, eager: Any) -> Any:
         "__doc__": fused.__doc__,
         "fused_class": fused,
         "eager_class": eager,
+        **fused.facts(eager),
     }
     return type(eager)(eager.__name__, (fused, eager), namespace)
 

@@ -1,10 +1,10 @@
-"""RMSNorm on the fused operators: by itself, and together with the residual add before it."""
+"""RMSNorm and LayerNorm on the fused operators, alone and with the residual add before them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from .base import FusedModule, holds
@@ -24,6 +24,13 @@ def is_rms_norm(module: Any) -> bool:
     )
 
 
+def is_norm(module: Any) -> bool:
+    """Whether a module is an RMSNorm, or a LayerNorm over the last dimension."""
+    if isinstance(module, nn.LayerNorm):
+        return len(module.normalized_shape) == 1
+    return is_rms_norm(module)
+
+
 def epsilon(norm: Any) -> float | None:
     """What a norm adds to the mean square; None where it has no such number."""
     for name in ("variance_epsilon", "eps"):
@@ -34,13 +41,15 @@ def epsilon(norm: Any) -> float | None:
 
 
 def normalize(norm: Any, x: Tensor) -> Tensor:
-    """norm(x), by the fused operator where weight and x share a dtype.
+    """norm(x), by the fused operator where the norm and x share a dtype.
 
-    Where they do not, the published norms round differently from each other: each keeps its own.
+    Where they do not, norms round differently from each other: each keeps its own.
     """
     eps = epsilon(norm)
-    if norm.weight.dtype != x.dtype or eps is None:
+    if eps is None or not _has_dtype(norm, x.dtype):
         return norm(x)
+    if isinstance(norm, nn.LayerNorm):
+        return kernels.layer_norm(x, norm.weight, norm.bias, eps)
     return kernels.rms_norm(x, norm.weight, eps)
 
 
@@ -48,12 +57,18 @@ def add_normalize(
     x: Tensor, hidden: Tensor, scale: Tensor | None, norm: Any
 ) -> tuple[Tensor, Tensor]:
     """(norm(h), h) of h = hidden + x * scale, in one pass where all share a dtype."""
-    scaled = scale is None or scale.dtype == x.dtype
     eps = epsilon(norm)
-    if eps is not None and scaled and x.dtype == hidden.dtype == norm.weight.dtype:
-        return kernels.add_rms_norm(x, hidden, scale, norm.weight, eps)
-    hidden = add_scaled(x, hidden, scale)
-    return normalize(norm, hidden), hidden
+    one_dtype = x.dtype == hidden.dtype and (scale is None or scale.dtype == x.dtype)
+    if eps is None or not one_dtype or not _has_dtype(norm, x.dtype):
+        hidden = add_scaled(x, hidden, scale)
+        return normalize(norm, hidden), hidden
+    if isinstance(norm, nn.LayerNorm):
+        return kernels.add_layer_norm(x, hidden, scale, norm.weight, norm.bias, eps)
+    return kernels.add_rms_norm(x, hidden, scale, norm.weight, eps)
+
+
+def _has_dtype(norm: Any, dtype: torch.dtype) -> bool:
+    return all(p is None or p.dtype == dtype for p in norm._parameters.values())
 
 
 def add_scaled(x: Tensor, hidden: Tensor, scale: Tensor | None) -> Tensor:

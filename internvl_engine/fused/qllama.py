@@ -25,7 +25,7 @@ from ..weights import is_hooked
 from .attention import Angles, Heads, attend, rotate
 from .base import FusedModule, contract
 from .cross_attention import attend_image, read_image
-from .llama import is_silu
+from .mlp import is_silu
 from .norm import add_normalize, normalize
 from .vision import carries
 

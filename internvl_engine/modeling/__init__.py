@@ -1,13 +1,18 @@
 """The eager model: plain, readable PyTorch, and the reference of everything faster."""
 
 import transformers
-from transformers import AutoModel, AutoModelForZeroShotImageClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForZeroShotImageClassification,
+)
 
-from ..configuration import InternVisionConfig, InternVLConfig
+from ..configuration import InternVisionConfig, InternVLConfig, VisionLanguageConfig
+from .chat import VisionLanguageModel
 from .internvl import InternVL_C, InternVL_G, InternVLModel
 from .vision import InternVisionModel
 
-__all__ = ["InternVL_C", "InternVL_G", "InternVLModel", "InternVisionModel"]
+__all__ = ["InternVL_C", "InternVL_G", "InternVLModel", "InternVisionModel", "VisionLanguageModel"]
 
 # The class that a configuration names in `architectures`, or else the first.
 COMPOSITES = (InternVLModel, InternVL_C, InternVL_G)
@@ -19,3 +24,6 @@ AutoModelForZeroShotImageClassification.register(
     exist_ok=True,
 )
 AutoModel.register(InternVisionConfig, InternVisionModel, exist_ok=True)
+AutoModel.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
+# Both names stand in published `auto_map`s.
+AutoModelForCausalLM.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)

@@ -44,15 +44,17 @@ class InternVLPreTrainedModel(PreTrainedModel):
             module.reset_extra_parameters(std)
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Recomputes the layers in the backward pass from here on.
 
         Without `use_reentrant`, transformers 4's default: that loses the gradients of a layer whose
         inputs need none, as those after frozen embeddings.
+
+        options: what transformers from 5.23 on passes along (every_n_layers, offload).
         """
         super().gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs or {"use_reentrant": False}
+            gradient_checkpointing_kwargs or {"use_reentrant": False}, **options
         )
 
     @property

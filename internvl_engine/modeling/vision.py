@@ -1,10 +1,11 @@
-"""InternViT-6B, the vision encoder, in plain PyTorch.
+"""InternViT, the vision encoder of all InternVL, in plain PyTorch.
 
     h = patches + class token + positions
     48 times:  h = h + ls1 * proj(attention(qk_norm(qkv(norm1(h)))))
                h = h + ls2 * mlp(norm2(h))
 
-No final norm. Source: OpenGVLab/InternVL, modeling_intern_vit.py; Chen et al., InternVL, 2023.
+The 6B has RMSNorm and norms of q and k, the 300M LayerNorm and a qkv bias; none has a final norm.
+Source: OpenGVLab/InternVL, modeling_intern_vit.py; Chen et al., InternVL, 2023.
 
     B batch, N = 1 + patches tokens (257 at 224 px), C = 3200 width, H = 25 heads, D = 128 head size
 """
@@ -154,8 +155,10 @@ class InternVisionEncoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden = hidden_states
-        hidden = hidden + self.drop_path1(self.attn(self.norm1(hidden)) * self.ls1)
-        return hidden + self.drop_path2(self.mlp(self.norm2(hidden)) * self.ls2)
+        # Norms of a wider dtype than the tower's give back the tower's.
+        attended = self.attn(self.norm1(hidden).to(hidden.dtype))
+        hidden = hidden + self.drop_path1(attended * self.ls1)
+        return hidden + self.drop_path2(self.mlp(self.norm2(hidden).to(hidden.dtype)) * self.ls2)
 
 
 class InternAttention(nn.Module):
@@ -173,8 +176,8 @@ class InternAttention(nn.Module):
         self.proj_drop = nn.Dropout(config.dropout)
         self.qk_normalization = config.qk_normalization
         if config.qk_normalization:
-            self.q_norm = InternRMSNorm(self.embed_dim, eps=config.layer_norm_eps)
-            self.k_norm = InternRMSNorm(self.embed_dim, eps=config.layer_norm_eps)
+            self.q_norm = InternRMSNorm(self.embed_dim, eps=config.qk_eps)
+            self.k_norm = InternRMSNorm(self.embed_dim, eps=config.qk_eps)
         self.proj = nn.Linear(self.embed_dim, self.embed_dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -184,11 +187,11 @@ class InternAttention(nn.Module):
             qkv,
             self.q_norm.weight if self.qk_normalization else None,
             self.k_norm.weight if self.qk_normalization else None,
-            self.config.layer_norm_eps,
+            self.config.qk_eps,
             self.scale,
             dropout,
         )
-        return self.proj_drop(self.proj(output.flatten(2)))
+        return self.proj_drop(self.proj(output.flatten(2).to(hidden_states.dtype)))
 
 
 class InternMLP(nn.Module):

@@ -16,11 +16,12 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Batch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..configuration import InternVLConfig
+from ..configuration import InternVLConfig, VisionLanguageConfig
 from .files import TOKENIZER, image_settings, processor_folder, stored_settings
 from .images import InternVLImageProcessor
 from .processor import IMAGE_FILE_CLASS, InternVLProcessor
 from .text import InternVLTokenizer
+from .vision_language import VisionLanguageProcessor
 
 
 class InternVL14BProcessor(InternVLProcessor):
@@ -73,6 +74,7 @@ class InternVL14BTokenizer(InternVLTokenizer):
 
 
 AutoProcessor.register(InternVLConfig, InternVL14BProcessor, exist_ok=True)
+AutoProcessor.register(VisionLanguageConfig, VisionLanguageProcessor, exist_ok=True)
 _asked = signature(AutoImageProcessor.register).parameters
 if "image_processor_classes" in _asked:
     # `register` itself would import the namesake's classes, and keep them for other backends.

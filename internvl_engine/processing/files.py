@@ -6,6 +6,7 @@ knows the side of the image: `force_image_size`, else the vision tower's), `toke
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ TOKENIZER = "tokenizer.model"
 BICUBIC = 3  # Pillow's number
 
 
-def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
+def processor_folder(
+    source: str | os.PathLike,
+    *,
+    files: Sequence[str] = (OURS, CLIP_STYLE, MODEL, TOKENIZER),
+    name: str = "InternVLProcessor",
+    **options: Any,
+) -> Path:
     """The directory with a processor's files, downloaded from the hub where it is not one.
 
     All of them come in one call: a file that fails to arrive must not pass for one that is not
@@ -28,6 +35,8 @@ def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
 
     Args:
         source: directory, or hub id "owner/name".
+        files: what to download.
+        name: of the processor, for errors.
         options: of which `checkpoint.HUB_OPTIONS` are taken; others, which transformers' Auto
             classes pass along, are ignored.
 
@@ -40,9 +49,9 @@ def processor_folder(source: str | os.PathLike, **options: Any) -> Path:
     if os.path.isdir(source):
         return Path(source, subfolder)
     if text.count("/") != 1 or text[0] in "/.~":
-        raise FileNotFoundError(f"InternVLProcessor: no directory {printable(text)}")
-    names = [os.path.join(subfolder, name) for name in (OURS, CLIP_STYLE, MODEL, TOKENIZER)]
-    return download(text, names, **options) / subfolder
+        raise FileNotFoundError(f"{name}: no directory {printable(text)}")
+    wanted = [os.path.join(subfolder, file) for file in files]
+    return download(text, wanted, **options) / subfolder
 
 
 def image_settings(folder: Path) -> dict[str, Any]:

@@ -108,11 +108,8 @@ class InternVLImageProcessor:
         first: int = 0,
     ) -> Tensor:
         """The same, also where a subclass returns it in a mapping."""
-        pixels = self.squares(images, workers=workers, first=first).permute(0, 3, 1, 2)
-        values = (
-            torch.empty(pixels.shape, dtype=torch.float32, device="cpu").copy_(pixels).div_(255)
-        )
-        return values.sub_(_channels(self.mean)).div_(_channels(self.std)).to(dtype)
+        squares = self.squares(images, workers=workers, first=first)
+        return normalized(squares, self.mean, self.std).to(dtype)
 
     def transform(self, image: Any) -> Tensor:
         """Pixel values (3, S, S) of one image, float32: what a data loader applies to its items.
@@ -203,6 +200,13 @@ class InternVLImageProcessor:
         except (ImageError, FileNotFoundError, TypeError) as error:
             raise type(error)(f"image {index}: {error}") from error
         return np.asarray(fit(picture, self.size, self.geometry))
+
+
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(value / 255 - mean) / std of (B, S, S, 3) uint8 pixels, as (B, 3, S, S) float32."""
+    planes = pixels.permute(0, 3, 1, 2)
+    values = torch.empty(planes.shape, dtype=torch.float32, device="cpu").copy_(planes).div_(255)
+    return values.sub_(_channels(mean)).div_(_channels(std))
 
 
 def fit(image: Image.Image, size: int, geometry: Geometry) -> Image.Image:

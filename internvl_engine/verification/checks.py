@@ -19,9 +19,12 @@ from ..checkpoint.files import read_json, size_of
 from ..checkpoint.fill import track
 from ..checkpoint.locate import Source
 from ..checkpoint.plan import Plan
-from ..checkpoint.pretrained import prepare
+from ..checkpoint.pretrained import prepare, take_context_id
+from ..modeling.chat import VisionLanguageModel
 from ..modeling.internvl import InternVLModel
+from ..modeling.whole import whole_class
 from ..processing import InternVLProcessor
+from .chat import check_tokenizer
 from .example import TEXTS, check_example
 from .report import Report
 
@@ -55,7 +58,7 @@ def verify(
     """
     report = Report(str(directory))
     try:
-        model, plan, found = prepare(InternVLModel, directory, **options)
+        model, plan, found = prepare(whole_class(directory, **options), directory, **options)
     except CheckpointError as error:
         for line in str(error).split("\n"):
             report.add("names and shapes", False, line)
@@ -67,14 +70,21 @@ def verify(
     report.add("names and shapes", True, counts)
     if plan.contents.leftovers:
         report.add("leftovers", None, f"ignored {listed(plan.contents.leftovers)}")
-    _check_processor(report, found, model.config, options)
+    is_chat = isinstance(model, VisionLanguageModel)
+    if is_chat:
+        take_context_id(model, found)
+        check_tokenizer(report, found, model)
+    else:
+        _check_processor(report, found, model.config, options)
     _check_sizes(report, plan, found)
     if values:
         _check_values(report, plan, progress)
     if hashes:
         known = hashes if isinstance(hashes, Mapping) else _known_sums(found.folder)
         _check_hashes(report, plan, known, progress)
-    if images is not None and report.ok:
+    if images is not None and is_chat:
+        report.add("example", None, "was published with InternVL-14B, not with chat models")
+    elif images is not None and report.ok:
         _check_example(report, found, images, texts, options)
     return report
 

@@ -11,7 +11,7 @@ are. Another one (int8, int4, fp8) is another subclass; nothing above this room 
 Packed weights of neighbours are parts of one storage too, where they fill whole panels.
 """
 
-from .linears import Linears, has_own_forward, is_hooked, is_plain_linear
+from .linears import Linears, find_linear, has_own_forward, is_hooked, is_plain_linear
 from .merged import Merged, merge
 from .packed import PackedTensor, pack
 from .tensor import WeightTensor, linear, make_plain
@@ -21,6 +21,7 @@ __all__ = [
     "Merged",
     "PackedTensor",
     "WeightTensor",
+    "find_linear",
     "has_own_forward",
     "is_hooked",
     "is_plain_linear",

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import kernels
+from ..checkpoint.parts import AbsentModule
+from .in_projection import InProjection
 from .merged import Merged, merge
 from .tensor import WeightTensor, linear, make_plain
 
 Weights = list[Tensor]
+# The second is nn.MultiheadAttention's, and computes what the first does.
+LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 # One thread at a time changes the forms of weights.
@@ -35,7 +40,6 @@ class Linears:
         """
         self.names = names
         self.tied = tied
-        self._paths = [name.split(".") for name in names]
         self._weight: Merged | None = None
         self._bias: Merged | None = None
 
@@ -55,15 +59,8 @@ class Linears:
 
     def linears(self, owner: Any) -> list[Any]:
         """The modules as they are now; none where one is gone."""
-        found = []
-        for path in self._paths:
-            module = owner
-            for name in path:  # a wrapper passes on what it holds
-                module = module._modules.get(name) or getattr(module, name, None)
-                if module is None:
-                    return []
-            found.append(module)
-        return found
+        found = [find_linear(owner, name) for name in self.names]
+        return [] if None in found else found
 
     def prepare(self, owner: nn.Module) -> None:
         """Packs the weights where the machine has a layout for them, else merges neighbours."""
@@ -98,7 +95,7 @@ class Linears:
         """Linears that must be called as modules for what they or their weights are, and why."""
         found = []
         for name, module in zip(self.names, self.linears(owner), strict=True):
-            odd = module if type(module) is not nn.Linear else module.weight
+            odd = module.weight if type(module) in (InProjection, *LINEARS) else module
             if odd is module or not _is_plain(odd):
                 found.append(f"{name} is called, a {type(odd).__name__}")
         return found
@@ -140,9 +137,30 @@ def _whole_bias(merged: Merged | None, biases: list[Any], weights: Weights) -> T
     return torch.cat([present[0].new_zeros(w.shape[0]) if b is None else b for b, w in rows])
 
 
+def find_linear(owner: Any, path: str) -> Any:
+    """The linear of a dotted name below a module as it is now, or None.
+
+    A wrapper passes on what it holds; "in_proj" of an nn.MultiheadAttention is its `InProjection`.
+    What was not loaded holds nothing.
+    """
+    module = owner
+    for name in path.split("."):
+        if isinstance(module, AbsentModule):
+            return None
+        inner = module._modules.get(name) or getattr(module, name, None)
+        if inner is None and name == "in_proj":
+            return InProjection.of(module)
+        if not isinstance(inner, nn.Module):
+            return None
+        module = inner
+    return module
+
+
 def is_plain_linear(module: Any) -> bool:
     """Whether a module is a Linear whose product may be computed without calling it."""
-    return type(module) is nn.Linear and _is_plain(module.weight) and not is_hooked(module)
+    if type(module) is InProjection:  # whose module is no Linear, and is looked at by its owner
+        return _is_plain(module.weight)
+    return type(module) in LINEARS and _is_plain(module.weight) and not is_hooked(module)
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -273,7 +273,7 @@ def _same_kind(gradient: Tensor | None, parameter: Tensor) -> bool:
     )
 
 
-def make_plain(module: nn.Module, replace: bool = False) -> None:
+def make_plain(module: Any, replace: bool = False) -> None:
     """Gives the parameters of a module that are in another form their dense values.
 
     Each stays the same object. Where PyTorch refuses that, it keeps its form, which computes the

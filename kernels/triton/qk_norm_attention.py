@@ -312,7 +312,8 @@ def qk_norm_attention_backward_triton(
 
 
 def cross_compile_cases(architecture: str) -> Iterator[Case]:
-    """Every kernel at 257 tokens of 25 heads of 128; the last two with masked blocks at 677."""
+    """Every kernel at 257 tokens of 25 heads of 128, with masked blocks at 677, and at the 1025 of
+    InternViT-300M with its heads of 64 and no norms."""
     sixteen_bits = ("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr", "d_out_ptr", "d_qkv_ptr")
     values: dict[str, object] = {
         **dict.fromkeys((*sixteen_bits, "folded_ptr"), "*bf16"),
@@ -332,12 +333,13 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     yield case("statistics C=3200", statistics_kernel, four, False, BLOCK_C=4096)
     eight = {"num_warps": 8, "num_stages": 1}
     yield case("norm backward C=3200", norm_kernel, eight, False, BLOCK_C=4096)
-    for N in (257, 677):
+    for N, D, width in ((257, 128, "wide"), (677, 128, "wide"), (1025, 64, "narrow")):
         for name, kernel, table, own, other in (
             ("forward", forward_kernel, FORWARD, "BLOCK_M", "BLOCK_N"),
             ("dq", queries_kernel, QUERIES, "BLOCK_M", "BLOCK_N"),
             ("dk and dv", keys_kernel, KEYS, "BLOCK_N", "BLOCK_M"),
         ):
-            config = table["wide"][architecture]
+            config = table[width][architecture]
             _, constants = _tiles(config, own, other, N)
-            yield case(f"{name} N={N} D=128 bf16", kernel, config, True, **constants)
+            constants |= {"D": D, "BLOCK_D": D, "NORM": D == 128}
+            yield case(f"{name} N={N} D={D} bf16", kernel, config, True, **constants)

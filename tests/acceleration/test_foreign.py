@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from foreign_towers import vision_tower
-from published_model import modeling_internvl
+from published_model import modeling_intern_vit, modeling_internvl
+from torch import nn
 
 from internvl_engine.acceleration import accelerate
 from internvl_engine.fused import FusedModule
@@ -38,10 +39,30 @@ def test_the_published_code():
     assert torch.equal(model(x)[1], expected[1])
 
 
-@pytest.mark.parametrize("qk_norm, bias", [(True, False), (False, True)])
 @torch.no_grad()
-def test_transformers_vision_tower(qk_norm, bias):
-    model = vision_tower(use_qk_norm=qk_norm, attention_bias=bias)
+def test_the_published_tower_of_300m():
+    tower = modeling_intern_vit.InternVisionModel(3, 48, 3, 96, norm=nn.LayerNorm).eval()
+    for name, parameter in tower.named_parameters():
+        if "norm" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    x = torch.randn(2, 17, 48)
+    expected = tower(pixel_embeds=x, output_hidden_states=True)
+    report = accelerate(tower, strict=True)
+    kinds = Counter(entry.fused for entry in report.entries)
+    assert kinds == {"FusedVisionEncoder": 1, "FusedVisionLayer": 3}
+    found = tower(pixel_embeds=x, output_hidden_states=True)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        close(ours, theirs)
+    close(tower(pixel_embeds=x).pooler_output, expected.pooler_output)
+    report.undo()
+    assert torch.equal(tower(pixel_embeds=x).last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize("qk_norm, bias", [(True, False), (False, True)])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@torch.no_grad()
+def test_transformers_vision_tower(qk_norm, bias, norm):
+    model = vision_tower(use_qk_norm=qk_norm, attention_bias=bias, norm_type=norm)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
     x = torch.randn(2, 3, 28, 28)
@@ -69,16 +90,6 @@ def test_transformers_vision_tower_trains(recompute):
         gradients.append([p.grad for p in one.parameters() if p.grad is not None])
     for ours, theirs in zip(*reversed(gradients), strict=True):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
-
-
-@torch.no_grad()
-def test_layer_norm_towers_keep_their_layers():
-    model = vision_tower(norm_type="layer_norm")
-    x = torch.randn(1, 3, 28, 28)
-    expected = model(x).last_hidden_state
-    report = accelerate(model)
-    assert set(report.kept.values()) == {"its norms are not RMSNorm"}
-    close(model(x).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("attentions", [False, True])

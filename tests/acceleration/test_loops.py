@@ -91,7 +91,6 @@ def test_norms_are_carried_where_nobody_looks(mode, norms):
 
 
 WATCHED = {
-    "hidden states": lambda m: m.vision_model(pixels(2), output_hidden_states=True),
     "gradients": lambda m: torch.enable_grad()(m.vision_model)(pixels(2)),
     "a hook": lambda m: (
         m.vision_model.encoder.layers[0].register_forward_hook(lambda *_: None)
@@ -107,6 +106,27 @@ def test_whoever_looks_gets_every_layer_by_itself(how, norms):
     accelerate(built)
     WATCHED[how](built)
     assert norms == [48] * 4
+
+
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("mode", MODES)
+def test_norms_are_carried_past_whoever_takes_all_states(mode, norm, monkeypatch):
+    """As chat models with select_layer do."""
+    built, x = model(vision_config=VISION | {"norm_type": norm, "num_hidden_layers": 4}), pixels(2)
+    fused, alone, operator = copy.deepcopy(built), [], getattr(kernels, norm)
+    accelerate(fused, strict=True)
+    monkeypatch.setattr(kernels, norm, lambda x, *rest: alone.append(1) or operator(x, *rest))
+    with mode():
+        expected = built.vision_model(x, output_hidden_states=True)
+        found = fused.vision_model(x, output_hidden_states=True)
+        assert len(alone) == 1 and len(found.hidden_states) == 4 + 1
+        for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+            near(ours, theirs)
+        assert fused.vision_model(x).hidden_states is None
+        pair = fused.vision_model.encoder(STATES, output_hidden_states=True, return_dict=False)
+        near(pair[1][-2], built.vision_model.encoder(STATES, True)[1][-2])
+        fused.vision_model.encoder.config.output_hidden_states = True
+        assert len(fused.vision_model.encoder(STATES).hidden_states) == 4 + 1
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -10,7 +10,7 @@ from foreign_decoders import DECODERS, IDS, LEFT, close, llama, states
 from torch import nn
 
 from internvl_engine import accelerate, kernels
-from internvl_engine.fused import FusedLlamaAttention
+from internvl_engine.fused import FusedLlamaLayer
 from internvl_engine.generation import KVCache
 
 
@@ -48,7 +48,8 @@ def test_the_attention_function_is_told_what_it_was(kind, monkeypatch):
     accelerate(built)
     close(states(built), expected)
     for ours, theirs in zip(told[3:], before, strict=True):
-        assert ours.keys() | {"cache_position"} == theirs.keys() | {"cache_position"}
+        either = {"cache_position", "use_cache"}  # defaults that no attention function reads
+        assert ours.keys() | either == theirs.keys() | either
         assert all(ours[key] == theirs[key] for key in ours if key != "position_ids")
 
 
@@ -158,10 +159,11 @@ def test_the_operator_serves_where_it_can(heads, monkeypatch):
     built, calls = llama(heads=heads), []
 
     def counted(name, operator, q, k, v, *mask, **options):
-        calls.append((name, *mask, tuple(q.shape), tuple(k.shape)))
+        kinds = (kind for kind in mask if isinstance(kind, str))
+        calls.append((name, *kinds, tuple(q.shape), tuple(k.shape)))
         return operator(q, k, v, *mask, **options)
 
-    for name in ("attention", "decode_attention"):
+    for name in ("attention", "decode_attention", "attention_with_mask"):
         monkeypatch.setattr(kernels, name, partial(counted, name, getattr(kernels, name)))
     accelerate(built)
     cache = built(IDS, use_cache=True).past_key_values
@@ -171,7 +173,7 @@ def test_the_operator_serves_where_it_can(heads, monkeypatch):
     assert calls == [("decode_attention", (2, 4, 1, 16), (2, heads, 12, 16))] * 3
     calls.clear()
     built(IDS, attention_mask=LEFT)
-    assert not calls
+    assert [call[0] for call in calls] == ["attention_with_mask"] * 3
 
 
 @torch.no_grad()
@@ -183,21 +185,23 @@ def test_what_cannot_be_proved_equal_stays():
             output, weights = super().forward(*args, **kwargs)
             return output * 2, weights
 
-    built, qwen3 = llama(heads=2), llama("Qwen3", heads=2)
+    built, other = llama(heads=2), llama("Qwen3", heads=2)
     layers = built.model.layers
+    for layer in other.model.layers:
+        layer.self_attn.q_norm.bias = nn.Parameter(torch.ones(16))
     layers[0].self_attn.__class__ = Doubled
     original = layers[1].self_attn.forward
     layers[1].self_attn.forward = lambda *args, **kwargs: original(*args, **kwargs)
-    expected = states(built), states(qwen3)
+    expected = states(built), states(other)
     with pytest.raises(ValueError, match="q_norm, k_norm beside its projections"):
-        accelerate(qwen3, strict=True)
+        accelerate(other, strict=True)
     kept = accelerate(built).kept
     assert list(kept) == [f"model.layers.{index}.self_attn" for index in (0, 1)]
     assert "its forward takes args, which is unknown here" in str(kept)
     assert "its forward was replaced" in str(kept)
-    accelerate(qwen3)
+    assert len(accelerate(other).replaced) == 3 + 3 * 3 + 1  # MLPs, and norms but those
     close(states(built), expected[0])
-    close(states(qwen3), expected[1])
+    close(states(other), expected[1])
 
 
 @torch.no_grad()
@@ -234,7 +238,7 @@ def test_it_is_saved_as_it_was_loaded(tmp_path):
     assert all(torch.equal(t, state[key]) for key, t in again.state_dict().items())
     torch.save(built, tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt", weights_only=False)
-    assert isinstance(whole.model.layers[0].self_attn, FusedLlamaAttention)
+    assert isinstance(whole.model.layers[0], FusedLlamaLayer)
     assert torch.equal(states(whole), states(built))
 
 
@@ -263,7 +267,7 @@ def test_transformers_composite(text):
     expected, tokens = built(**inputs).logits, built.generate(**inputs, **decode)
     report = accelerate(built, strict=True)
     kinds = Counter(entry.fused for entry in report.entries)
-    assert kinds["FusedLlamaAttention"] == kinds["FusedTransformersVisionLayer"] == 2
+    assert kinds["FusedLlamaLayer"] == kinds["FusedTransformersVisionLayer"] == 2
     close(built(**inputs).logits, expected)
     assert torch.equal(built.generate(**inputs, **decode), tokens)
     report.undo()

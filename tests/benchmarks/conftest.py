@@ -6,6 +6,7 @@ from benchmark_cases import PEAKS
 from internvl_engine.benchmarks import (
     bench_add_layer_norm,
     bench_attention,
+    bench_attention_with_mask,
     bench_cross_attention,
     bench_decode_attention,
     bench_layer_norm,
@@ -36,6 +37,10 @@ SMALL = {
         },
         "QUERIES": 6,
         **HEADS,
+    },
+    bench_attention_with_mask: {
+        "SHAPES": {"prefill": (9, 4)}, "TOKENS": 9, "PADDING": 3, "HEADS": 4, "KEY_HEADS": 2,
+        "DIM": 32,
     },
     bench_cross_attention: {
         "SHAPES": {"one": (1, 1, 9), "three rows": (2, 3, 9)}, "QUERIES": 5, **HEADS,

@@ -5,7 +5,8 @@ from benchmark_cases import measured, tiny_vision
 from transformers import LlamaConfig
 
 from internvl_engine import kernels
-from internvl_engine.benchmarks import encoder, layers, timing
+from internvl_engine.benchmarks import chat, decoder, encoder, layers, timing
+from internvl_engine.configuration import VisionLanguageConfig
 
 
 @torch.no_grad()
@@ -62,3 +63,56 @@ def test_layers_are_timed_beside_their_products(device):
     own = 2 * 5 * 64 * (4 * 64 + 3 * 96) + 2 * 2 * 5 * 5 * 64
     cross = 2 * 5 * 64 * 2 * 64 + 2 * 257 * 48 * 2 * 64 + 2 * 2 * 5 * 257 * 64
     assert qllama.flops == 2 * (own + cross)
+
+
+def tiny_decoder():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 50}
+    return decoder.qwen2_05b(**sizes)
+
+
+@torch.no_grad()
+def test_decoder_layers_are_timed_with_and_without_a_cache(device):
+    some = list(decoder.cases(device, tiny_decoder(), tokens=13, compiles=False))
+    assert [case.shape for case in some[:4]] == [(1, 13, 64), (2, 13, 64), (1, 1, 64), (2, 1, 64)]
+    forms = {"ours (accelerated)", "eager", decoder.SDPA}
+    products = 2 * 64 * (2 * 64 + 2 * 32 + 3 * 96)
+    for case in some:
+        decodes = "decode" in case.label
+        assert set(case.providers) == forms | ({"ours (KVCache)"} if decodes else set())
+        assert not timing.failures(case) and not timing.failures(case)  # the caches stay
+        rows, queries, _ = case.shape
+        pairs = 14 if decodes else 13 * 13
+        assert case.flops == rows * (queries * products + 4 * pairs * 64)
+    weights = 64 * (2 * 64 + 2 * 32 + 3 * 96) + (64 + 2 * 32) + 2 * 64
+    assert some[2].bytes == 4 * (weights + 2 * 64 + 2 * 13 * 32)
+
+
+@torch.no_grad()
+def test_another_decoder_is_found_out():
+    layers_ = decoder.Layers(tiny_decoder(), torch.float32, "cpu")
+    layers_.models["ours"].layers[0].self_attn.v_proj.bias.add_(1)
+    for queries in (13, 1):
+        case = layers_.case("padded", 2, queries, 13, True, compiles=False)
+        assert set(timing.failures(case)) >= {"ours (accelerated)"}
+
+
+@torch.no_grad()
+def test_a_whole_chat_model_is_timed_beside_transformers(device):
+    vision = tiny_vision(
+        num_hidden_layers=2, norm_type="layer_norm", qk_normalization=False, qkv_bias=True
+    )
+    language = decoder.qwen2_05b(
+        hidden_size=64, num_attention_heads=4, intermediate_size=96, vocab_size=50,
+        num_hidden_layers=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = VisionLanguageConfig(
+        vision, language, ps_version="v2", force_image_size=28, img_context_token_id=40
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        first, behind = chat.cases(device, dtype, config, tiles=2)
+        forms = {"ours (accelerated)", "eager", decoder.SDPA}
+        assert set(first.providers) == forms and first.shape == (1, 2 * 4 + 20)
+        assert set(behind.providers) == forms | {"ours (KVCache)"}
+        assert behind.shape == (1, chat.ANSWER)
+        for case in (first, behind, behind):  # the cache is put back
+            assert not timing.failures(case)

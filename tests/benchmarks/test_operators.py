@@ -53,6 +53,10 @@ COUNTS = {
     "cross_attention three rows, backward": (
         2 * (4 * 6 * 5 * 64 + 4 * 2 * 9 * 64), 5 * 2 * 6 * 5 * 9 * 64,
     ),
+    # q, k, v, out and the mask; 51 pairs are seen
+    "attention_with_mask prefill, bfloat16": (
+        2 * (2 * 2 * 9 * 4 * 32 + 2 * 2 * 9 * 2 * 32) + 2 * 9 * 9, 4 * 4 * 32 * 51,
+    ),
     "decode_attention one": (2 * (2 * 2 * 17 * 64 + 2 * 2 * 64), 2 * 2 * 2 * 17 * 64),
     "pooling_attention one": (2 * (2 * 9 * 64 + 2 * 2 * 3 * 64), 2 * 2 * 2 * 3 * 9 * 64),
     "qk_norm_attention one, forward": (2 * 4 * 2 * 17 * 64, 2 * 2 * 2 * 17 * 17 * 64),

@@ -115,11 +115,13 @@ class Computed(nn.Module):
         self.inner.register_buffer("angles", torch.arange(config) / config, persistent=False)
         self.register_buffer("nothing", None, persistent=False)
         self.register_buffer("running", torch.zeros(config))
+        self.inner.kept = self.inner.angles  # as rotary embeddings of transformers 4
 
 
 def test_only_what_no_file_holds_is_computed():
     model = build(Computed, 5)
     assert torch.equal(model.inner.angles, torch.arange(5) / 5)
+    assert model.inner.kept is model.inner.angles
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert model.nothing is None
 

@@ -78,11 +78,11 @@ def edit(folder, **values):
 CONFIGS = {
     "chat": (
         {"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}},
-        "this is a chat checkpoint .*, not an InternVL-14B checkpoint; InternVisionModel takes its",
+        "this is a chat checkpoint .*, not an InternVL-14B checkpoint; VisionLanguageModel and ",
     ),
     "chat of transformers": (
         {"model_type": "internvl", "vision_config": {}, "text_config": {}},
-        "a chat checkpoint in transformers' layout .*InternVisionModel takes its vision tower",
+        "a chat checkpoint in transformers' layout .*VisionLanguageModel and InternVLChat take it",
     ),
     "ViT": (
         {"model_type": "intern_vit_6b", "hidden_size": 8},

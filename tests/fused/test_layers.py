@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from foreign_blocks import TOKENS, TOWERS, WIDTH, call, tower
 from foreign_decoders import llama
 from foreign_decoders import published as published_decoder
 from torch import nn
@@ -15,6 +16,8 @@ from internvl_engine.fused import (
     FusedCrossAttention,
     FusedDecoderLayer,
     FusedLlamaAttention,
+    FusedLlamaLayer,
+    FusedPreNormBlock,
     FusedPublishedAttention,
     FusedVisionLayer,
 )
@@ -75,6 +78,24 @@ def test_vision_layer(dtype, draw, tokens):
     check(eager, fused, dtype, draw(2, tokens, 48).to(dtype))
 
 
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_pre_norm_blocks(name, dtype, draw):
+    built = tower(name)
+    fused = fused_of(built, dtype)
+    assert isinstance(fused.blocks[0], FusedPreNormBlock)
+
+    class Blocks(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x):
+            return call(name, self.blocks, x)
+
+    check(Blocks(built), Blocks(fused), dtype, draw(2, TOKENS, WIDTH).to(dtype))
+
+
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("kind, tokens", [("full", 6), ("prefix", 11), ("causal", 4)])
 @torch.no_grad()
@@ -123,7 +144,10 @@ def attention_of(build):
     return built, lambda x: {"position_ids": positions, "attention_mask": mask.to(x.dtype)}
 
 
-@pytest.mark.parametrize("build", [published_decoder, llama, partial(llama, heads=2)])
+@pytest.mark.parametrize(
+    "build",
+    [published_decoder, llama, partial(llama, heads=2), partial(llama, "Qwen3", heads=2)],
+)
 @torch.no_grad()
 def test_foreign_attention(build, dtype, draw):
     built, arguments = attention_of(build)
@@ -136,11 +160,30 @@ def test_foreign_attention(build, dtype, draw):
         def forward(self, x):
             return self.attention(x, **arguments(x))[0]
 
-    fused = Attention(fused_of(built, dtype))
+    fused = Attention(copy.deepcopy(built).to(dtype))
+    accelerate(nn.ModuleDict({"one": fused.attention}))
     assert isinstance(fused.attention, FusedLlamaAttention | FusedPublishedAttention)
     x = draw(2, 11, 64)
     x = (x / x.square().mean(-1, keepdim=True).sqrt()).to(dtype)  # as after a norm
     check(Attention(built), fused, dtype, x)
+
+
+@pytest.mark.parametrize("build", [partial(llama, heads=2), partial(llama, "Phi3", heads=2)])
+@torch.no_grad()
+def test_foreign_layer(build, dtype, draw):
+    built, arguments = attention_of(build)
+
+    class Layer(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.layer = model.model.layers[-1]
+
+        def forward(self, x):
+            return self.layer(x, **arguments(x))
+
+    fused = Layer(fused_of(built, dtype))
+    assert isinstance(fused.layer, FusedLlamaLayer)
+    check(Layer(built), fused, dtype, draw(2, 11, 64).to(dtype))
 
 
 @torch.no_grad()

@@ -67,6 +67,23 @@ def test_inference_in_bfloat16(shape, norm, device):
     assert_as_accurate_as_eager(out, reference.qk_norm_attention, *args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 32, 33, 65])
+def test_heads_of_64_without_norms(tokens, dtype, device):
+    """Around whole vectors and panels of keys, whose rest must not count; large scores."""
+    qkv, *rest = inputs((2, tokens, 3, 64), dtype, device, norm=False)
+    qkv = torch.cat((qkv[:, :, :2] - 3, qkv[:, :, 2:]), 2)  # every score far above 0
+    for x in (qkv.detach(), qkv.detach() * 0):
+        out = qk_norm_attention(x, *rest)
+        assert_written(out)
+        assert_as_accurate_as_eager(out, reference.qk_norm_attention, x, *rest)
+    x = qkv.detach() * torch.tensor([-1.0, 1, 1], device=device).to(dtype).view(3, 1, 1)  # below 0
+    out = qk_norm_attention(x, *rest)
+    assert_as_accurate_as_eager(out, reference.qk_norm_attention, x, *rest)
+    x[0, 0, 0, 0, 0] = torch.nan
+    assert qk_norm_attention(x, *rest).isnan().any(-1).sum() == 1
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", INTERPRETED)
 @pytest.mark.parametrize(

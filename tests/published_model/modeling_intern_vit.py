@@ -33,8 +33,9 @@ class InternAttention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
-        self.qk_normalization = True
-        self.q_norm, self.k_norm = norm(width, eps=1e-6), norm(width, eps=1e-6)
+        self.qk_normalization = norm is not nn.LayerNorm  # as in the towers of 6B and 300M
+        if self.qk_normalization:
+            self.q_norm, self.k_norm = norm(width, eps=1e-6), norm(width, eps=1e-6)
         if flash:
             self.inner_attn = FlashAttention(attention_dropout=0.0)
         self.proj = nn.Linear(width, width)
@@ -42,7 +43,8 @@ class InternAttention(nn.Module):
     def _naive_attn(self, x):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.qk_normalization:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.view(batch, tokens, self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
         attention = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(-1))
         x = (attention @ v).transpose(1, 2).reshape(batch, tokens, width)

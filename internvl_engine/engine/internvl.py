@@ -10,25 +10,22 @@ What it does with single images says tasks/methods.py.
     B images, T texts
 """
 
-import io
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .embedding import Mode
-from .memory import memory
-from .tasks.methods import Tasks
+from ..embedding import Mode
+from ..tasks.methods import Tasks
+from .weights import accelerated, passed_as_bytes
 
 if TYPE_CHECKING:
-    from .index import FolderIndex, Hit
-    from .modeling.internvl import InternVLModel
-    from .processing import InternVLProcessor
+    from ..index import FolderIndex, Hit
+    from ..modeling.internvl import InternVLModel
+    from ..processing import InternVLProcessor
 
 
 class InternVL(Tasks):
@@ -56,7 +53,7 @@ class InternVL(Tasks):
         accelerate: bool = True,
     ) -> None:
         super().__init__(model, processor, name=name, parts=parts)
-        self.report = _accelerated(model, self.parts) if accelerate else None
+        self.report = accelerated(model, self.parts, "InternVL") if accelerate else None
         self.last_index: FolderIndex | None = None
 
     @classmethod
@@ -87,9 +84,9 @@ class InternVL(Tasks):
             FileNotFoundError, ValueError: no checkpoint there, one of another kind, or a damaged
                 one; the message names file and weight.
         """
-        from .checkpoint import check_takes, hub_options
-        from .modeling.internvl import InternVLModel
-        from .processing import InternVLProcessor
+        from ..checkpoint import check_takes, hub_options
+        from ..modeling.internvl import InternVLModel
+        from ..processing import InternVLProcessor
 
         folder, given = Path(source), processor
         check_takes(folder if folder.exists() else os.fspath(source), InternVLModel, **options)
@@ -109,7 +106,7 @@ class InternVL(Tasks):
     @classmethod
     def nano(cls, **options: Any) -> "InternVL":
         """The embedded model, trained on handwritten digits in coloured ink; works offline."""
-        from .assets import nano_directory
+        from ..assets import nano_directory
 
         engine = cls.from_pretrained(nano_directory(), **{"dtype": torch.float32, **options})
         engine.name = "nano"
@@ -159,8 +156,8 @@ class InternVL(Tasks):
                 another mode or of another folder; or the model gives no finite embeddings.
             BlockingIOError: another process is writing it.
         """
-        from .index import FolderIndex
-        from .index.folder import EXTENSIONS
+        from ..index import FolderIndex
+        from ..index.folder import EXTENSIONS
 
         self.last_index = FolderIndex.build(
             self, folder, output, mode=mode, recursive=recursive,
@@ -188,7 +185,7 @@ class InternVL(Tasks):
             ValueError: k is below 1, the query is not one text, image or embedding, or the index is
                 of another model (or of this one before training).
         """
-        from .index import FolderIndex
+        from ..index import FolderIndex
 
         if index is not None and not isinstance(index, FolderIndex):
             index = FolderIndex.open(index)
@@ -201,42 +198,4 @@ class InternVL(Tasks):
         return f"InternVL({self.name}, parts={self.parts!r}, {self.dtype}, {self.device})"
 
 
-def _accelerated(model: "InternVLModel", parts: str) -> Any:
-    """Swaps in the fused modules and returns the report; None where memory does not suffice."""
-    from .acceleration import accelerate
-
-    held = {n: p for n, p in model.named_parameters() if p.device.type == "cpu"}
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
-    available = memory()["available"]
-    if weights > available:
-        # On the CPU fused weights are packed, which takes memory; mapped ones stay in their file.
-        from .checkpoint.fitting import BYTES, advice, parameters_by_parts
-
-        dtype = str(next(iter(held.values())).dtype).removeprefix("torch.")
-        sizes = parameters_by_parts({name: p.numel() for name, p in held.items()}, parts)
-        less = advice(available, parts, dtype, sizes) if dtype in BYTES else None
-        warnings.warn(
-            f"InternVL: {weights / 1e9:.1f} GB of weights stay mapped and eager, because only "
-            f"{available / 1e9:.1f} GB of memory are available; {less or 'parts= loads less'}",
-            stacklevel=4,
-        )
-        return None
-    return accelerate(model)
-
-
-def _restored(content: bytes) -> InternVL:
-    return torch.load(io.BytesIO(content), weights_only=False)
-
-
-def _reduced(engine: InternVL) -> tuple[Any, ...]:
-    """An engine for another process, as bytes.
-
-    PyTorch's own way, a file descriptor for every tensor, fails where two weights lie in one
-    storage, as merged ones do.
-    """
-    buffer = io.BytesIO()
-    torch.save(engine, buffer)
-    return _restored, (buffer.getvalue(),)
-
-
-ForkingPickler.register(InternVL, _reduced)
+passed_as_bytes(InternVL)
