@@ -11,7 +11,7 @@ from torch import Tensor
 from internvl_engine import reference
 from internvl_engine.kernels import add_layer_norm
 
-from .bench_layer_norm import EPS
+from .bench_layer_norm import EPS, UNITS
 from .cases import Case, backward, forward
 
 SHAPES = {
@@ -50,7 +50,10 @@ def _case(label: str, direction: Callable, x: Tensor, residual: Tensor, *vectors
     tensors, lines = (4, count) if direction is forward else (6 if scaled else 4, 2 * count - 1)
     traffic = (tensors * x.numel() + lines * x.shape[-1]) * x.element_size()
     label = f"{label}, {direction.__name__}"
-    return Case("add_layer_norm", label, tuple(x.shape), x.dtype, providers, traffic)
+    units = UNITS[direction]
+    return Case(
+        "add_layer_norm", label, tuple(x.shape), x.dtype, providers, traffic, tolerance=units
+    )  # fmt: skip
 
 
 def with_eps(function: Callable) -> Callable:

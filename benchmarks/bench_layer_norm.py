@@ -11,6 +11,7 @@ from internvl_engine.kernels import layer_norm
 from .cases import Case, backward, forward
 
 EPS = 1e-6
+UNITS = {forward: 8.0, backward: 24.0}  # the tolerances of cases: see _case
 SHAPES = {
     "tower, 5 tiles": (5 * 1025, 1024),
     "projector, 5 tiles": (5 * 256, 4096),
@@ -33,12 +34,19 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def _case(label: str, direction: Callable, x: Tensor, weight: Tensor, bias: Tensor) -> Case:
-    """Forward reads x and writes y; backward reads grad and x and writes dx."""
+    """Forward reads x and writes y; backward reads grad and x and writes dx.
+
+    On the CPU PyTorch sums the gradients of weight and bias in the dtype of x: over 5,125 rows it
+    is 11 units off, whatever dtype that is.
+    """
     providers = direction("layer_norm", fused, eager, x, weight, bias, others={})
     tensors, vectors = (2, 2) if direction is forward else (3, 3)
     traffic = (tensors * x.numel() + vectors * weight.numel()) * x.element_size()
     label = f"{label}, {direction.__name__}"
-    return Case("layer_norm", label, tuple(x.shape), x.dtype, providers, traffic)
+    units = UNITS[direction]
+    return Case(
+        "layer_norm", label, tuple(x.shape), x.dtype, providers, traffic, tolerance=units
+    )  # fmt: skip
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ class Case:
         flops: floating-point operations; 0 where they never bound it.
         images: that one call takes; 0 where that is not what it takes.
         baseline: the provider to which the others' speed is related.
+        tolerance: how far from eager's a right result may be, in units of the dtype's eps: two
+            results that each round several times; a wrong one is off by 1e-1 or more.
     """
 
     operator: str
@@ -63,6 +65,7 @@ class Case:
     flops: int = 0
     images: int = 0
     baseline: str = "eager"
+    tolerance: float = 8.0
 
 
 def ours(operator: str, run: Run) -> dict[str, Provider]:

@@ -123,8 +123,7 @@ def machine(device: str) -> str:
 def failures(case: Case) -> dict[str, str]:
     """The providers that break, or compute something else than eager, and how."""
     expected = [x.double() for x in _listed(case.providers["eager"].run())]
-    # Two results that each round several times; a wrong one is off by 1e-1 or more.
-    limit = 8 * torch.finfo(case.dtype).eps
+    limit = case.tolerance * torch.finfo(case.dtype).eps
     found = {}
     for name, provider in case.providers.items():
         try:

@@ -43,7 +43,7 @@ def main() -> None:
     print(freeze(bridge, cross_attention=True))
     train(bridge, eyes, language, processor, options.steps)
     for name, score in evaluate(eyes, language, processor).items():
-        print(f"{name}: {score:.1%} of the held-out pictures")
+        print(f"{name} {score:.1%} of the held-out pictures are right")
 
 
 def speaker(model: InternVL_G) -> PreTrainedModel:

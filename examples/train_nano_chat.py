@@ -53,7 +53,8 @@ REPORT = """# The embedded chat model
 Written by `examples/train_nano_chat.py`, which says how it was assembled and trained. Scores are
 those of the files in this directory on {count} pictures of one to three held-out digits
 (`internvl_engine.assets.held_out_scenes`): handwriting that neither the vision tower nor the
-language model learned from, of people whose other digits they did.
+language model learned from, of people whose other digits they did. It has not learned what several
+pictures in one prompt are.
 
 {facts}
 

@@ -176,10 +176,10 @@ class Recognition:
             if kind not in BY_TABLE_ONLY and not _same_arguments(kind, type(module)):
                 return f"its forward takes other arguments than that of {kind.__name__}"
             if kind in BY_TABLE_ONLY:
+                if known and (kind not in LAYERS or _has_known_parts(kind, module)):
+                    return None
                 name = f"{_path(module)}.{type(module).__name__}"
-                return (
-                    None if known else f"{name} is not known to compute what {kind.__name__} does"
-                )
+                return f"{name} is not known to compute what {kind.__name__} does"
             trusted = known and _has_known_parts(kind, module) and not _returns_more(kind, module)
             if trusted and not self.check:
                 return None

@@ -68,8 +68,9 @@ def _add_layer_norm_backward_reference(
     weight: Tensor | None, eps: float,
 ) -> AddNormGradients:  # fmt: skip
     """The norm differentiated at residual_out, then the sum."""
-    through_norm, *sums = layer_norm_backward_reference(grad, residual_out, weight, eps)
-    return AddNormGradients(*add_backward_reference(through_norm, grad_residual, x, scale), *sums)
+    norm = layer_norm_backward_reference(grad, residual_out, weight, eps)
+    sums = add_backward_reference(norm.x, grad_residual, x, scale)
+    return AddNormGradients(*sums, norm.weight, norm.bias)
 
 
 def _fake(x, residual, scale, weight, bias, eps):

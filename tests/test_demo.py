@@ -128,6 +128,10 @@ def test_example_describe(example):
     ]  # fmt: skip
 
 
+def test_example_converse(example):
+    assert example("converse.py") == ["What digits? seven", "What colour is it? red"]
+
+
 def test_example_zero_shot(example):
     lines = example("zero_shot.py")
     assert len(lines) == 2 * len(SAMPLES)

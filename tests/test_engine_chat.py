@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from internvl_engine import InternVL, InternVLChat, VisionLanguageProcessor
 from internvl_engine.processing import ImageError, InternVLTileProcessor
+from internvl_engine.processing.picture_reading import with_question
 
 IMAGE, SMALL, ASKED = picture(), picture(20, 20), "What is this?"
 SHORT = {"max_new_tokens": 8}
@@ -106,6 +107,8 @@ def test_history_keeps_the_pictures(engine):
     assert again != expected
     pairs = engine.chat([IMAGE, None], ["a?", "b?"], return_history=True, **SHORT)
     histories = [history for _, history in pairs]
+    shared = engine.chat(None, ["x?", "y?"], history=history, **SHORT)
+    assert shared == [engine.chat(None, q, history=history, **SHORT) for q in ("x?", "y?")]
     assert engine.chat(None, ["x?", "y?"], history=histories, **SHORT) == [
         engine.chat(None, q, history=h, **SHORT)
         for q, h in zip(["x?", "y?"], histories, strict=True)
@@ -209,6 +212,9 @@ def test_the_context_ends_an_answer(engine):
     ({"question": "a", "temprature": 1}, ValueError, "temprature"),
     ({"question": "a", "stream": True, "num_beams": 2}, ValueError, "only one conversation can be"),
     ({"question": ["a", "b"], "stream": True}, ValueError, "only one conversation can be streamed"),
+    ({"images": [IMAGE, "gone"], "question": ["a", "b"]}, FileNotFoundError,
+     "conversation 1: image 0: gone"),
+    ({"question": ["a", "b"], "history": [[("a", "b")]]}, ValueError, "came with 1 histories"),
     ({"images": IMAGE, "question": "a", "max_tiles": 0}, ValueError, "max_tiles must be a whole"),
 ])  # fmt: skip
 def test_misuse_is_named_before_anything_is_computed(engine, monkeypatch, call, error, message):
@@ -242,7 +248,7 @@ def test_transformers_own_model_says_the_same(engine, folders, fused):
         assert accelerate(theirs).replaced
     images, questions = [IMAGE, None, [SMALL, IMAGE]], ["a?", "longer b?", "<image> and <image>?"]
     given = zip(images, questions, strict=True)
-    rows = [engine.processor.read_question((), q, i) for i, q in given]
+    rows = [engine.processor.opened(with_question(None, q, i)) for i, q in given]
     inputs = engine.processor(messages=rows)
     words = engine.processor.prompts
     options = {"eos_token_id": words.stop_token_id, "pad_token_id": words.pad_token_id, **SHORT}

@@ -33,14 +33,14 @@ struct RowSums {
 
 template <Norm NORM, typename T>
 RowSums sums_about(float shift, const BackwardRow<T>& row, const T* weight, int64_t cols) {
+  // What the next pass reads is asked for here: it has too many streams for the processor to foresee.
+  const T *passed = row.passed ? row.passed : row.x, *branch = row.passed ? row.branch : row.x;
   Sum values, squares, gains, products;
   for_each_vec_in_chains(cols, [&](int64_t c, auto count, int chain) {
     const Vec v = shifted<NORM>(load(row.x + c, count), shift, count);
     const Vec g = load(row.grad + c, count) * load(weight + c, count);
-    if (row.passed) {  // read next: several rows at a time are too many streams for the prefetcher
-      __builtin_prefetch(row.passed + c);
-      __builtin_prefetch(row.branch + c);
-    }
+    __builtin_prefetch(passed + c);
+    __builtin_prefetch(branch + c);
     squares.chains[chain] += v * v;
     products.chains[chain] += g * v;
     if constexpr (NORM == Norm::layer) {

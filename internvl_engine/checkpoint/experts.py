@@ -39,14 +39,15 @@ def fuse_experts(contents: Contents, wanted: Iterable[str]) -> None:
 
 
 def _experts(contents: Contents, start: str, leaves: tuple[str, ...]) -> list[tuple[Stored, ...]]:
-    """The tensors of each expert, taken out of the contents; none where one is missing."""
-    tensors, found = contents.tensors, []
-    while all(f"{start}.{len(found)}.{leaf}.weight" in tensors for leaf in leaves):
-        names = [f"{start}.{len(found)}.{leaf}.weight" for leaf in leaves]
-        entries = tuple(tensors[name] for name in names)
-        if not all(isinstance(entry, Stored) for entry in entries):
-            return []
-        found.append(entries)
+    """The tensors of each expert, taken out of the contents, up to the first that is missing."""
+    tensors = contents.tensors
+    found: list[tuple[Stored, ...]] = []
+    while True:
+        entries = [tensors.get(f"{start}.{len(found)}.{leaf}.weight") for leaf in leaves]
+        stored = tuple(entry for entry in entries if isinstance(entry, Stored))
+        if len(stored) != len(leaves):
+            break
+        found.append(stored)
     for number in range(len(found)):
         for leaf in leaves:
             del tensors[f"{start}.{number}.{leaf}.weight"]

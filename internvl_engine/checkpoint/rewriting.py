@@ -74,11 +74,10 @@ def rewrite(
         elif layout is None:
             targets[each.name] = Target(each, (each.name,))
         elif layout.stacked and (found := layout.stacked.whole_pattern.match(each.name)):
-            rows, *rest = each.shape
+            shape = (each.shape[0] // len(PIECES), *each.shape[1:])
             for place, piece in enumerate(PIECES):
                 name = layout.theirs(layout.stacked.piece.format(piece=piece, **found.groupdict()))
-                planned = Planned(name, (rows // len(PIECES), *rest), each.dtype)
-                targets[name] = Target(planned, (each.name,), piece=place)
+                targets[name] = Target(Planned(name, shape, each.dtype), (each.name,), piece=place)
         elif layout.grouped and (found := layout.grouped.piece_pattern.match(each.name)):
             fields = found.groupdict()
             piece = fields.pop("piece")

@@ -149,7 +149,7 @@ class InternVLChat:
                 where the question has `<image>`, else in front of it, numbered where there are
                 several. A conversation may come here too, see `messages`.
             question: a text; or several, each with its own item of `images` (an image, a list of
-                them, or None), `videos` and `history`. A single image is for all of them.
+                them, or None), `videos` and `history`. A single one is for all of them.
             messages: one conversation, or several: lists of {"role": "user" | "assistant" |
                 "system", "content": ...}, whose content is a text, or a list of parts as OpenAI's
                 and transformers' interfaces have them. `images` and `videos` then belong to the
@@ -158,7 +158,8 @@ class InternVLChat:
             history: what came before: the history that an earlier call returned, messages, or
                 pairs (question, answer).
             system_message: in place of the checkpoint's sentence.
-            stream: return an AnswerStream, which yields the answer in pieces as it is made.
+            stream: return an AnswerStream, which yields the answer in pieces as it is made, and
+                has the `history` in the end.
             return_history: return (answer, history) in place of the answer.
             max_new_tokens: of an answer, None is 1024; the context may end it earlier.
             num_beams: beams of the search, None is 1: greedy, unless generate_kwargs sample.
@@ -182,16 +183,15 @@ class InternVLChat:
         from ..tasks import chat
 
         work, single = chat.prepare(
-            self.processor, images, question, messages=messages, videos=videos, history=history,
+            images, question, messages=messages, videos=videos, history=history,
             system_message=system_message, max_new_tokens=max_new_tokens, num_beams=num_beams,
             max_tiles=max_tiles, num_frames=num_frames, batch_size=batch_size, **generate_kwargs,
         )  # fmt: skip
         if stream:
-            return AnswerStream(chat.stream(self, work), work.rows[0])
-        texts = chat.answers(self, work)
+            return AnswerStream(*chat.stream(self, work))
         found = [
             (text, answered(row, text)) if return_history else text
-            for row, text in zip(work.rows, texts, strict=True)
+            for text, row in chat.answers(self, work)
         ]
         return found[0] if single else found
 

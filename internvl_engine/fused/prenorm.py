@@ -16,11 +16,11 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from ..weights import find_linear
+from .attention import Heads, attend
 from .base import FusedModule, submodule
 from .norm import add_normalize, add_scaled, epsilon, is_norm, is_rms_norm, normalize
 
@@ -47,8 +47,8 @@ UNREAD = ("output_hidden_states", "return_dict", "use_cache")  # which no block 
 class FusedPreNormBlock(FusedModule):
     """h + ls1 * attention(norm1(h)), then h + ls2 * mlp(norm2(h)): (B, N, C) to (B, N, C).
 
-    Served are calls with the states alone, causal ones, and those with a mask where that goes to
-    PyTorch's attention. What else a call brings, the eager block reads.
+    Served are calls with the states alone, causal ones, and those with a mask where the eager block
+    gives that to PyTorch's attention. What else a call brings, the eager block reads.
     """
 
     COMPILED = "step"
@@ -154,7 +154,7 @@ class FusedPreNormBlock(FusedModule):
             normed: (B, N, C), the first norm of hidden.
             hidden: (B, N, C).
             next_norm: of the next block; None after the last.
-            mask: as PyTorch's attention takes it, of any shape that goes with (B, H, N, N).
+            mask: (B or 1, H or 1, N or 1, N), as PyTorch's attention takes it.
             is_causal: whether no token sees a later one.
 
         Returns:
@@ -182,13 +182,12 @@ class FusedPreNormBlock(FusedModule):
         if is_causal is None:
             is_causal = getattr(attention, "is_causal", False)
         is_causal = bool(is_causal) and mask is None and function != "eager"
-        # A boolean one says what is seen, in nn.MultiheadAttention what is not.
-        known = mask is None or mask.is_floating_point() or config is not None
+        if mask is None and not is_causal:
+            return (None if function in SOFTMAX else NotImplemented), False
         normed = is_rms_norm(submodule(self, self.QK_NORMS[0]))
-        served = function == "sdpa" and known and not normed
-        if function not in SOFTMAX or not (served or mask is None and not is_causal):
+        if function != "sdpa" or normed or not (mask is None or _is_readable(mask, config)):
             return NotImplemented, False
-        return mask, is_causal
+        return (mask[None, None] if mask is not None and mask.dim() == 2 else mask), is_causal
 
     def _attend(self, normed: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         attention = submodule(self, self.ATTENTION)
@@ -213,7 +212,7 @@ class FusedPreNormBlock(FusedModule):
         q, k, v = qkv.transpose(1, 3).unbind(2)
         if is_causal:
             return kernels.attention(q, k, v, "causal", scale=scale).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+        return attend(Heads(q, k, v), mask, scale).transpose(1, 2)
 
     def _layer_scale(self, name: str) -> Tensor | None:
         parent, _, last = name.rpartition(".")
@@ -236,6 +235,14 @@ def number_of_heads(attention: Any) -> Any:
 def scale_of(attention: Any) -> Any:
     """What an attention module multiplies scores by; None for what PyTorch does."""
     return getattr(attention, "scale", getattr(attention, "scaling", None))
+
+
+def _is_readable(mask: Tensor, config: Any) -> bool:
+    """Whether a mask is one of PyTorch's attention: of a boolean one, only transformers' surely is.
+
+    That of nn.MultiheadAttention says what is not seen.
+    """
+    return mask.dim() in (2, 4) and (mask.is_floating_point() or config is not None)
 
 
 def _is_sequence(x: Any) -> bool:

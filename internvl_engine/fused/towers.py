@@ -90,7 +90,7 @@ class FusedDinov2Layer(FusedViTLayer):
 
     NORMS = ("norm1", "norm2")
     SCALES = ("layer_scale1.lambda1", "layer_scale2.lambda1")
-    COMPUTED = (
+    COMPUTED: tuple[str, ...] = (
         "norm1", "norm2", "attention", "mlp", "mlp.activation_fn", "layer_scale1", "layer_scale2",
         "drop_path",
     )  # fmt: skip

@@ -19,6 +19,7 @@ from .projectors import load_projector
 from .rotary import replace_dynamic_rotary
 from .vision_parts import set_drop_path, vision_part
 
+ARCHITECTURE = "InternVLChatModel"  # by which serving stacks know a published checkpoint
 FORCED_SIZE = 448  # of every published chat model
 SMALLEST_FORCED = 224  # towers for less are nobody's InternViT, and keep their own size
 # Arguments of `from_pretrained` that are for both towers.
@@ -111,7 +112,7 @@ class FromParts:
             min_dynamic_patch, max_dynamic_patch, llm_architecture=words.architecture,
         )  # fmt: skip
         config.llm_leftovers = words.leftovers
-        config.architectures = [cls.__name__]
+        config.architectures = [ARCHITECTURE]
         config.dtype = words.model.dtype
         _check_size(config, size)
         if tower.config.image_size != size:

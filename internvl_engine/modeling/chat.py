@@ -183,8 +183,8 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
                 to the left, where it must be.
             visual_features: (T, N, C) of `extract_feature`, in place of the tiles.
             image_flags: (T,) or (T, 1), 1 for tiles that are used; None is all.
-            generation_config, options: as transformers' `generate`; the end of the text is
-                llm_config's unless they say so.
+            generation_config, options: as transformers' `generate`, inputs_embeds too; the end of
+                the text is llm_config's unless they say so.
 
         Returns:
             (B, new tokens) ids without the prompt, or transformers' output object with them.
@@ -192,9 +192,14 @@ class VisionLanguageModel(FromParts, ChatLora, InternVLPreTrainedModel):
         Raises:
             ValueError: no prompt, or not as many placeholders as features.
         """
+        images = (pixel_values, visual_features, image_flags)
+        if "inputs_embeds" in options:  # as `embed` makes them
+            if input_ids is not None or any(each is not None for each in images):
+                raise ValueError("generate: inputs_embeds stand in place of input_ids and images")
+            options["attention_mask"] = attention_mask
+            return self.language_model.generate(generation_config=generation_config, **options)
         if input_ids is None:
             raise ValueError("generate: input_ids are needed")
-        images = (pixel_values, visual_features, image_flags)
         return continue_prompts(self, images, input_ids, attention_mask, generation_config, options)
 
     def embed(

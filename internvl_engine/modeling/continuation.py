@@ -3,7 +3,7 @@
 Prompts come as embeddings, since their images are no tokens; then transformers returns new tokens
 only, as the published code does, and its logits processors see nothing else. Ways to decode that
 look at the ids of the prompt (prompt lookup, an assistant) get them, with a cache that has read the
-embeddings.
+embeddings. Beams start from copies of such a cache, where each would else read the prompt itself.
 
     B prompts of L tokens
 """
@@ -14,11 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, Phi3ForCausalLM
+from transformers import GenerationConfig, GenerationMixin
 
 from .masks import count_positions
 from .placeholders import check_prompts
-from .prompting import align_left
+from .prompting import align_left, copies_asked
+
+# Whose caches hold keys and values of every token and nothing else. By name: their files take time
+# to import.
+_PLAIN_CACHES = frozenset({
+    "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+})  # fmt: skip
 
 
 def continue_prompts(
@@ -48,31 +55,55 @@ def continue_prompts(
     embeds = model.embed(pixel_values, input_ids, flags, visual_features=visual_features)
     mask = mask.to(embeds.device)
     options = {"generation_config": generation_config, "attention_mask": mask, **options}
-    if not _reads_ids(generation_config, options):
-        return model.language_model.generate(inputs_embeds=embeds, **options)
-    return _with_ids(model, embeds, input_ids.to(embeds.device), mask, options)
+    language = getattr(model.language_model, "get_base_model", lambda: model.language_model)()
+    if _reads_ids(generation_config, options):
+        if (input_ids[:, -1] == model.img_context_token_id).any():
+            raise ValueError(
+                "generate: prompt lookup and assistants need prompts that end with text, got one "
+                "that ends with a placeholder"
+            )
+        return _with_ids(language, embeds, input_ids.to(embeds.device), mask, options)
+    copies = copies_asked(generation_config, options)
+    if copies > 1 and _can_copy(language, embeds.shape[1], generation_config, options):
+        cache = _read(language, embeds, mask, None)
+        cache.batch_repeat_interleave(copies)
+        options["past_key_values"] = cache
+    # transformers 4 would make these on the device of the weights: meta, where they are offloaded.
+    none_yet = torch.empty((len(embeds), 0), dtype=torch.int64, device=embeds.device)
+    return model.language_model.generate(none_yet, inputs_embeds=embeds, **options)
 
 
-def _reads_ids(config: GenerationConfig | None, options: dict[str, Any]) -> bool:
-    name = "prompt_lookup_num_tokens"
-    lookup = options.get(name) or getattr(config, name, None)
-    return bool(lookup) or options.get("assistant_model") is not None
+def _can_copy(
+    language: Any, length: int, config: GenerationConfig | None, options: dict[str, Any]
+) -> bool:
+    """Whether beams may start from copies of a cache that read the prompt once."""
+    name = "cache_implementation"
+    asked = (options.get(name), getattr(config, name, None))
+    return (
+        not any((*asked, getattr(language.generation_config, name, None)))
+        and options.get("past_key_values") is None
+        and options.get("use_cache") is not False
+        and length > 1
+        and _is_whole(language, length)
+        and type(language).__name__ in _PLAIN_CACHES
+    )
 
 
-def _with_ids(
-    model: Any, embeds: Tensor, ids: Tensor, mask: Tensor, options: dict[str, Any]
-) -> Any:
-    """The prompt but for its last token is read here; transformers goes on with ids and cache.
+def _is_whole(language: Any, length: int) -> bool:
+    """Whether a cache holds all of that many tokens, with no window that forgets the first."""
+    window = getattr(language.config, "sliding_window", None)
+    return window is None or length < window
+
+
+def _read(language: Any, embeds: Tensor, mask: Tensor, cache: Any) -> Any:
+    """A cache that has read a prompt but for its last token.
 
     Rotary embeddings may depend on the length, so all of it is read, and the last token forgotten.
     A cache of sliding windows that has forgotten the first tokens cannot do that.
     """
-    language = getattr(model.language_model, "get_base_model", lambda: model.language_model)()
-    cache = options.pop("past_key_values", None)
     past = 0 if cache is None else cache.get_seq_length()
-    length = ids.shape[1]
-    window = getattr(language.config, "sliding_window", None)
-    end = length if window is None or length < window else length - 1
+    length = embeds.shape[1]
+    end = length if _is_whole(language, length) else length - 1
     cache = language(
         inputs_embeds=embeds[:, past:end],
         attention_mask=mask[:, :end],
@@ -83,6 +114,21 @@ def _with_ids(
     ).past_key_values
     if end == length:
         cache.crop(-1)
+    return cache
+
+
+def _reads_ids(config: GenerationConfig | None, options: dict[str, Any]) -> bool:
+    name = "prompt_lookup_num_tokens"
+    lookup = options.get(name) or getattr(config, name, None)
+    return bool(lookup) or options.get("assistant_model") is not None
+
+
+def _with_ids(
+    language: Any, embeds: Tensor, ids: Tensor, mask: Tensor, options: dict[str, Any]
+) -> Any:
+    """The prompt but for its last token is read here; transformers goes on with ids and cache."""
+    cache = _read(language, embeds, mask, options.pop("past_key_values", None))
+    length = ids.shape[1]
     if (assistant := options.get("assistant_model")) is not None:
         options["assistant_model"] = getattr(assistant, "language_model", assistant)
     if (streamer := options.get("streamer")) is not None:
@@ -102,7 +148,7 @@ def _continuing(language: Any) -> Any:
     transformers 5 feeds the whole prompt in its first step there, even where it is in the cache;
     Phi3's own preparation reads everything again, by ids, where the longer rotary factors begin.
     """
-    plain = isinstance(language, Phi3ForCausalLM)
+    plain = type(language).__name__ == "Phi3ForCausalLM"
     kind = GenerationMixin if plain else type(language)
     prepare = kind.prepare_inputs_for_generation.__get__(language)
 

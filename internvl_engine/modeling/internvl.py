@@ -297,6 +297,9 @@ class InternVLModel(InternVLPreTrainedModel):
             **lengths_in_new_tokens(generation_config, generate_kwargs),
         )
 
+    def get_input_embeddings(self) -> nn.Module:  # transformers 4 does not find them
+        return self.language_model.get_input_embeddings()
+
     @property
     def language_model(self) -> LlamaForCausalLM:
         """QLLaMA, out of its LoRA wrapper where it has one."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from ..configuration.rope import rope_of
 
@@ -53,5 +52,6 @@ class DynamicRotary(nn.Module):
 def replace_dynamic_rotary(language_model: Any) -> None:
     """Gives a LLaMA whose rope_scaling is dynamic the rotary embedding of this file."""
     _, scaling = rope_of(language_model.config)
-    if type(language_model) is LlamaForCausalLM and scaling and scaling["rope_type"] == "dynamic":
+    is_llama = type(language_model).__name__ == "LlamaForCausalLM"
+    if is_llama and scaling is not None and scaling["rope_type"] == "dynamic":
         language_model.model.rotary_emb = DynamicRotary(language_model.config)

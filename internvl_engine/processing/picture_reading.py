@@ -36,53 +36,20 @@ class PictureReading:
     ) -> list[Message]:
         """One conversation as messages, with its pictures opened and cut into tiles.
 
-        Args:
-            messages: a list of {"role": "user" | "assistant" | "system", "content": ...}, whose
-                content is a text, or a list of parts as OpenAI's and transformers' interfaces have
-                them; pairs (question, answer); messages that were read before.
-            images: for `<image>` in the user's texts, in order; a single question that has no such
-                place takes them in front.
-            videos: the same for `<video>`.
-            limits: max_tiles, num_frames and share, see `opened`.
+        Args: as `conversation`, and the limits of `opened`.
 
         Raises:
             TypeError, ValueError: no conversation, other places than pictures, or a picture that
                 cannot be used.
             FileNotFoundError: no such picture.
         """
-        beside = Beside(listed(images), listed_videos(videos))
-        return self.opened(read_conversation(messages, beside), **limits)
-
-    def read_question(
-        self,
-        history: Sequence[Any],
-        question: str,
-        images: Any = None,
-        videos: Any = None,
-        **limits: Any,
-    ) -> list[Message]:
-        """A conversation that goes on with a question; arguments as `read`.
-
-        Pictures belong to the places in the history that lack theirs, then to the question, in
-        front of it where it has no places.
-        """
-        beside = Beside(listed(images), listed_videos(videos))
-        before = read_conversation(history, beside, whole=False) if history else []
-        messages = [*before, question_message(question, beside)]
-        beside.check()
-        return self.opened(messages, **limits)
+        return self.opened(conversation(messages, images, videos), **limits)
 
     def read_all(
         self, messages: Any, images: Any = None, videos: Any = None, **limits: Any
     ) -> list[list[Message]]:
         """One conversation or several; pictures beside several are a list for each."""
-        if is_conversation(messages) or not isinstance(messages, Iterable):
-            return [self.read(messages, images, videos, **limits)]
-        rows = list(messages)
-        given = zip(
-            of_rows(images, len(rows), "images"), of_rows(videos, len(rows), "videos"), strict=True
-        )
-        return [self.read(row, *beside, **limits) for row, beside in zip(rows, given, strict=True)]
+        return [self.opened(row, **limits) for row in conversations(messages, images, videos)]
 
     def pictures(self, images: Any = None, videos: Any = None, **limits: Any) -> list[Picture]:
         """Images and videos by themselves, read."""
@@ -169,6 +136,52 @@ class PictureReading:
                 f"the history has tiles of another model, {shape}; needed are "
                 f"(n, {side}, {side}, 3)"
             )
+
+
+def conversation(messages: Any, images: Any = None, videos: Any = None) -> list[Message]:
+    """One conversation as messages; its pictures are not opened yet.
+
+    Args:
+        messages: a list of {"role": "user" | "assistant" | "system", "content": ...}, whose
+            content is a text, or a list of parts as OpenAI's and transformers' interfaces have
+            them; pairs (question, answer); messages that were read before.
+        images: for `<image>` in the user's texts, in order; a single question that has no such
+            place takes them in front.
+        videos: the same for `<video>`.
+    """
+    return read_conversation(messages, Beside(listed(images), listed_videos(videos)))
+
+
+def conversations(messages: Any, images: Any = None, videos: Any = None) -> list[list[Message]]:
+    """One conversation or several; pictures beside several are a list for each."""
+    if is_conversation(messages) or not isinstance(messages, Iterable):
+        return [conversation(messages, images, videos)]
+    rows = list(messages)
+    given = zip(
+        of_rows(images, len(rows), "images"), of_rows(videos, len(rows), "videos"), strict=True
+    )
+    return [conversation(row, *beside) for row, beside in zip(rows, given, strict=True)]
+
+
+def with_question(
+    history: Any, question: Any, images: Any = None, videos: Any = None
+) -> list[Message]:
+    """A conversation that goes on with a question; its pictures are not opened yet.
+
+    Pictures belong to the places in the history that lack theirs, then to the question, in front
+    of it where it has no places.
+
+    Args:
+        history: as messages of `conversation`; None or none for a first question.
+        question: a text.
+        images: of the history and the question, in order.
+        videos: the same.
+    """
+    beside = Beside(listed(images), listed_videos(videos))
+    before = read_conversation(history, beside, whole=False) if history else []
+    messages = [*before, question_message(question, beside)]
+    beside.check()
+    return messages
 
 
 def listed(images: Any) -> list[Any]:

@@ -6,8 +6,9 @@ padded on the left and may or may not have pictures.
     B conversations, L tokens of the longest prompt, T tiles
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,33 +16,31 @@ from ..processing.chat_templates import PublishedTemplate
 from ..processing.images import is_one_image
 from ..processing.message_parts import Message, counted
 from ..processing.messages import is_conversation, pictures_of, tiles_of
-from ..processing.picture_reading import of_rows
+from ..processing.picture_reading import conversations, of_rows, with_question
 from .streaming import StopAtText, stream_text
-
-if TYPE_CHECKING:
-    from ..processing.vision_language import VisionLanguageProcessor
 
 MAX_NEW_TOKENS = 1024
 GROWING = ("dynamic", "linear", "yarn")  # rotary scalings that go beyond the trained positions
 
 
-class Prepared(NamedTuple):
-    """Conversations that are ready to be answered, and how.
+class Work(NamedTuple):
+    """Conversations to answer, and how.
 
-    rows: of each the messages, the last one the user's.
-    prompts: of each the text.
+    rows: of each the messages, the last one the user's; pictures are not opened yet.
+    system: sentence in place of the checkpoint's.
+    limits: of pictures.
     settings: for `generate`.
     batch_size: rows at a time.
     """
 
     rows: list[list[Message]]
-    prompts: list[str]
+    system: str | None
+    limits: dict[str, Any]
     settings: dict[str, Any]
     batch_size: int
 
 
 def prepare(
-    processor: "VisionLanguageProcessor",
     images: Any,
     question: Any,
     *,
@@ -51,26 +50,20 @@ def prepare(
     system_message: str | None = None,
     max_tiles: int | None = None,
     num_frames: int | None = None,
-    max_new_tokens: int | None = None,
-    num_beams: int | None = None,
     batch_size: int = 8,
     **generate_kwargs: Any,
-) -> tuple[Prepared, bool]:
+) -> tuple[Work, bool]:
     """Reads conversations in every form that `InternVLChat.chat` takes; whether there is only one.
 
     Args, Raises: as `InternVLChat.chat`.
     """
-    settings = _checked(
-        batch_size, max_new_tokens=max_new_tokens, num_beams=num_beams, **generate_kwargs
-    )
-    limits = {"max_tiles": max_tiles, "num_frames": num_frames}
+    settings = _checked(batch_size, **generate_kwargs)
     if question is None and messages is None and _are_messages(images):
         images, messages = None, images
     if messages is not None:
         if question is not None or history is not None:
             raise ValueError("chat: messages hold questions and history; give either")
-        single = is_conversation(messages)
-        rows = processor.read_all(messages, images, videos, **limits)
+        single, rows = is_conversation(messages), conversations(messages, images, videos)
     else:
         if question is None:
             raise ValueError("chat: needs a question, or messages")
@@ -80,47 +73,60 @@ def prepare(
         asked = [question] if single else list(question)
         given = [images], [videos], [history]
         if not single:
-            given = _each(images, len(asked)), _each(videos, len(asked)), _each(history, len(asked))
+            given = _of_questions(len(asked), images, videos, history)
         rows = [
-            processor.read_question(before or (), text, pictures, films, **limits)
+            with_question(before, text, pictures, films)
             for text, pictures, films, before in zip(asked, *given, strict=True)
         ]
-    for row in rows:
-        if row[-1].role != "user":
-            raise ValueError("chat: the last message must be the user's")
-    prompts = [processor.prompt(row, system_message) for row in rows]
-    return Prepared(rows, prompts, settings, batch_size), single
+    if any(row[-1].role != "user" for row in rows):
+        raise ValueError("chat: the last message must be the user's")
+    limits = {"max_tiles": max_tiles, "num_frames": num_frames}
+    return Work(rows, system_message, limits, settings, batch_size), single
 
 
-def answers(engine: Any, work: Prepared) -> list[str]:
-    """The answers, in order."""
-    found: list[str] = []
+def answers(engine: Any, work: Work) -> Iterator[tuple[str, list[Message]]]:
+    """The answers in order, each with the messages that it answers.
+
+    Pictures are opened for a batch at a time: their tiles need memory.
+    """
     for start in range(0, len(work.rows), work.batch_size):
-        part = slice(start, start + work.batch_size)
-        found += _answer(engine, work.rows[part], work.prompts[part], work.settings)
-    return found
+        numbers = range(start, min(start + work.batch_size, len(work.rows)))
+        rows = [_opened(engine, work, number) for number in numbers]
+        yield from zip(_answer(engine, rows, work), rows, strict=True)
 
 
-def stream(engine: Any, work: Prepared) -> Iterator[str]:
-    """The pieces of the answer to the only conversation; it runs when the first is asked for."""
+def stream(engine: Any, work: Work) -> tuple[Iterator[str], list[Message]]:
+    """The pieces of the answer to the only conversation, and its messages.
+
+    It is checked here, and runs when the first piece is asked for.
+    """
     if len(work.rows) != 1 or work.settings["num_beams"] != 1:
         raise ValueError("chat: only one conversation can be streamed, with num_beams=1")
     if work.settings.get("assistant_model") or work.settings.get("prompt_lookup_num_tokens"):
         raise ValueError("chat: assisted generation cannot be streamed")
-    inputs, settings = _inputs(engine, work.rows, work.prompts, work.settings)
+    row = _opened(engine, work, 0)
+    inputs, settings = _inputs(engine, [row], work)
 
     @torch.inference_mode()  # in the thread that runs it
     def generate(**streaming: Any) -> None:
         engine.model.generate(**inputs, **settings, **streaming)
 
-    return stream_text(generate, engine.processor.prompts, engine.processor.prompts.stop_texts)
+    prompts = engine.processor.prompts
+    return stream_text(generate, prompts, prompts.stop_texts), row
+
+
+def _opened(engine: Any, work: Work, number: int) -> list[Message]:
+    try:
+        return engine.processor.opened(work.rows[number], **work.limits)
+    except (ValueError, OSError, TypeError) as error:
+        if len(work.rows) == 1:
+            raise
+        raise type(error)(f"conversation {number}: {error}") from error
 
 
 @torch.inference_mode()
-def _answer(
-    engine: Any, rows: Sequence[Sequence[Message]], prompts: Sequence[str], settings: dict[str, Any]
-) -> list[str]:
-    inputs, settings = _inputs(engine, rows, prompts, settings)
+def _answer(engine: Any, rows: Sequence[Sequence[Message]], work: Work) -> list[str]:
+    inputs, settings = _inputs(engine, rows, work)
     words = engine.processor.prompts
     if words.separator and words.stop_token_id is None:
         settings["stopping_criteria"] = [StopAtText(words, [words.separator])]
@@ -130,11 +136,11 @@ def _answer(
 
 
 def _inputs(
-    engine: Any, rows: Sequence[Sequence[Message]], prompts: Sequence[str], settings: dict[str, Any]
+    engine: Any, rows: Sequence[Sequence[Message]], work: Work
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs and settings of `generate`; the prompts are checked against the context."""
     processor, model = engine.processor, engine.model
-    batch: dict[str, Any] = processor.encode(prompts)
+    batch: dict[str, Any] = processor.encode([processor.prompt(row, work.system) for row in rows])
     lengths = batch["attention_mask"].sum(1).tolist()
     tiles = [tiles_of(pictures_of(row)) for row in rows]
     room = context_of(model.config.llm_config) - max(lengths)
@@ -154,7 +160,7 @@ def _inputs(
         batch["pixel_values"] = pixels.to(engine.device)
     inputs = {name: value.to(engine.device) for name, value in batch.items()}
     words = processor.prompts
-    settings = {"pad_token_id": words.pad_token_id, **settings}
+    settings = {"pad_token_id": words.pad_token_id, **work.settings}
     if words.stop_token_id is not None:
         # The published chat stops at the separator alone, transformers at the model's ends too.
         own = [] if isinstance(words.template, PublishedTemplate) else _ends_of(model)
@@ -195,11 +201,16 @@ def _are_messages(given: Any) -> bool:
     return all(isinstance(m, Message) or (isinstance(m, dict) and "role" in m) for m in given)
 
 
-def _each(given: Any, rows: int) -> list[Any]:
-    """What belongs to each of several questions; a single image belongs to all."""
-    if given is not None and is_one_image(given):
-        return [given] * rows
-    return of_rows(given, rows, "images")
+def _of_questions(count: int, images: Any, videos: Any, history: Any) -> tuple[Any, Any, Any]:
+    """What belongs to each of several questions; one image, video or history is for all."""
+    if images is not None and is_one_image(images):
+        images = [images] * count
+    if isinstance(videos, str | os.PathLike):
+        videos = [videos] * count
+    if is_conversation(history):
+        history = [history] * count
+    named = ((images, "images"), (videos, "videos"), (history, "histories"))
+    return tuple(of_rows(given, count, name) for given, name in named)  # type: ignore[return-value]
 
 
 def _checked(batch_size: Any, generation_config: Any = None, **given: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import kernels
+from ..checkpoint.parts import AbsentModule
 from .in_projection import InProjection
 from .merged import Merged, merge
 from .tensor import WeightTensor, linear, make_plain
@@ -140,9 +141,12 @@ def find_linear(owner: Any, path: str) -> Any:
     """The linear of a dotted name below a module as it is now, or None.
 
     A wrapper passes on what it holds; "in_proj" of an nn.MultiheadAttention is its `InProjection`.
+    What was not loaded holds nothing.
     """
     module = owner
     for name in path.split("."):
+        if isinstance(module, AbsentModule):
+            return None
         inner = module._modules.get(name) or getattr(module, name, None)
         if inner is None and name == "in_proj":
             return InProjection.of(module)

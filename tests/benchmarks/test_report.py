@@ -69,9 +69,9 @@ def test_the_command_line_stores_prints_and_compares(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"][0]["operator"] == "swiglu" and "got slower" in err
     assert bench("kernels", "nonsense") == 1
-    assert "no benchmark of nonsense; there are add_rms_norm" in capsys.readouterr().err
+    assert "no benchmark of nonsense; there are add_layer_norm" in capsys.readouterr().err
     assert bench("layers", "nonsense") == 1
-    assert "there are vision, qllama" in capsys.readouterr().err
+    assert "there are vision, vision_300m, qllama" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(_library.native is None, reason="nothing to compare: no native kernels")

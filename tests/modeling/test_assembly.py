@@ -11,10 +11,7 @@ from foreign_towers import composite, vision_tower
 from safetensors.torch import load_file, save_file
 from tiny_chat import tokenizer
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from internvl_engine import (
     InternVL_G,
@@ -316,6 +313,12 @@ def test_saved_and_loaded_again(tie, layout, tmp_path):
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in built.state_dict().items())
     assert loaded.img_context_token_id == 342
+    written = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    if layout == "published":
+        assert written == ["InternVLChatModel"]
+        assert type(AutoModel.from_pretrained(tmp_path)) is VisionLanguageModel
+    else:
+        assert written == ["InternVLForConditionalGeneration"]
     for name in ("template", "force_image_size", "max_dynamic_patch", "ps_version"):
         assert getattr(loaded.config, name) == getattr(built.config, name), name
     from internvl_engine.processing.chat_tokenizer import load_tokenizer

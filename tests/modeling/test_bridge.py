@@ -282,7 +282,7 @@ def test_the_example_learns_and_answers(patches, monkeypatch, capsys):
     losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert len(losses) == 2
     assert losses[1] < losses[0]
-    assert len([line for line in lines if line.endswith("of the held-out pictures")]) == 3
+    assert len([line for line in lines if line.endswith("of the held-out pictures are right")]) == 3
 
 
 def test_what_is_no_internvl_is_an_error(tmp_path):

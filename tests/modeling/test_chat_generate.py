@@ -108,6 +108,17 @@ def test_features_in_place_of_tiles(model, inputs):
     equal(answer(model, inputs, visual_features=features), expected)
 
 
+def test_embeddings_in_place_of_ids(model, inputs):
+    embeds = model.embed(inputs["pixel_values"], inputs["input_ids"])
+    equal(answer(model, {"inputs_embeds": embeds}), answer(model, inputs))
+
+
+def test_a_batch_of_text_with_a_tensor_of_no_tiles(model):
+    input_ids, mask = ids([3, 4, 5], [6])
+    inputs = {"pixel_values": tiles(0), "input_ids": input_ids, "attention_mask": mask}
+    equal(answer(model, inputs), answer(model, inputs | {"pixel_values": None}))
+
+
 def test_without_tiles_placeholders_are_tokens(model):
     input_ids, mask = ids(PROMPT)
     plain = model.language_model.generate(input_ids, attention_mask=mask, max_new_tokens=5)
@@ -158,6 +169,35 @@ def test_beams_samples_and_several_sequences(model, inputs):
     sampled = answer(model, inputs, do_sample=True, top_k=5, num_return_sequences=3)
     assert sampled.shape[0] == 3 and sampled.shape[1] <= 8
     equal(answer(model, inputs, do_sample=True, top_k=1), answer(model, inputs))
+
+
+@pytest.mark.parametrize(
+    "llm",
+    [
+        {},
+        {"max_position_embeddings": 4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"model_type": "mistral", "architectures": None, "sliding_window": 6},
+    ],
+    ids=["plain", "dynamic", "window"],
+)
+def test_beams_read_the_prompt_once_and_answer_the_same(llm):
+    model = chat_model(llm=llm)
+    input_ids, mask = ids(PROMPT, [7, "image"])
+    inputs = {"pixel_values": tiles(2), "input_ids": input_ids, "attention_mask": mask}
+    embeds = model.embed(inputs["pixel_values"], input_ids)
+    expected = answer(model, {"inputs_embeds": embeds, "attention_mask": mask}, num_beams=3)
+    rows = []
+
+    def read(_, arguments):
+        rows.append(tuple(arguments[0].shape[:2]))
+
+    model.language_model.model.layers[0].mlp.register_forward_pre_hook(read)
+    equal(answer(model, inputs, num_beams=3), expected)
+    length = input_ids.shape[1]
+    if "sliding_window" in llm:
+        assert rows[0] == (6, length)
+    else:
+        assert rows[:2] == [(2, length), (6, 1)]
 
 
 class Streamer:

@@ -87,6 +87,8 @@ def test_prompts_that_are_none(model):
         model(tiles(1))
     with pytest.raises(ValueError, match="input_ids are needed"):
         model.generate(tiles(1))
+    with pytest.raises(ValueError, match="inputs_embeds stand in place of input_ids and images"):
+        model.generate(tiles(1), inputs_embeds=torch.zeros(1, 5, 48))
     with pytest.raises(ValueError, match="tiles need input_ids"):
         model(tiles(1), inputs_embeds=torch.zeros(1, 5, 48))
     with pytest.raises(ValueError, match="integers of shape \\(batch, tokens\\), got .*\\(5,\\)"):
@@ -101,3 +103,8 @@ def test_prompts_that_are_none(model):
         model.generate(None, input_ids, mask, visual_features=torch.zeros(4, 48))
     with pytest.raises(ValueError, match="labels need all logits"):
         model(None, input_ids, labels=input_ids, logits_to_keep=1)
+
+
+def test_looking_up_after_an_image():
+    with pytest.raises(ValueError, match="prompts that end with text"):
+        chat_model().generate(tiles(1), ids([3, "image"])[0], prompt_lookup_num_tokens=2)
