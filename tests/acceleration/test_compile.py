@@ -44,7 +44,7 @@ def test_one_graph_serves_every_batch(tower, dtype):
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("build", [published, llama, partial(llama, heads=2)])
+@pytest.mark.parametrize("build", [published, llama, partial(llama, "Qwen3", heads=2)])
 @torch.no_grad()
 def test_one_graph_serves_every_batch_and_length_of_foreign_layers(build):
     built = build()

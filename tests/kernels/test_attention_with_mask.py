@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from internvl_engine import kernels, reference
-from internvl_engine.kernels import attention, attention_with_mask, decode_attention
+from internvl_engine import reference
+from internvl_engine.kernels import (
+    _library,
+    attention,
+    attention_with_mask,
+    decode_attention,
+)
 
 from kernel_runs import backend_in_use
 from numerics import (
@@ -14,7 +19,7 @@ from numerics import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NATIVE = kernels.backends("attention")["CPU"][0] == "native"
+NATIVE = _library.native is not None and _library.native.instruction_set() != "portable"
 ADDITIVE = ("lowest", "infinite", "summed")
 
 
