@@ -1,6 +1,6 @@
 """Puts the fused computations into a model, says what it did, and takes them out again.
 
-Modules are recognised by a table of classes and by structure (recognition.py): ours, copies
+Modules are recognised by a table of classes and by structure (recognition/): ours, copies
 of the published code and transformers' InternViT and LLaMA are served. Every module stays the
 object that it is (fused/base.py); foreign loops, masks and caches stay what they are.
 """

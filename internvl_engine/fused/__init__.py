@@ -1,4 +1,4 @@
-"""Fused modules: eager modules that compute on the operators. Known classes: recognition.py."""
+"""Fused modules: eager modules that compute on the operators. Known classes: recognition/."""
 
 from .base import FusedModule
 from .cross_attention import FusedCrossAttention
