@@ -116,6 +116,18 @@ def _check_transformers(config: Any, weights: Weights) -> None:
             "merge_lora=True, merge it (model.language_model = model.language_model."
             "merge_and_unload(), vision_model alike), or save it with layout='published'"
         )
+    strangers = [
+        each.name
+        for each in weights.planned
+        if each.name.startswith("language_model.")
+        and not each.name.startswith(("language_model.model.", "language_model.lm_head."))
+    ]
+    if strangers:
+        raise ValueError(
+            f"transformers' layout has language models of model.* and lm_head.* only, and this "
+            f"{type(config.llm_config).__name__[:-6]} has {listed(strangers)}: save it with "
+            "layout='published'"
+        )
     if getattr(config, "parts", None):
         raise ValueError(
             "transformers' layout holds whole models, and this one was loaded with "

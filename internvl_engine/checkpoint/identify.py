@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .families import FAMILIES, ROOTS, TOWER_ROOTS, Family
+from .families import FAMILIES, INTERNVL_14B, ROOTS, TOWER_ROOTS, Family
 from .files import open_weights
 from .hub import hub_options
 from .locate import Needed, Source
@@ -39,7 +39,7 @@ def language_fields(values: dict[str, Any]) -> dict[str, Any]:
     """What of a config.json is about its language model: all where it is nothing else."""
     family = family_of(values)
     tower = family.towers.get("language") if family is not None else None
-    own = values if tower is None or tower.config is None else values[tower.config]
+    own = values if tower is None or tower.config is None else values.get(tower.config)
     return own if isinstance(own, dict) else {}
 
 
@@ -89,7 +89,7 @@ def check_config(values: dict[str, Any], config_class: Any, place: Path | str) -
         place: what messages call the file.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: it does, or it leaves out a part of a chat model, which has no defaults.
     """
     family, needed = family_of(values), built_by(config_class)
     if needed is not None:
@@ -100,6 +100,7 @@ def check_config(values: dict[str, Any], config_class: Any, place: Path | str) -
         fits = family is None or tower in family.towers
         title = f"a {tower} model, or a checkpoint that has one"
     if fits:
+        _check_towers(values, family, place)
         return
     if family is None:
         kind, advice = _stranger(values)
@@ -110,6 +111,17 @@ def check_config(values: dict[str, Any], config_class: Any, place: Path | str) -
         f"{place}: not a {config_class.__name__}: this is {family.title}, not {title}; "
         f"{family.advice}"
     )
+
+
+def _check_towers(values: dict[str, Any], family: Family | None, place: Path | str) -> None:
+    if family is None or family.builds == INTERNVL_14B.builds:  # which has presets
+        return
+    for name in family.config_fields:
+        if not isinstance(values.get(name), dict):
+            raise CheckpointError(
+                f"{place}: {family.title} needs {' and '.join(family.config_fields)}, each an "
+                f"object; {name} is {values.get(name)!r}"
+            )
 
 
 def _stranger(values: dict[str, Any]) -> tuple[str, str]:

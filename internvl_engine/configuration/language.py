@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .rope import kind_of, phi3_rope, readable_rope, rope_of, yarn_scale
+from .rope import check_kind, kind_of, phi3_rope, readable_rope, rope_of, yarn_scale
 
 INTERNLM2 = "InternLM2ForCausalLM"
 PUBLISHED = {  # classes of the main code: published model_type and transformers'
@@ -88,6 +88,7 @@ def read_language(given: dict[str, Any] | PretrainedConfig, published: bool) -> 
     elif model_type == "phi3" and scaling:
         leftovers["rope_scaling"] = scaling
         values["rope_scaling"] = phi3_rope(scaling)
+    check_kind(values)
     config: Any = AutoConfig.for_model(model_type, **readable_rope(values))
     if model_type == "phi3" and kind_of(scaling) == "yarn":
         _rope_parameters(config)["attention_factor"] = yarn_scale(config)
@@ -136,9 +137,19 @@ def written_language(language: Language) -> dict[str, Any]:
 
 
 def transformers_language(language: Language) -> dict[str, Any]:
-    """The `text_config` that transformers 4.57 and 5 read, whichever of them writes it."""
+    """The `text_config` that transformers 4.57 and 5 read, whichever of them writes it.
+
+    Raises:
+        ValueError: they have no such rotary scaling (published Phi3's "yarn").
+    """
     values = _plain_dict(language.config)
     theta, scaling = rope_of(language.config)
+    if values["model_type"] == "phi3" and scaling and "attention_factor" in scaling:
+        raise ValueError(
+            "transformers' layout has no factor of Phi3's cosine and sine of its own, and this "
+            f"model {scaling['attention_factor']:.4g} (published as rope_scaling 'yarn'): save it "
+            "with layout='published'"
+        )
     if theta is not None:
         values["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
         values |= {"rope_theta": theta, "rope_scaling": scaling}

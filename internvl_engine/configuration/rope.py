@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _NAMES = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
@@ -19,6 +20,16 @@ def kind_of(scaling: Any) -> str | None:
         return None
     kind = scaling.get("rope_type") or scaling.get("type")
     return None if kind == "default" else kind
+
+
+def check_kind(values: dict[str, Any]) -> None:
+    """Raises a ValueError where the fields of a configuration name a scaling that is unknown."""
+    for name in ("rope_scaling", "rope_parameters"):
+        kind = kind_of(values.get(name))
+        if kind is not None and kind not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(
+                f"{name} is of kind {kind!r}; known are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
+            )
 
 
 def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:

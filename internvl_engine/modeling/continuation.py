@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GenerationMixin
 from .masks import count_positions
 from .placeholders import check_prompts
 from .prompting import align_left, copies_asked
+from .rotary import has_dynamic_rotary
 
 # Whose caches hold keys and values of every token and nothing else. By name: their files take time
 # to import.
@@ -52,6 +53,10 @@ def continue_prompts(
     mask = mask.to(input_ids.device)
     if options.get("past_key_values") is None:
         input_ids, mask = align_left(input_ids, mask)
+        if has_dynamic_rotary(model.language_model):
+            # Padding of every row: it would count for the prompt's base, and not for later ones'.
+            start = mask.shape[1] - max(int(mask.bool().sum(1).max()), 1)
+            input_ids, mask = input_ids[:, start:], mask[:, start:]
     embeds = model.embed(pixel_values, input_ids, flags, visual_features=visual_features)
     mask = mask.to(embeds.device)
     options = {"generation_config": generation_config, "attention_mask": mask, **options}

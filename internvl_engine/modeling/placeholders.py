@@ -58,18 +58,20 @@ def find_placeholders(input_ids: Tensor | None, placeholder_id: int | None, rows
     return input_ids == placeholder_id
 
 
-def used_tiles(image_flags: Tensor | None, tiles: int) -> Tensor | None:
+def used_tiles(image_flags: Any, tiles: int) -> Tensor | None:
     """Which tiles are used, (tiles,) bool; None is all.
 
     Args:
-        image_flags: (tiles,) or (tiles, 1), 1 for tiles that fill placeholders; None is all of
-            them. A tile with 0 belongs to a row of text only, where training needs one.
+        image_flags: (tiles,) or (tiles, 1), a tensor or numbers, 1 for tiles that fill
+            placeholders; None is all of them. A tile with 0 belongs to a row of text only, where
+            training needs one.
 
     Raises:
         ValueError: their number is another.
     """
     if image_flags is None:
         return None
+    image_flags = torch.as_tensor(image_flags)
     flags = image_flags.reshape(-1)
     if flags.shape[0] != tiles:
         raise ValueError(

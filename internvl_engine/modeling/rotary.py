@@ -49,9 +49,14 @@ class DynamicRotary(nn.Module):
             return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
+def has_dynamic_rotary(language_model: Any) -> bool:
+    """Whether a language model's rope_scaling is dynamic."""
+    _, scaling = rope_of(language_model.config)
+    return scaling is not None and scaling["rope_type"] == "dynamic"
+
+
 def replace_dynamic_rotary(language_model: Any) -> None:
     """Gives a LLaMA whose rope_scaling is dynamic the rotary embedding of this file."""
-    _, scaling = rope_of(language_model.config)
     is_llama = type(language_model).__name__ == "LlamaForCausalLM"
-    if is_llama and scaling is not None and scaling["rope_type"] == "dynamic":
+    if is_llama and has_dynamic_rotary(language_model):
         language_model.model.rotary_emb = DynamicRotary(language_model.config)

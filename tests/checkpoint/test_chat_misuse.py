@@ -158,3 +158,16 @@ def test_a_folder_that_has_nothing(tmp_path):
 def test_what_would_not_happen_is_refused(tmp_path, keyword, reason):
     with pytest.raises(ValueError, match=reason):
         VisionLanguageModel.from_pretrained(folder_of(tmp_path, CASE), **keyword)
+
+
+@pytest.mark.parametrize("field", ["vision_config", "llm_config"])
+def test_a_configuration_without_a_part(tmp_path, field):
+    folder = folder_of(tmp_path, CASE, **{field: None})
+    refused(VisionLanguageModel.from_pretrained, folder, "needs vision_config and llm_config",
+            f"{field} is None")  # fmt: skip
+
+
+def test_an_unknown_kind_of_rotary_scaling(tmp_path):
+    scaling = {"type": "foo", "factor": 2.0}
+    folder = folder_of(tmp_path, "llama_6b_v1", llm_config={"rope_scaling": scaling})
+    refused(VisionLanguageModel.from_pretrained, folder, "'foo'", "known are", "yarn")

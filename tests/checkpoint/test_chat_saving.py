@@ -21,7 +21,7 @@ from chat_folders import (
     state_of,
 )
 from safetensors.torch import load_file
-from transformers import InternVLForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, InternVLForConditionalGeneration
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 
 import internvl_engine
@@ -335,3 +335,23 @@ def test_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"b: needed [\d,]+ bytes of room, there are 10"):
         model.save_pretrained(tmp_path / "b")
+
+
+def test_what_transformers_layout_has_no_place_for(tmp_path):
+    scaling = {"type": "yarn", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    source = folder_of(tmp_path / "a", "phi3_300m_su_long", llm_config={"rope_scaling": scaling})
+    model = VisionLanguageModel.from_pretrained(source, dtype=torch.float32)
+    with pytest.raises(ValueError, match="'yarn'.*layout='published'"):
+        model.save_pretrained(tmp_path / "b", layout="transformers")
+    small = GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=130)
+    other = load(tmp_path / "c", "qwen2_300m_v2")
+    other = VisionLanguageModel.from_parts(other.vision_model, GPT2LMHeadModel(small))
+    other.img_context_token_id = 3
+    with pytest.raises(ValueError, match="this GPT2 has language_model.transformer.*'published'"):
+        other.save_pretrained(tmp_path / "d", layout="transformers")
+    other.save_pretrained(tmp_path / "e", layout="published")
+    again = VisionLanguageModel.from_pretrained(tmp_path / "e", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        found, expected = (m.eval()(input_ids=ids).logits for m in (again, other))
+    torch.testing.assert_close(found, expected)

@@ -43,6 +43,8 @@ def test_the_flags_count_too(model):
     input_ids, mask = ids([3, "image"])
     with pytest.raises(ValueError, match="4 placeholders .* 2 tiles"):
         model(tiles(3), input_ids, mask, image_flags=torch.tensor([1, 0, 1]))
+    with pytest.raises(ValueError, match="4 placeholders .* 2 tiles"):
+        model(tiles(3), input_ids, mask, image_flags=[1, 0, 1])
     with pytest.raises(ValueError, match="one flag for each of 3 tiles, got shape \\(2,\\)"):
         model(tiles(3), input_ids, mask, image_flags=torch.tensor([1, 0]))
 

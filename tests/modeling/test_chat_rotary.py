@@ -84,3 +84,22 @@ def test_published_qwen2_is_plain():
     model = chat_model(llm=LLM | llm | {"rope_scaling": {"type": "linear", "factor": 4.0}})
     positions = torch.arange(20)[None]
     check(tables(model, positions), positions, 1 / BASE**STEPS)
+
+
+def test_padding_that_every_row_has_counts_for_no_base():
+    llm = {
+        "architectures": ["InternLM2ForCausalLM"],
+        "max_position_embeddings": 16,
+        "rope_scaling": {"type": "dynamic", "factor": 3.0},
+        "rope_theta": BASE,
+    }
+    model = chat_model(llm=llm)
+    prompt = torch.randint(3, 60, (1, 10))
+    padded = torch.cat((torch.zeros(1, 10, dtype=torch.int64), prompt), dim=1)
+    mask = (torch.arange(20) >= 10)[None].long()
+    options = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    short = model.generate(input_ids=prompt, do_sample=False, **options)
+    long = model.generate(input_ids=padded, attention_mask=mask, do_sample=False, **options)
+    assert torch.equal(short.sequences, long.sequences)
+    for ours, theirs in zip(short.logits, long.logits, strict=True):
+        torch.testing.assert_close(ours, theirs)
