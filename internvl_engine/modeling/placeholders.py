@@ -71,7 +71,8 @@ def used_tiles(image_flags: Any, tiles: int) -> Tensor | None:
     """
     if image_flags is None:
         return None
-    image_flags = torch.as_tensor(image_flags)
+    if not isinstance(image_flags, Tensor):
+        image_flags = torch.tensor(image_flags, dtype=torch.int64, device="cpu")
     flags = image_flags.reshape(-1)
     if flags.shape[0] != tiles:
         raise ValueError(
