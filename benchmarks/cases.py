@@ -51,6 +51,7 @@ class Case:
         bytes: read and written at least, by any implementation.
         flops: floating-point operations; 0 where they never bound it.
         images: that one call takes; 0 where that is not what it takes.
+        tokens: that one call makes, one after the other; 0 where it makes none.
         baseline: the provider to which the others' speed is related.
         tolerance: how far from eager's a right result may be, in units of the dtype's eps: two
             results that each round several times; a wrong one is off by 1e-1 or more.
@@ -66,6 +67,7 @@ class Case:
     images: int = 0
     baseline: str = "eager"
     tolerance: float = 8.0
+    tokens: int = 0
 
 
 def ours(operator: str, run: Run) -> dict[str, Provider]:

@@ -61,24 +61,28 @@ def cases(
     answer = torch.randint(1, few, (1, ANSWER), device=device)
     models = {"ours (accelerated)": ours, "eager": eager, SDPA: theirs}
 
-    def case(label: str, runs: dict[str, Callable], shape: tuple[int, ...]) -> Case:
+    def case(
+        label: str, runs: dict[str, Callable], shape: tuple[int, ...], read: Any, tokens: int = 0
+    ) -> Case:
         providers = {"eager": Provider(runs.pop("eager"))}
         providers |= {name: Provider(run) for name, run in runs.items() if name != SDPA}
         providers |= rival(SDPA, runs[SDPA])
         with torch.no_grad():
             flops, _ = counted(providers["eager"].run)
-        traffic = sum(p.nbytes for p in eager.parameters())
+        traffic = max(tokens, 1) * sum(p.nbytes for p in read.parameters())
         return Case("chat", f"{label}, {str(dtype)[6:]}", shape, dtype, providers, traffic, flops,
-                    baseline=SDPA)  # fmt: skip
+                    baseline=SDPA, tokens=tokens)  # fmt: skip
 
     runs: dict[str, Callable] = {
         name: partial(first_token, model, pixels, ids) for name, model in models.items()
     }
-    yield case(f"first token, {tiles} tiles and {QUESTION} tokens", runs, tuple(ids.shape))
+    label = f"first token, {tiles} tile{'s' * (tiles > 1)} and {QUESTION} tokens"
+    yield case(label, runs, tuple(ids.shape), eager)
     runs = {name: following(model, pixels, ids, answer) for name, model in models.items()}
     cache = KVCache(config.llm_config, ids.shape[1] + ANSWER)
     runs["ours (KVCache)"] = following(ours, pixels, ids, answer, cache)
-    yield case(f"{ANSWER} tokens behind {ids.shape[1]}", runs, tuple(answer.shape))
+    label = f"{ANSWER} tokens behind {ids.shape[1]}"
+    yield case(label, runs, tuple(answer.shape), eager.language_model, ANSWER)
 
 
 def first_token(model: Any, pixels: Tensor, ids: Tensor, cache: Any = None) -> Tensor:

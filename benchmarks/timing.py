@@ -44,6 +44,7 @@ class Row:
     baseline: str = "eager"
     speed: float = 1.0
     images: int = 0
+    tokens: int = 0
 
     def line(self) -> str:
         """The row of a table."""
@@ -56,8 +57,9 @@ class Row:
                 else f"{self.bytes / self.median_ms / 1e6:10.1f} GB/s"
             )
             text += f"{rate:20}{self.share_of_peak:5.0%} of {self.bound} peak"
-            if self.images:
-                text += f"{self.images / self.median_ms * 1e3:10.2f} images/s"
+        for count, unit in ((self.images, "images"), (self.tokens, "tokens")):
+            if count:
+                text += f"{count / self.median_ms * 1e3:10.2f} {unit}/s"
         return text
 
 
@@ -156,7 +158,7 @@ def rows(
             median, deciles[1], deciles[7], case.bytes, case.flops,
             best / median if providers[name].same else None, bound, case.baseline,
             statistics.median(theirs / mine for theirs, mine in zip(base, samples, strict=True)),
-            case.images,
+            case.images, case.tokens,
         )  # fmt: skip
 
 

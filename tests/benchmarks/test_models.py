@@ -113,6 +113,7 @@ def test_a_whole_chat_model_is_timed_beside_transformers(device):
         forms = {"ours (accelerated)", "eager", decoder.SDPA}
         assert set(first.providers) == forms and first.shape == (1, 2 * 4 + 20)
         assert set(behind.providers) == forms | {"ours (KVCache)"}
-        assert behind.shape == (1, chat.ANSWER)
+        assert behind.shape == (1, chat.ANSWER) and behind.tokens == chat.ANSWER
+        assert behind.bytes < chat.ANSWER * first.bytes  # without the vision tower
         for case in (first, behind, behind):  # the cache is put back
             assert not timing.failures(case)
