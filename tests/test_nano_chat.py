@@ -71,6 +71,11 @@ def test_its_vision_tower_is_that_of_the_embedded_internvl():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_its_files_name_no_folder_of_where_they_were_made():
+    for path in nano_chat_directory().glob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path.name
+
+
 def test_scenes_show_what_their_words_say():
     images, shown = held_out_scenes(12)
     assert [len(pairs) for pairs in shown] == [1, 2, 3] * 4
@@ -127,6 +132,7 @@ def test_each_stage_trains_what_it_says(script, samples, monkeypatch):
     assert before["projector"] == {"mlp1"}
     assert before["both"] == {"mlp1", "language_model"}
     assert processor.img_context_token_id == model.img_context_token_id
+    assert "_name_or_path" not in str(model.config.published_dict())
     assert model.config.llm_config.vocab_size == len(processor.tokenizer)
 
 

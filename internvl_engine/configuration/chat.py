@@ -196,7 +196,8 @@ class VisionLanguageConfig(PretrainedConfig):
         values["tie_word_embeddings"] = self.tie_word_embeddings
         values["llm_config"] = written_language(self._language)
         vision = values["vision_config"]
-        vision.pop("dtype", None)
+        for name in ("dtype", "_name_or_path"):  # of the folder that a part came from
+            vision.pop(name, None)
         if self.dtype is not None:
             dtype = str(self.dtype).removeprefix("torch.")
             for each in (values, vision, values["llm_config"]):
