@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import transformers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _NAMES = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
@@ -24,6 +23,8 @@ def kind_of(scaling: Any) -> str | None:
 
 def check_kind(values: dict[str, Any]) -> None:
     """Raises a ValueError where the fields of a configuration name a scaling that is unknown."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # not in 4.37
+
     for name in ("rope_scaling", "rope_parameters"):
         kind = kind_of(values.get(name))
         if kind is not None and kind not in ROPE_INIT_FUNCTIONS:
