@@ -159,7 +159,7 @@ def _continuing(language: Any) -> Any:
 
     @functools.wraps(prepare)
     def prepare_rest(input_ids: Tensor, **options: Any) -> dict[str, Any]:
-        cache = options.get("past_key_values")
+        cache = options.get("cache", options.get("past_key_values"))  # by its name from 5.24 on
         past = 0 if cache is None else cache.get_seq_length()
         if past and options.get("next_sequence_length", 0) is None:
             options["next_sequence_length"] = input_ids.shape[1] - past
