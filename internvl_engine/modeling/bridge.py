@@ -104,8 +104,9 @@ class QueryBridge(InternVLPreTrainedModel):
     def __init__(self, config: QueryBridgeConfig) -> None:
         super().__init__(config)
         width = config.qllama_config.hidden_size
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, width))
         self.qllama = QueryDecoder(LlamaModel(config.qllama_config))
+        weight = next(self.qllama.parameters())  # the queries have its dtype and device
+        self.query_tokens = nn.Parameter(weight.new_zeros(1, config.num_query_token, width))
         self.projector = _projector(config)
         self.pooler: AttentionPoolingBlock | None = None
         if config.pool_dim is not None:

@@ -303,3 +303,14 @@ def test_what_is_no_internvl_is_an_error(tmp_path):
     built.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a query bridge"):
         QueryBridge.from_internvl(tmp_path)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_all_its_weights_have_one_dtype(default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        built = bridge()
+    finally:
+        torch.set_default_dtype(before)
+    assert {parameter.dtype for parameter in built.parameters()} == {default}

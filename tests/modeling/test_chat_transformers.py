@@ -124,7 +124,7 @@ def test_the_same_logits_and_answers(pair, name):
     compare(*pair, batch(name))
 
 
-@pytest.mark.parametrize("name", ["several", "mixed"])
+@pytest.mark.parametrize("name", BATCHES)
 def test_the_same_when_theirs_is_accelerated(pair, name):
     theirs, ours = pair
     report = accelerate(theirs)
