@@ -1,7 +1,5 @@
 """A checkpoint's tensors by their published names, whatever the layout."""
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,32 +54,6 @@ class Contents:
             CheckpointError: a file is damaged, or the names contradict each other.
         """
         return _Reading(source, weights, heads).contents(needed)
-
-    @classmethod
-    def join(cls, contents: Mapping[str, "Contents"]) -> "Contents":
-        """Several checkpoints as one: the names of each below its prefix. Undoes `under`.
-
-        Args:
-            contents: prefix ("vision_model.", or "" for none) to the checkpoint below it.
-
-        Raises:
-            ValueError: there is none, or two of them have the same name.
-        """
-        if not contents:
-            raise ValueError("Contents.join: needed at least one checkpoint, got none")
-        below = list(contents.items())
-        counts = Counter(prefix + name for prefix, each in below for name in each.tensors)
-        if doubled := [name for name, count in counts.items() if count > 1]:
-            raise ValueError(f"Contents.join: {listed(doubled)} come from two of the checkpoints")
-        return cls(
-            path=Path(" and ".join(dict.fromkeys(str(each.path) for _, each in below))),
-            tensors={p + n: entry for p, each in below for n, entry in each.tensors.items()},
-            lora={p + n: sides for p, each in below for n, sides in each.lora.items()},
-            names={p + name for p, each in below for name in each.names},
-            leftovers=[name for _, each in below for name in each.leftovers],
-            layout=None,
-            opened=list(dict.fromkeys(file for _, each in below for file in each.opened)),
-        )
 
     def under(self, prefix: str) -> "Contents":
         """The tensors below a prefix, by the names that follow it."""

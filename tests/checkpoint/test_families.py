@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from published_layout import write_config, write_published
+from published_layout import write_published
 from safetensors.torch import save_file
 
-from internvl_engine.checkpoint import CheckpointError, Contents, Source
+from internvl_engine.checkpoint import CheckpointError
 from internvl_engine.checkpoint.names import prefix_of, translate
 from internvl_engine.modeling import InternVisionModel, InternVL_G
 from internvl_engine.modeling.lora import QLLAMA_LORA
@@ -219,27 +219,3 @@ def test_the_vision_tower_of_a_published_chat(tmp_path, golden_g):
     assert tower.config.image_size == 28  # chats interpolate: force_image_size is not the table's
     for name, tensor in tower.state_dict().items():
         assert torch.equal(tensor, golden_g.state[f"vision_model.{name}"]), name
-
-
-def read(folder) -> Contents:
-    source = Source.find(folder)
-    return Contents.read(source, source.weights())
-
-
-def test_joined_checkpoints_come_apart_again(tmp_path, published, golden_g):
-    InternVisionModel.from_pretrained(published, **FP32).save_pretrained(tmp_path / "vision")
-    write_config(tmp_path / "rest", golden_g.config)
-    rest = {n: t for n, t in golden_g.state.items() if not n.startswith("vision_model.")}
-    save_file(rest, tmp_path / "rest" / "model.safetensors")
-    parts = {"vision_model.": read(tmp_path / "vision"), "": read(tmp_path / "rest")}
-    joined = Contents.join(parts)
-    assert joined.names == set(golden_g.state) == set(joined.tensors)
-    for name, entry in joined.tensors.items():
-        assert torch.equal(entry.read(), golden_g.state[name]), name
-    assert str(tmp_path / "vision") in str(joined.path) and len(joined.files) == 2
-    apart = joined.under("vision_model.")
-    assert apart.tensors == parts["vision_model."].tensors
-    with pytest.raises(ValueError, match=r"embeddings\.class_embedding.* come from two of the"):
-        Contents.join({"vision_model.": parts["vision_model."], "": joined})
-    with pytest.raises(ValueError, match="at least one checkpoint"):
-        Contents.join({})
