@@ -1,13 +1,17 @@
 """The tensors of a checkpoint before they are read: what is stored, and what is made of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .files import WeightFile
+from .dtypes import dtype_name
+from .errors import CheckpointError
+from .files import SafetensorsFile, WeightFile
+from .forms import assemble, inner_tensors
 from .grouping import Heads, take
+from .schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -98,4 +102,66 @@ class Experts:
         return f"{self.of_expert[0][0]} and those of {len(self.of_expert)} experts"
 
 
-Entry = Stored | Stacked | Grouped | Experts
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in a form of ours, which several stored tensors make.
+
+    Args:
+        parts: what follows the weight's name to the stored tensor; "" is the packed one.
+        scheme: of the checkpoint, which knows the forms.
+        dtype: that it computes in where nobody asks for another: of the weight before.
+        runs: what follows the weight's name to the stored names of it and its neighbours.
+        shape: of the weight, which the model tells (`fitted`).
+    """
+
+    parts: dict[str, Stored]
+    scheme: Scheme
+    dtype: torch.dtype
+    runs: dict[str, tuple[str, ...]]
+    shape: tuple[int, ...] = ()
+
+    def fitted(self, shape: tuple[int, ...]) -> "Quantized":
+        """The same, for a weight of a shape.
+
+        Raises:
+            CheckpointError: a weight of that shape has other inner tensors; it names the first.
+        """
+        found = replace(self, shape=shape)
+        inner = inner_tensors(found._like(self.dtype))
+        missing = [f"{self}{ending}" for ending in inner if ending not in self.parts]
+        if missing:
+            raise CheckpointError(f"{self}: {missing[0]} is missing, without which it is of no use")
+        for ending, needed in inner.items():
+            part = self.parts[ending]
+            if (part.shape, part.dtype) != (tuple(needed.shape), needed.dtype):
+                raise CheckpointError(
+                    f"{part}: needed {dtype_name(needed.dtype)} of shape {tuple(needed.shape)} for "
+                    f"a weight of shape {shape}, got {dtype_name(part.dtype)} of {part.shape}"
+                )
+        return found
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in its form, mapped, for products in a dtype."""
+        like = self._like(dtype or self.dtype)
+        return assemble(like, {end: self._part(end) for end in inner_tensors(like)})
+
+    def _like(self, dtype: torch.dtype) -> Tensor:
+        """A weight of this form and shape without memory."""
+        packed = self.parts[""]
+        try:
+            quantize = self.scheme.form(packed.dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{packed}: {error}") from error
+        return quantize(torch.empty(self.shape, dtype=dtype, device="meta"))
+
+    def _part(self, ending: str) -> Tensor:
+        part = self.parts[ending]
+        if isinstance(part.file, SafetensorsFile):
+            return part.file.read_within(self.runs[ending], part.name)
+        return part.read()
+
+    def __str__(self) -> str:
+        return str(self.parts[""])
+
+
+Entry = Stored | Stacked | Grouped | Experts | Quantized

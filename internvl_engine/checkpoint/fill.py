@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .building import place_buffers
 from .files import open_weights
+from .forms import is_form, move
 from .offload import attach
 from .placement import DISK, Placement
 from .plan import Plan
+from .schemes import Scheme
 
 
 def fill(
@@ -23,18 +25,30 @@ def fill(
     dtype: torch.dtype,
     offload_folder: str | Path | None,
     progress: bool | None,
+    scheme: Scheme | None = None,
 ) -> None:
     """Reads every weight, puts it on its device, and hooks the offloaded ones.
 
+    Args:
+        scheme: that weights are quantized by, one at a time.
+
     Raises:
-        ValueError: weights must be written to disk and there is no offload_folder.
+        ValueError: weights must be written to disk and there is no offload_folder, or they are to
+            be quantized.
     """
     kept: dict[str, Tensor] = {}
     for name in track(plan.names, progress):
         device, storage = placement.of(name)
         tensor = plan.read(name, dtype)
+        if scheme is not None:
+            if storage == DISK:
+                raise ValueError(
+                    f"{name} goes to disk, where quantize= leaves nothing mapped: write a quantized "
+                    "checkpoint with `internvl convert --quantize`, and load that"
+                )
+            tensor = scheme.quantize(name, tensor)
         if storage is None:
-            _assign(model, name, tensor.to(device))
+            _assign(model, name, move(tensor, device))
         elif storage == DISK and not plan.is_mapped(name, dtype):
             kept[name] = _on_disk(tensor, name, offload_folder)
         else:
@@ -54,7 +68,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     module = model.get_submodule(owner)
     placeholder = module._parameters.get(leaf)
     if placeholder is not None:
-        module._parameters[leaf] = nn.Parameter(tensor, placeholder.requires_grad)
+        trains = placeholder.requires_grad and not is_form(tensor)
+        module._parameters[leaf] = nn.Parameter(tensor, trains)
     else:
         module._buffers[leaf] = tensor
 
@@ -68,7 +83,7 @@ def _tie(
     if storage is not None:
         kept[head] = kept.get(embedding, weight.detach())
     elif embedding in kept or weight.device != device:
-        _assign(model, head, kept.get(embedding, weight.detach()).to(device))
+        _assign(model, head, move(kept.get(embedding, weight.detach()), device))
     else:
         model.get_submodule(head.rpartition(".")[0]).weight = weight
 

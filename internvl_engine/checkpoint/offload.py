@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forms import move
 from .placement import Placement, in_stack
 
 
@@ -81,13 +82,14 @@ class BlockHook:
         for name, tensor in weights.items():
             owner, _, leaf = name.rpartition(".")
             module = block.get_submodule(owner)
-            placeholder = Offloaded(tensor.to("meta"), requires_grad=False)
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            placeholder = Offloaded(blank, requires_grad=False)
             module._parameters[leaf] = placeholder
             self.slots.append((module, leaf, tensor, placeholder))
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         for module, leaf, tensor, _ in self.slots:
-            module._parameters[leaf] = nn.Parameter(tensor.to(self.device), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(move(tensor, self.device), requires_grad=False)
         return _move(args, self.device), _move(kwargs, self.device)
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> Any:
