@@ -10,7 +10,7 @@ from .dtypes import FLOATS, resolve_dtype
 from .entries import Entry, Grouped, Quantized, Stacked, Stored
 from .errors import CheckpointError, listed
 from .files import WeightFile, open_weights
-from .forms import neighbours, stored_parts
+from .forms import PACKED, inner_names, neighbours, stored_name
 from .grouping import Heads
 from .layouts import Layout
 from .locate import Needed, Source, Weights
@@ -102,10 +102,10 @@ class _Reading:
         else:
             assert weights.file is not None
             self.where = dict.fromkeys(self._open(weights.file).names(), weights.file)
-        self.forms = _Forms.of(source, self.where)
+        self.quantized = _StoredForms.of(source, self.where)
 
     def contents(self, needed: Needed | None) -> Contents:
-        names = translate(name for name in self.where if name not in self.forms.inner)
+        names = translate(name for name in self.where if name not in self.quantized.others)
         if names.rivals:
             raise CheckpointError(
                 f"{self.path}: it holds the model twice, below {listed(map(repr, names.rivals))}; "
@@ -134,7 +134,7 @@ class _Reading:
             leftovers=names.leftovers,
             layout=names.layout,
             opened=list(self.files.values()),
-            scheme=self.forms.scheme,
+            scheme=self.quantized.scheme,
         )
 
     def _open(self, path: Path) -> WeightFile:
@@ -144,7 +144,7 @@ class _Reading:
 
     def _entry(self, names: tuple[str, ...], rows: str | None) -> Entry:
         pieces = tuple(map(self._piece, names))
-        if self.forms.scheme is not None and (found := self._quantized(pieces[0])):
+        if self.quantized.scheme is not None and (found := self._quantized(pieces[0])):
             return found
         if rows is None:
             return pieces[0] if len(pieces) == 1 else Stacked(pieces)
@@ -172,15 +172,14 @@ class _Reading:
 
     def _quantized(self, packed: Stored) -> Quantized | None:
         """A weight that is stored in a form; None for a plain one."""
-        name, forms = packed.name, self.forms
-        endings = forms.endings.get(name, ("",))
-        if len(endings) == 1 and (packed.dtype in FLOATS or not name.endswith(".weight")):
+        name, stored = packed.name, self.quantized
+        names = stored.inner.get(name, (PACKED,))
+        if len(names) == 1 and (packed.dtype in FLOATS or not name.endswith(".weight")):
             return None
-        parts = {ending: self._piece(name + ending) for ending in endings}
-        run = forms.runs.get(name, (name,))
-        runs = {ending: tuple(each + ending for each in run) for ending in endings}
-        assert forms.scheme is not None
-        return Quantized(parts, forms.scheme, forms.dtype, runs)
+        inner = {each: self._piece(stored_name(name, each)) for each in names}
+        run = stored.runs.get(name, (name,))
+        runs = {each: tuple(stored_name(n, each) for n in run) for each in names}
+        return Quantized(inner, runs, stored.dtype)
 
     def _check_pairs(self, lora: dict[str, dict[str, Entry]]) -> None:
         single = [linear for linear, sides in lora.items() if set(sides) != {"A", "B"}]
@@ -192,35 +191,35 @@ class _Reading:
 
 
 @dataclass(frozen=True)
-class _Forms:
+class _StoredForms:
     """What of a checkpoint is stored in forms of ours.
 
     Args:
         scheme: None where nothing is.
         dtype: of the weights before.
-        endings: stored name of a weight to what follows it in those of its inner tensors.
+        inner: stored name of a weight to those of its inner tensors.
         runs: stored name of a weight to its own and those of its neighbours.
-        inner: names of the inner tensors beside the packed ones.
+        others: stored names of the inner tensors that have not the name of their weight.
     """
 
     scheme: Scheme | None = None
     dtype: torch.dtype = torch.float32
-    endings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    inner: dict[str, tuple[str, ...]] = field(default_factory=dict)
     runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    inner: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, source: Source, stored: Iterable[str]) -> "_Forms":
+    def of(cls, source: Source, stored: Iterable[str]) -> "_StoredForms":
         """Those of a checkpoint, by its config.json and the names in its files."""
         settings = own_settings(source.config)
         if settings is None:
             return cls()
-        place = source.folder / "config.json"
-        endings = stored_parts(stored)
+        inner = inner_names(stored)
+        every = {stored_name(name, each) for name, names in inner.items() for each in names}
         return cls(
-            scheme=stored_scheme(settings, place),
+            scheme=stored_scheme(settings, source.folder / "config.json"),
             dtype=resolve_dtype(settings.get("dtype", "float32"), torch.device("cpu")),
-            endings=endings,
-            runs={name: run for run in neighbours(endings) for name in run},
-            inner=frozenset(f"{n}{end}" for n, found in endings.items() for end in found if end),
+            inner=inner,
+            runs={name: run for run in neighbours(inner) for name in run},
+            others=frozenset(every - set(inner)),
         )

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtypes import dtype_name
 from .errors import CheckpointError
 from .files import SafetensorsFile, WeightFile
-from .forms import assemble, inner_tensors
+from .forms import PACKED
 from .grouping import Heads, take
-from .schemes import Scheme
+from .schemes import forms
 
 
 @dataclass(frozen=True)
@@ -107,61 +106,47 @@ class Quantized:
     """A weight in a form of ours, which several stored tensors make.
 
     Args:
-        parts: what follows the weight's name to the stored tensor; "" is the packed one.
-        scheme: of the checkpoint, which knows the forms.
+        inner: name of an inner tensor to the stored one.
+        runs: name of an inner tensor to the stored names of it and those of its neighbours.
         dtype: that it computes in where nobody asks for another: of the weight before.
-        runs: what follows the weight's name to the stored names of it and its neighbours.
         shape: of the weight, which the model tells (`fitted`).
     """
 
-    parts: dict[str, Stored]
-    scheme: Scheme
-    dtype: torch.dtype
+    inner: dict[str, Stored]
     runs: dict[str, tuple[str, ...]]
+    dtype: torch.dtype
     shape: tuple[int, ...] = ()
 
     def fitted(self, shape: tuple[int, ...]) -> "Quantized":
         """The same, for a weight of a shape.
 
         Raises:
-            CheckpointError: a weight of that shape has other inner tensors; it names the first.
+            CheckpointError: these are no inner tensors of such a weight.
         """
-        found = replace(self, shape=shape)
-        inner = inner_tensors(found._like(self.dtype))
-        missing = [f"{self}{ending}" for ending in inner if ending not in self.parts]
-        if missing:
-            raise CheckpointError(f"{self}: {missing[0]} is missing, without which it is of no use")
-        for ending, needed in inner.items():
-            part = self.parts[ending]
-            if (part.shape, part.dtype) != (tuple(needed.shape), needed.dtype):
-                raise CheckpointError(
-                    f"{part}: needed {dtype_name(needed.dtype)} of shape {tuple(needed.shape)} for "
-                    f"a weight of shape {shape}, got {dtype_name(part.dtype)} of {part.shape}"
-                )
-        return found
+        blank = {}
+        for name, stored in self.inner.items():
+            if not isinstance(stored.dtype, torch.dtype):
+                raise CheckpointError(f"{stored}: {stored.dtype} is no dtype of a form of ours")
+            blank[name] = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        try:
+            forms().assemble(blank, shape, self.dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{self}: {error}") from error
+        return replace(self, shape=shape)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its form, mapped, for products in a dtype."""
-        like = self._like(dtype or self.dtype)
-        return assemble(like, {end: self._part(end) for end in inner_tensors(like)})
+        found = {name: self._read(name) for name in self.inner}
+        return forms().assemble(found, self.shape, dtype or self.dtype)
 
-    def _like(self, dtype: torch.dtype) -> Tensor:
-        """A weight of this form and shape without memory."""
-        packed = self.parts[""]
-        try:
-            quantize = self.scheme.form(packed.dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{packed}: {error}") from error
-        return quantize(torch.empty(self.shape, dtype=dtype, device="meta"))
-
-    def _part(self, ending: str) -> Tensor:
-        part = self.parts[ending]
-        if isinstance(part.file, SafetensorsFile):
-            return part.file.read_within(self.runs[ending], part.name)
-        return part.read()
+    def _read(self, name: str) -> Tensor:
+        stored = self.inner[name]
+        if isinstance(stored.file, SafetensorsFile):
+            return stored.file.read_within(self.runs[name], stored.name)
+        return stored.read()
 
     def __str__(self) -> str:
-        return str(self.parts[""])
+        return str(self.inner[PACKED])
 
 
 Entry = Stored | Stacked | Grouped | Experts | Quantized

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from .building import place_buffers
 from .files import open_weights
-from .forms import is_form, move
 from .offload import attach
 from .placement import DISK, Placement
 from .plan import Plan
-from .schemes import Scheme
+from .schemes import Scheme, forms
 
 
 def fill(
@@ -43,12 +42,12 @@ def fill(
         if scheme is not None:
             if storage == DISK:
                 raise ValueError(
-                    f"{name} goes to disk, where quantize= leaves nothing mapped: write a quantized "
+                    f"{name} goes to disk, and quantize= leaves nothing there: write a quantized "
                     "checkpoint with `internvl convert --quantize`, and load that"
                 )
             tensor = scheme.quantize(name, tensor)
         if storage is None:
-            _assign(model, name, move(tensor, device))
+            _assign(model, name, tensor.to(device))
         elif storage == DISK and not plan.is_mapped(name, dtype):
             kept[name] = _on_disk(tensor, name, offload_folder)
         else:
@@ -67,9 +66,10 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     placeholder = module._parameters.get(leaf)
-    if placeholder is not None:
-        trains = placeholder.requires_grad and not is_form(tensor)
-        module._parameters[leaf] = nn.Parameter(tensor, trains)
+    if placeholder is not None and hasattr(tensor, "__tensor_flatten__"):
+        forms().put(module, leaf, tensor)
+    elif placeholder is not None:
+        module._parameters[leaf] = nn.Parameter(tensor, placeholder.requires_grad)
     else:
         module._buffers[leaf] = tensor
 
@@ -83,7 +83,7 @@ def _tie(
     if storage is not None:
         kept[head] = kept.get(embedding, weight.detach())
     elif embedding in kept or weight.device != device:
-        _assign(model, head, move(kept.get(embedding, weight.detach()), device))
+        _assign(model, head, kept.get(embedding, weight.detach()).to(device))
     else:
         model.get_submodule(head.rpartition(".")[0]).weight = weight
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forms import move
 from .placement import Placement, in_stack
 
 
@@ -89,7 +88,7 @@ class BlockHook:
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         for module, leaf, tensor, _ in self.slots:
-            module._parameters[leaf] = nn.Parameter(move(tensor, self.device), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(tensor.to(self.device), requires_grad=False)
         return _move(args, self.device), _move(kwargs, self.device)
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Quantization as checkpoints see it: a scheme, and the settings in config.json that name one.
+"""Quantization as checkpoints see it: what asks for it, and what knows how.
 
     "quantization_config": {"quant_method": "internvl_engine", "version": 1, "scheme": "int8", ...}
 
-The schemes themselves lie above this room, beside the forms of weights: the package hands them in
+The forms of weights, and which weight gets which, lie above this room: the package hands them in
 (`provide`, in internvl_engine/__init__.py). This file imports neither torch nor them.
 """
 
@@ -14,11 +14,12 @@ from .errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 METHOD = "internvl_engine"
 VERSION = 1  # of the layouts of what is stored
 FIELD = "quantization_config"
+Layout = Mapping[str, "tuple[tuple[int, ...], torch.dtype]"]  # of inner tensors, the packed first
 
 
 class Scheme(Protocol):
@@ -27,39 +28,64 @@ class Scheme(Protocol):
     def settings(self) -> dict[str, Any]:
         """What makes this scheme again, as JSON: {"scheme": "int8", ...}."""
 
-    def quantize(self, name: str, weight: "Tensor") -> "Tensor":
-        """A weight in its form; the very weight where it stays wide.
+    def layout(self, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """The shapes and dtypes of a weight's inner tensors; None where it stays wide.
 
         Args:
             name: of the parameter in its model.
-            weight: plain; on the meta device where the shapes of the inner tensors are all.
         """
 
-    def form(self, packed: "torch.dtype") -> "Callable[[Tensor], Tensor]":
-        """What quantizes any weight into the form whose first inner tensor is of a dtype.
+    def quantize(self, name: str, weight: "Tensor") -> "Tensor":
+        """A weight in its form; the very weight where it stays wide."""
+
+
+class Forms(Protocol):
+    """What knows the forms of weights."""
+
+    def scheme(self, settings: Mapping[str, Any]) -> Scheme:
+        """The scheme of some settings.
 
         Raises:
-            ValueError: there is no such form.
+            ValueError, TypeError: there is none.
         """
 
+    def assemble(
+        self, inner: "Mapping[str, Tensor]", shape: tuple[int, ...], dtype: "torch.dtype"
+    ) -> "Tensor":
+        """The weight that inner tensors are, mapped ones or on the meta device too.
 
-Find = Callable[[Mapping[str, Any]], Scheme]
-_FIND: list[Find] = []
+        Raises:
+            ValueError: they are no weight of that shape in any form.
+        """
+
+    def inner(self, weight: "Tensor") -> "Mapping[str, Tensor]":
+        """The inner tensors of a weight in a form, by name."""
+
+    def put(self, module: "nn.Module", name: str, weight: "Tensor") -> object:
+        """Makes a weight in a form a parameter of a module."""
 
 
-def provide(find: Find) -> None:
-    """Says how settings become a scheme."""
-    _FIND[:] = [find]
+_LOAD: list[Callable[[], Forms]] = []
 
 
-def find_scheme(settings: str | Mapping[str, Any]) -> Scheme:
-    """A scheme by its name or its settings.
+def provide(load: Callable[[], Forms]) -> None:
+    """Says what knows the forms; it is loaded at the first use."""
+    _LOAD[:] = [load]
+
+
+def forms() -> Forms:
+    """What knows the forms of weights."""
+    assert _LOAD, "internvl_engine/__init__.py provides it"
+    return _LOAD[0]()
+
+
+def find_scheme(scheme: "str | Scheme") -> Scheme:
+    """A scheme by its name.
 
     Raises:
         ValueError: there is none of that name.
     """
-    assert _FIND, "internvl_engine/__init__.py provides schemes"
-    return _FIND[0]({"scheme": settings} if isinstance(settings, str) else settings)
+    return forms().scheme({"scheme": scheme}) if isinstance(scheme, str) else scheme
 
 
 def stated(scheme: Scheme, dtype: str) -> dict[str, Any]:
@@ -97,6 +123,6 @@ def stored_scheme(settings: Mapping[str, Any], place: Path) -> Scheme:
         )
     own = {k: v for k, v in settings.items() if k not in ("quant_method", "version", "dtype")}
     try:
-        return find_scheme(own)
+        return forms().scheme(own)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{place}: its {FIELD} is not one of ours ({error})") from error
