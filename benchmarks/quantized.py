@@ -1,7 +1,7 @@
-"""One layer of each tower at real width with quantized weights, beside wide ones and other packages.
+"""One layer of each tower with quantized weights at real width, beside wide ones and others.
 
     vision_int8  InternViT-6B: C = 3200, 25 heads of 128, F = 12800, 257 tokens an image
-    decode_int4  QLLaMA-8B: C = 4096, F = 11008, one token a row and no cache: its products are timed
+    decode_int4  QLLaMA-8B: C = 4096, F = 11008, one token a row and no cache: products alone
 
 Speeds are related to ours with wide weights. A form's error is that of the layer, from eager's.
 """
