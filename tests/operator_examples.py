@@ -57,6 +57,10 @@ def examples() -> dict[str, tuple]:
         ),
         "pooling_attention": (torch.randn(2, 4, 16), torch.randn(2, 9, 16), 1e-5),
     }  # fmt: skip
+    in_int4 = kernels.quantize_int4(weight)
+    found["linear_int4"] = (x, *in_int4, 6, bias, "gelu", torch.randn(3, 6))
+    backward = (torch.randn(3, 6), x, *in_int4, 6, bias, "none", [True, True])
+    found["linear_int4_backward"] = backward
     if kernels.layout_of(weight):
         packed = kernels.pack(weight)
         found["linear_packed"] = (x, packed, 6, bias, "gelu", torch.randn(3, 6))

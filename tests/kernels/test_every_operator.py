@@ -89,7 +89,7 @@ def on_gpu(operator: str, dtype: torch.dtype = torch.bfloat16) -> list:
     """
 
     def moved(x):
-        cast = x.is_floating_point() and not operator.endswith("attention_backward")
+        cast = x.dtype == torch.float32 and not operator.endswith("attention_backward")
         return x.to("cuda", dtype if cast else x.dtype)
 
     return [moved(x) if isinstance(x, torch.Tensor) else x for x in examples()[operator]]
