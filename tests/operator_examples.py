@@ -19,6 +19,11 @@ def _saved(operator: str, arguments: tuple, *last) -> tuple:
     return torch.randn_like(outputs[0]), *arguments[:3], *outputs
 
 
+def has_packed_weight(operator: str) -> bool:
+    """Whether the example's dtypes belong together: a packed weight's, or its scales'."""
+    return any(form in operator for form in ("packed", "int4", "int8", "fp8"))
+
+
 def examples() -> dict[str, tuple]:
     """By name; without the packed ones where this machine has no packed layout for float32."""
     x, weight, bias = torch.randn(3, 8), torch.randn(6, 8), torch.randn(6)
@@ -61,6 +66,10 @@ def examples() -> dict[str, tuple]:
     found["linear_int4"] = (x, *in_int4, 6, bias, "gelu", torch.randn(3, 6))
     backward = (torch.randn(3, 6), x, *in_int4, 6, bias, "none", [True, True])
     found["linear_int4_backward"] = backward
+    eighths = kernels.quantize_int8(weight)
+    found["linear_int8"] = (x, *eighths, bias, "gelu", torch.randn(3, 6))
+    backward = (torch.randn(3, 6), x, *eighths[:2], bias, "none", [True, True])
+    found["linear_int8_backward"] = backward
     if kernels.layout_of(weight):
         packed = kernels.pack(weight)
         found["linear_packed"] = (x, packed, 6, bias, "gelu", torch.randn(3, 6))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operator_examples import examples
+from operator_examples import examples, has_packed_weight
 from torch import library
 
 from internvl_engine import kernels, reference
@@ -85,11 +85,13 @@ def test_every_row_has_the_same_bits_in_every_batch():
 def on_gpu(operator: str, dtype: torch.dtype = torch.bfloat16) -> list:
     """The example's arguments on the GPU, floating tensors in one dtype.
 
-    Those of attention's gradients stay as the forward pass gave them, bfloat16 and float32.
+    Those of attention's gradients stay as the forward pass gave them, bfloat16 and float32, and
+    those of packed weights as they are packed.
     """
+    stays = operator.endswith("attention_backward") or has_packed_weight(operator)
 
     def moved(x):
-        cast = x.dtype == torch.float32 and not operator.endswith("attention_backward")
+        cast = x.is_floating_point() and not stays
         return x.to("cuda", dtype if cast else x.dtype)
 
     return [moved(x) if isinstance(x, torch.Tensor) else x for x in examples()[operator]]
