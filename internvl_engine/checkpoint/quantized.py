@@ -1,6 +1,7 @@
-"""Checkpoints of quantized weights: recognised, and refused with what they are.
+"""Checkpoints that other packages quantized: recognised, and refused with what they are.
 
-The names are those that each package writes beside or in place of a weight.
+The names are those that each package writes beside or in place of a weight. What `internvl convert
+--quantize` writes is read, see forms.py.
 """
 
 import re
@@ -8,8 +9,10 @@ from typing import Any
 
 from .contents import Contents
 from .errors import CheckpointError, listed
+from .schemes import own_settings
 
 _MARKS = {
+    r"\.weight\.(scales|sums)$": "internvl_engine, whose config.json is not beside them",
     r"\.(qweight|qzeros|g_idx)$": "AWQ or GPTQ",
     r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.\w+)$|\.(SCB|weight_format)$": (
         "bitsandbytes"
@@ -20,13 +23,14 @@ _MARKS = {
 }
 _TITLES = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fp8": "fp8"}
 _SUPPORTED = (
-    "Quantized checkpoints are not supported: take the one it was made from, with weights in "
-    "float32, float16 or bfloat16; dtype='bfloat16' takes least memory"
+    "Checkpoints that other packages quantized are not supported: take the one it was made from, "
+    "with weights in float32, float16 or bfloat16, which quantize='int8' quantizes while it loads"
 )
 
 
 def refuse_quantized(contents: Contents, values: dict[str, Any]) -> None:
-    """Raises where weights that are needed are stored quantized, or the configuration asks for it.
+    """Raises where weights that are needed are stored in another package's quantized form, or the
+    configuration asks for it.
 
     Args:
         values: the fields of the configuration that may ask for it.
@@ -34,6 +38,8 @@ def refuse_quantized(contents: Contents, values: dict[str, Any]) -> None:
     Raises:
         CheckpointError: they are.
     """
+    if own_settings(values) is not None:
+        return
     stated = stated_quantization(values)
     found: dict[str, list[str]] = {}
     for pattern, title in _MARKS.items():
