@@ -17,7 +17,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._epilogue import output_shape
-from ._library import define
+from ._library import contiguous, define
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
 FP8 = torch.float8_e4m3fn
@@ -69,7 +69,7 @@ def _backward(ctx, grad: Tensor):
 _linear_fp8 = define(
     "linear_fp8(Tensor x, Tensor packed, Tensor scales, Tensor? bias=None, str epilogue='none', "
     "Tensor? residual=None) -> Tensor",
-    reference=reference.linear_fp8,
+    reference=contiguous(reference.linear_fp8),
     fake=_linear_fp8_fake,
     backward=(_backward, _save),
 )

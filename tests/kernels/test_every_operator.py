@@ -1,5 +1,7 @@
 """What holds for every operator of the library, whichever it is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from operator_examples import examples
@@ -43,6 +45,38 @@ def test_every_operator_is_wellformed(operator):
             arguments = [as_leaf(x) for x in arguments]
     overload = getattr(torch.ops.internvl, operator).default
     library.opcheck(overload, tuple(arguments), test_utils=checks)
+
+
+ROWS = {"x", "residual", "grad", "grad_residual", "residual_out", "gate_up", "qkv", "q", "k", "v"}
+
+
+def permuted(operator: str, arguments: tuple) -> list:
+    """Rows as (2, rows, C), of which neighbours in memory belong to different sequences."""
+    schema = getattr(torch.ops.internvl, operator).default._schema.arguments
+    found = []
+    for argument, x in zip(schema, arguments, strict=False):  # some end with defaults
+        if argument.name in ROWS:
+            x = x.repeat(2, 1, 1) if x.dim() == 2 else x
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        found.append(x)
+    return found
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("operator", sorted(_library._ORDER))
+def test_strides_are_those_of_the_fake_where_inputs_are_permuted(operator, backend):
+    """Compiled code reads the result by the fake's strides: ((8, 40, 1) is not (24, 8, 1))."""
+    if operator not in examples():
+        pytest.skip("no packed layout for float32 here")
+    if operator.endswith("_backward") and (backend or _library.native is None):
+        pytest.skip("opcheck does not see through torch.func")
+    arguments = permuted(operator, examples()[operator])
+    with kernels.prefer(operator, backend) if backend else nullcontext():
+        library.opcheck(
+            getattr(torch.ops.internvl, operator).default,
+            tuple(arguments),
+            test_utils="test_faketensor",
+        )
 
 
 def is_fp8(x) -> bool:
