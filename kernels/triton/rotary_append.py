@@ -10,7 +10,7 @@ from torch import Tensor
 from .._heads import adjacent, empty_heads, positions_stride
 from ._cross_compile import Case
 from ._sizes import cdiv, power_of_2
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 from .rotary import STRIDES, rotate_heads, token_angles
 
 # Decoding is bound by the launch: few heads a program fill more processors. Not yet measured.
@@ -66,7 +66,7 @@ def rotary_append_triton(
         return y
     inputs = (q, k, v, cos, sin, positions, slots, k_cache, v_cache)
     config = config or launch_config(
-        "rotary_append", (heads, dim, q.dtype), DEFAULTS, CANDIDATES,
+        "rotary_append", (heads, dim, q.dtype, size_class(batch * tokens)), DEFAULTS, CANDIDATES,
         lambda config: rotary_append_triton(*inputs, config), q.get_device(),
     )  # fmt: skip
     q, k, v, positions = adjacent(q), adjacent(k), adjacent(v), positions.contiguous()
