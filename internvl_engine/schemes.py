@@ -87,7 +87,7 @@ WIDE = Rule("", "wide")
 # Their products are not those of a Linear, or too small to matter.
 _STAY_WIDE = (
     Rule(r"(?<!weight)$", "wide"),  # not the weight of a Linear or an embedding
-    Rule(r"position|token_type|norm|clip_projector", "wide"),
+    Rule(r"position|token_type|norm|clip_projector|lora_|adapter", "wide"),
 )
 # LLaMA's and its kin's, QLLaMA's cross-attention, Phi-3's merged ones, InternLM2's.
 _LANGUAGE_LAYER = (

@@ -232,6 +232,7 @@ def _finish(
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.placement = placement
+    model.name_or_path = str(source.path)  # where undo() finds wide weights again
     if isinstance(model.config, VisionLanguageConfig):
         model.origin = Origin(source.folder, layout_of(plan.contents))
         take_context_id(model, source)

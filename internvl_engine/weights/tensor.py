@@ -227,7 +227,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """residual + epilogue(x @ weight.T + bias) with a weight in any form; see `kernels.linear`."""
     if isinstance(weight, WeightTensor) and not torch.compiler.is_compiling():
-        if not (weight.requires_grad and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight.linear(x, bias, epilogue, residual)
     return kernels.linear(x, weight, bias, epilogue, residual)
 
