@@ -14,6 +14,7 @@ from ..schemes import Rule, Scheme
 from .families import NEIGHBOURS
 from .names import LORA, canonical
 from .registry import forms
+from .writing import Planned
 
 PACKED = "packed"  # the inner tensor that has the name of the weight
 _INNER = re.compile(r"^(?P<owner>.*\.weight)\.(?P<inner>\w+)$")
@@ -31,6 +32,23 @@ def rule_of(scheme: Scheme, model: nn.Module, name: str, shape: tuple[int, ...])
         return None
     rule = scheme.rule_for(name, shape)
     return None if rule.form == "wide" else rule
+
+
+def rules_of(scheme: Scheme, model: nn.Module, weights: Iterable[Planned]) -> dict[str, Rule]:
+    """The rules of the weights that take a form; of those that a file has under the model's names.
+
+    Args:
+        model: on the meta device, or not.
+        weights: of a file.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for each in weights:
+        if tuple(shapes.get(each.name, ())) == each.shape:
+            rule = rule_of(scheme, model, each.name, each.shape)
+            if rule is not None:
+                found[each.name] = rule
+    return found
 
 
 def quantize(rule: Rule | None, weight: Tensor) -> Tensor:

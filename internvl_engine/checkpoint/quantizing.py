@@ -15,11 +15,11 @@ from ..schemes import Rule
 from .forms import neighbours, quantize, stored_name
 from .registry import Layout, forms
 from .rewriting import Read
-from .writing import Planned
+from .writing import ALIGNMENT, CACHE_LINE, Planned
 
 
 class Quantizing:
-    """Tensors of a file, of which rules make others.
+    """Tensors of a file, of which rules make others; without rules, what was planned.
 
     Args:
         planned: the weights as they are.
@@ -37,6 +37,7 @@ class Quantizing:
             for name, rule in rules.items()
         }
         groups = {run[0]: run for run in neighbours(n for n in of_name if n in rules)}
+        self.alignment = CACHE_LINE if rules else ALIGNMENT
         self.planned: list[Planned] = []
         for name, each in of_name.items():
             if name not in rules:
