@@ -18,7 +18,7 @@ from internvl_engine import reference
 from ._epilogue import output_shape
 from ._int8 import check_int8, dequantize_int8
 from ._invariance import is_batch_invariant
-from ._library import define
+from ._library import contiguous, define
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
 
@@ -81,7 +81,7 @@ def _backward(ctx, grad: Tensor):
 _linear_int8 = define(
     "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias=None, "
     "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=linear_int8_reference,
+    reference=contiguous(linear_int8_reference),
     fake=_linear_int8_fake,
     backward=(_backward, _save),
 )
