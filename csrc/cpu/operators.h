@@ -19,7 +19,7 @@ struct Operators {
   void (*rotary_append)(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y,
                         Heads<T> k_cache, Heads<T> v_cache, const T* cos, const T* sin,
                         const int64_t* positions, int64_t positions_stride, const int64_t* slots,
-                        Extent n, int64_t key_heads, int threads);
+                        int64_t slots_stride, Extent n, int64_t key_heads, int threads);
   void (*swiglu)(Rows<const T> gate_up, T* y, int64_t rows, int64_t cols, int threads);
   void (*swiglu_backward)(Rows<const T> grad, Rows<const T> gate_up, T* d, int64_t rows,
                           int64_t cols, int threads);

@@ -39,9 +39,7 @@ class Int8Tensor(QuantizedTensor):
     def linear(
         self, x: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None
     ) -> Tensor:
-        return kernels.linear_int8(
-            x, self.packed, self.scales, self.sums, bias, epilogue, residual
-        )
+        return kernels.linear_int8(x, self.packed, self.scales, self.sums, bias, epilogue, residual)
 
     def gather(self, places: Tensor) -> "Int8Tensor":
         inner = [rows_of_panels(self.packed, places), self.scales[places], self.sums[places]]
