@@ -169,6 +169,8 @@ class QuantizedTensor(WeightTensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         inner = [x.detach() for x in self.copied().inner().values()]
+        # PyTorch (2.13) does not read a float8 tensor that was pickled by itself.
+        inner = [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in inner]
         is_parameter = isinstance(self, nn.Parameter)
         return _restored, (type(self), inner, tuple(self.shape), self.dtype, is_parameter)
 
@@ -231,7 +233,8 @@ def _alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:
 
 
 def _restored(
-    kind: type, inner: list[Tensor], shape: tuple, dtype: torch.dtype, is_parameter: bool
+    kind: Any, inner: list[Tensor], shape: tuple, dtype: torch.dtype, is_parameter: bool
 ) -> Tensor:
-    weight = kind(*inner, shape, dtype)
+    dtypes = (dtype for _, dtype in kind.layouts(shape)[0].values())
+    weight = kind(*(x.view(d) for x, d in zip(inner, dtypes, strict=True)), shape, dtype)
     return nn.Parameter(weight, False) if is_parameter else weight
