@@ -44,7 +44,7 @@ def weight(values, form):
 
 
 def bits(weight):
-    return [each.view(torch.uint8) for each in weight.inner().values()]
+    return [each.view(torch.uint8) for each in weight.inner_tensors().values()]
 
 
 def same_bits(one, other):
@@ -67,8 +67,8 @@ def test_it_says_what_it_is(weight, values, form):
     assert (weight.shape, weight.dtype, weight.numel()) == (SHAPE, values.dtype, values.numel())
     assert weight.nbytes == sum(each.nbytes for each in bits(weight)) < values.float().nbytes / 2
     assert repr(weight) == f"{type(weight).__name__}({SHAPE}, {values.dtype})"
-    layout = KINDS[kind].layout(SHAPE, **options)
-    assert {k: (tuple(x.shape), x.dtype) for k, x in weight.inner().items()} == layout
+    layout = KINDS[kind].inner_layout(SHAPE, **options)
+    assert {k: (tuple(x.shape), x.dtype) for k, x in weight.inner_tensors().items()} == layout
 
 
 READS = {
@@ -224,7 +224,7 @@ def test_a_state_dict_is_wide_and_the_entries_are_the_bits(weight, values):
 
 
 def test_inner_tensors_become_the_weight_that_they_are(weight, form):
-    inner = weight.inner()
+    inner = weight.inner_tensors()
     found = assemble(inner, SHAPE, torch.bfloat16)
     assert same_bits(found, weight.detach()) and found.packed is weight.packed
     with pytest.raises(ValueError, match=r"a weight \(70, 300\) is"):
@@ -248,9 +248,9 @@ def test_neighbours_are_one_product_and_mapped_ones_are_not_copied(kind, tmp_pat
     assert all(torch.equal(p.dense(), e) for p, e in zip(parts, expected, strict=True))
     together = torch.cat([linear(x, part) for part in parts], 1)
     assert torch.equal(linear(x, merged.whole), together)
-    addresses = [each.data_ptr() for each in merged.whole.inner().values()]
+    addresses = [each.data_ptr() for each in merged.whole.inner_tensors().values()]
     again = merge(parts)  # they lie so already
-    assert [each.data_ptr() for each in again.whole.inner().values()] == addresses
+    assert [each.data_ptr() for each in again.whole.inner_tensors().values()] == addresses
     with torch.no_grad():
         parts[1].zero_()
     assert torch.equal(merged.whole.dense()[64:96], torch.zeros(32, 128))
