@@ -17,7 +17,7 @@ from internvl_engine import reference
 from ._epilogue import output_shape
 from ._int4 import PANEL_ROWS, dequantize_int4, group_of
 from ._invariance import is_batch_invariant
-from ._library import define
+from ._library import contiguous, define
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
 
@@ -79,7 +79,7 @@ def _backward(ctx, grad: Tensor):
 _linear_int4 = define(
     "linear_int4(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias=None, "
     "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=linear_int4_reference,
+    reference=contiguous(linear_int4_reference),
     fake=_linear_int4_fake,
     backward=(_backward, _save),
 )

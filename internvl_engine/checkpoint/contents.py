@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..schemes import Scheme
 from .dtypes import FLOATS, resolve_dtype
 from .entries import Entry, Grouped, Quantized, Stacked, Stored
 from .errors import CheckpointError, listed
@@ -15,7 +16,7 @@ from .grouping import Heads
 from .layouts import Layout
 from .locate import Needed, Source, Weights
 from .names import LORA, translate
-from .schemes import Scheme, own_settings, stored_scheme
+from .quantized import own_settings, stored_scheme
 
 
 @dataclass

@@ -10,7 +10,7 @@ from .errors import CheckpointError
 from .files import SafetensorsFile, WeightFile
 from .forms import PACKED
 from .grouping import Heads, take
-from .schemes import forms
+from .registry import forms
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..schemes import Scheme
 from .building import place_buffers
 from .files import open_weights
+from .forms import quantize, rule_of
 from .offload import attach
 from .placement import DISK, Placement
 from .plan import Plan
-from .schemes import Scheme, forms
+from .registry import forms
 
 
 def fill(
@@ -45,7 +47,7 @@ def fill(
                     f"{name} goes to disk, and quantize= leaves nothing there: write a quantized "
                     "checkpoint with `internvl convert --quantize`, and load that"
                 )
-            tensor = scheme.quantize(name, tensor)
+            tensor = quantize(rule_of(scheme, model, name, tuple(tensor.shape)), tensor)
         if storage is None:
             _assign(model, name, tensor.to(device))
         elif storage == DISK and not plan.is_mapped(name, dtype):

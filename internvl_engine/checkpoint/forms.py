@@ -1,4 +1,4 @@
-"""Weights that several stored tensors make: which belong together, and which lie side by side.
+"""Weights in forms of ours: which take one, what files call their parts, what lies side by side.
 
 <linear>.weight           the first inner tensor, packed
 <linear>.weight.<inner>   the others: scales, sums
@@ -6,11 +6,54 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
+from torch import Tensor, nn
+
+from ..schemes import Rule, Scheme
 from .families import NEIGHBOURS
+from .names import LORA, canonical
+from .registry import forms
+from .writing import Planned
 
 PACKED = "packed"  # the inner tensor that has the name of the weight
 _INNER = re.compile(r"^(?P<owner>.*\.weight)\.(?P<inner>\w+)$")
+
+
+def rule_of(scheme: Scheme, model: nn.Module, name: str, shape: tuple[int, ...]) -> Rule | None:
+    """What a scheme makes of a parameter of a model; None where it stays wide.
+
+    Only the weights of Linears and embeddings take a form, and of them no adapter's, which train.
+    """
+    owner, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    takes = type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
+    if leaf != "weight" or not takes or LORA.match(canonical(name)):
+        return None
+    rule = scheme.rule_for(name, shape)
+    return None if rule.form == "wide" else rule
+
+
+def rules_of(scheme: Scheme, model: nn.Module, weights: Iterable[Planned]) -> dict[str, Rule]:
+    """The rules of the weights that take a form; of those that a file has under the model's names.
+
+    Args:
+        model: on the meta device, or not.
+        weights: of a file.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for each in weights:
+        if tuple(shapes.get(each.name, ())) == each.shape:
+            rule = rule_of(scheme, model, each.name, each.shape)
+            if rule is not None:
+                found[each.name] = rule
+    return found
+
+
+def quantize(rule: Rule | None, weight: Tensor) -> Tensor:
+    """A weight in the form of a rule."""
+    return weight if rule is None else forms().KINDS[rule.form].quantize(weight, **rule.options)
 
 
 def stored_name(weight: str, inner: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..configuration import VisionLanguageConfig
+from ..schemes import Scheme, scheme_of
 from . import ties
 from .adoption import adopt
 from .arranging import PUBLISHED
@@ -39,7 +40,6 @@ from .placement import Placement, place
 from .plan import Plan, Reader, match
 from .quantized import refuse_quantized
 from .saving import Origin, layout_of
-from .schemes import Scheme, find_scheme
 from .tokens import IMG_CONTEXT, added_token_id
 
 
@@ -124,14 +124,14 @@ def _scheme(quantize: str | Scheme | None, contents: Contents) -> Scheme | None:
     """
     if quantize is None:
         return None
-    scheme = find_scheme(quantize) if isinstance(quantize, str) else quantize
+    scheme = scheme_of(quantize)
     if contents.scheme is None:
         return scheme
-    asked, stored = scheme.settings(), contents.scheme.settings()
-    if asked != stored:
+    if scheme != contents.scheme:
         raise ValueError(
-            f"{contents.path}: quantize={asked}, but the checkpoint is quantized, {stored}: leave "
-            "quantize out, or take the checkpoint that it was made from"
+            f"{contents.path}: quantize={scheme.name!r}, but its weights are quantized by "
+            f"{contents.scheme.name!r}: leave quantize out, or take the checkpoint that it was "
+            "made from"
         )
     return None
 
@@ -179,7 +179,7 @@ def prepare(
     if contents.scheme is None:
         stated = config is None and "quantization_config" not in options
         own = own_fields(found.config or {}, model_class.config_class) if stated else {}
-        refuse_quantized(contents, own)
+        refuse_quantized(contents.path, contents.tensors, own)
     if lora_alpha is not None:
         if not contents.lora:
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")

@@ -7,47 +7,45 @@ weight in one piece. What was quantized is held until all of its inner tensors a
 are beside each other too.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from .forms import PACKED, neighbours, stored_name
+from ..schemes import Rule
+from .forms import neighbours, quantize, stored_name
+from .registry import Layout, forms
 from .rewriting import Read
-from .schemes import Layout, Scheme, forms
-from .writing import Planned
+from .writing import ALIGNMENT, CACHE_LINE, Planned
 
 
 class Quantizing:
-    """Tensors of a file, of which a scheme makes others.
+    """Tensors of a file, of which rules make others; without rules, what was planned.
 
     Args:
         planned: the weights as they are.
         read: gives one of them.
-        scheme: which are held in which form.
-        wide: names of those that stay as they are, whatever the scheme says.
+        rules: name of a weight to the rule of its form; the others stay wide.
     """
 
-    def __init__(
-        self, planned: Iterable[Planned], read: Read, scheme: Scheme, wide: Collection[str] = ()
-    ) -> None:
-        self.scheme, self._read = scheme, read
+    def __init__(self, planned: Iterable[Planned], read: Read, rules: Mapping[str, Rule]) -> None:
+        self.rules, self._read = rules, read
         self._owners: dict[str, str] = {}  # stored name of an inner tensor to its weight
         self._made: dict[str, Tensor] = {}
         of_name = {each.name: each for each in planned}
-        layouts: dict[str, Layout] = {}
-        for name, each in of_name.items():
-            layout = None if name in wide else scheme.layout(name, each.shape)
-            if layout is not None:
-                layouts[name] = layout
-        groups = {run[0]: run for run in neighbours(layouts)}
+        layouts = {
+            name: forms().KINDS[rule.form].layout(of_name[name].shape, **rule.options)
+            for name, rule in rules.items()
+        }
+        groups = {run[0]: run for run in neighbours(n for n in of_name if n in rules)}
+        self.alignment = CACHE_LINE if rules else ALIGNMENT
         self.planned: list[Planned] = []
         for name, each in of_name.items():
-            if name not in layouts:
+            if name not in rules:
                 self.planned.append(each)
             else:
                 self._add(groups.get(name, ()), layouts)
 
-    def _add(self, group: tuple[str, ...], layouts: dict[str, Layout]) -> None:
+    def _add(self, group: tuple[str, ...], layouts: Mapping[str, Layout]) -> None:
         """Plans the inner tensors of neighbours."""
         for inner in dict.fromkeys(inner for name in group for inner in layouts[name]):
             for name in group:
@@ -63,8 +61,7 @@ class Quantizing:
             return self._read(name)
         if name not in self._made:
             owner = self._owners[name]
-            weight = self.scheme.quantize(owner, self._read(owner))
-            inner = forms().inner(weight)
-            assert PACKED in inner, f"{owner} stayed wide"
+            weight = quantize(self.rules[owner], self._read(owner))
+            inner: dict[str, Tensor] = weight.inner()  # type: ignore[attr-defined]
             self._made |= {stored_name(owner, each): tensor for each, tensor in inner.items()}
         return self._made.pop(name)

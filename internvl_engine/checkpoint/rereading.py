@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .contents import Contents
+from .entries import Quantized
 from .errors import CheckpointError
 from .grouping import heads_of
 from .identify import language_fields
@@ -62,6 +63,8 @@ class WideWeights:
             return None if value is None else value.detach().to(dtype)
         published = self.published.get(name)
         if self.reader is None or published not in self.reader.contents.tensors:
+            return None
+        if isinstance(self.reader.contents.entry(published), Quantized):  # it never was wide
             return None
         return self.reader.read(published, dtype)
 

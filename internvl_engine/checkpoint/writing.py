@@ -7,11 +7,12 @@ then the tensors' bytes one after another. Source: huggingface/safetensors, READ
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from .files import SAFETENSORS_DTYPES
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_ALIGNMENT = 8  # of the first tensor, as the library does
+ALIGNMENT = 8  # of the first tensor, as the library does
 CACHE_LINE = 64  # what vector loads of 512 bits want
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -67,7 +68,7 @@ def write_shards(
     planned: list[Planned],
     read: Callable[[str], Tensor],
     max_shard_size: int,
-    alignment: int = _ALIGNMENT,
+    alignment: int = ALIGNMENT,
 ) -> list[Path]:
     """Writes the tensors as one file, or as shards with an index.
 
@@ -136,7 +137,7 @@ def _write(
 ) -> None:
     def place(tensor: Planned) -> tuple[bool, int]:
         """The format allows no holes: wide dtypes first keeps every tensor aligned."""
-        if alignment == _ALIGNMENT:
+        if alignment == ALIGNMENT:
             return False, -tensor.dtype.itemsize
         is_odd = tensor.size % alignment != 0
         return is_odd, -tensor.dtype.itemsize if is_odd else 0
@@ -168,3 +169,9 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def add_to_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Adds fields to an object in a JSON file."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    write_text(path, json.dumps(found | dict(values), indent=2, sort_keys=True) + "\n")
