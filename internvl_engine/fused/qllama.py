@@ -70,7 +70,8 @@ class FusedDecoder(FusedModule):
                 output_hidden_states, recompute,
             )  # fmt: skip
         past = cache.get_seq_length() if cache is not None else 0
-        positions, tables = self.rotary_emb.at(position_ids, past, hidden)
+        bounded = getattr(cache, "is_static", False)
+        positions, tables = self.rotary_emb.at(position_ids, past, hidden, bounded)
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         normed = normalize(norms[0], hidden)
         for layer, norm in zip(self.layers, norms[1:], strict=True):

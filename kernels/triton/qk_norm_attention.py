@@ -26,7 +26,7 @@ from ._attention_core import (
 from ._cross_compile import Case
 from ._qk_norm_attention_backward import keys_kernel, norm_kernel, queries_kernel
 from ._sizes import cdiv, power_of_2
-from ._tuning import ARCHITECTURES, OPTIONS, Config, launch_config
+from ._tuning import ARCHITECTURES, OPTIONS, Config, launch_config, size_class
 
 
 def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
@@ -243,7 +243,7 @@ def qk_norm_attention_triton(
         _statistics(qkv, rstd, eps)
     kind = width_class(D, qkv.dtype)
     config = config or launch_config(
-        "qk_norm_attention", (kind, length_class(N)), FORWARD[kind], CANDIDATES,
+        "qk_norm_attention", (kind, length_class(N), size_class(B * H)), FORWARD[kind], CANDIDATES,
         lambda c: qk_norm_attention_triton(qkv, q_weight, k_weight, eps, scale, saves, c),
         qkv.get_device(),
     )  # fmt: skip
@@ -275,7 +275,7 @@ def qk_norm_attention_backward_triton(
         width = H * D if norm else 0
         return d_qkv, qkv.new_zeros(width), qkv.new_zeros(width)
     kind = width_class(D, qkv.dtype)
-    key = (kind, length_class(N))
+    key = (kind, length_class(N), size_class(B * H))
     shape = {"D": D, "BLOCK_D": max(16, power_of_2(D)), "NORM": norm}
     sizes = (*qkv.stride()[:4], B, N, H, scale)
 
