@@ -26,8 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class HostReadError(RuntimeError):
-    """A function that was to be captured read a value of a tensor on the host."""
+class CaptureError(RuntimeError):
+    """A function cannot be captured."""
+
+
+class HostReadError(CaptureError):
+    """It read a value of a tensor on the host."""
 
 
 class Captured:
@@ -62,8 +66,8 @@ class Captured:
             New tensors on the CPU. On a GPU the graph's own, which its next run overwrites.
 
         Raises:
-            HostReadError: on the CPU, the function reads a value on the host. (A GPU's driver says
-                so in its own words.)
+            CaptureError: the function reads a value on the host, or does what else a graph cannot
+                hold.
         """
         device = tensors[0].device.type
         if device != "cuda" and not (self.replay and device == "cpu"):
@@ -120,8 +124,13 @@ class _Graph:
             function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.outputs = function(*self.inputs)
+        try:
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.outputs = function(*self.inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(f"no CUDA graph can hold this function: {error}") from error
 
     def __call__(self, *tensors: Tensor) -> Any:
         for own, given in zip(self.inputs, tensors, strict=True):
@@ -206,7 +215,7 @@ class _Recorder(TorchDispatchMode):
         run = self.constants.pop("replay")
 
         def below_autograd(*tensors: Tensor) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch._C._AutoDispatchBelowAutograd(), no_autocast(AUTOCAST):
                 return run(*tensors)
 
         return below_autograd
@@ -243,6 +252,8 @@ class _Recorder(TorchDispatchMode):
         return name
 
 
+no_autocast = torch._C._ExcludeDispatchKeyGuard  # what was recorded was cast already
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 HOST_READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint.parts import AbsentModule
 from .checkpoint.rereading import WideWeights
+from .fused import FusedModule
 from .schemes import FORMS, SCHEMES, WIDE, Rule, Scheme, scheme_of
 from .weights import KINDS, LINEARS, QuantizedTensor, WeightTensor, put, quantized_entries, watch
 
@@ -119,6 +120,7 @@ class Quantization:
                 change.holders, values.to(weight.device, weight.dtype), change.requires_grad
             )
         self.weights.clear()
+        _prepare_fused(self._model)
         self._model = None
         return dequantized
 
@@ -180,6 +182,7 @@ def quantize(
                 report._changes.append(change)
             form = parameter.FORM if isinstance(parameter, QuantizedTensor) else "wide"
             report.weights.append(WeightEntry(name, form, reason, before, parameter.nbytes))
+        _prepare_fused(model)
     except BaseException:
         report.undo()
         raise
@@ -281,6 +284,13 @@ def _put_everywhere(
             module._parameters[attribute] = parameter
         watch(module)
     return parameter
+
+
+def _prepare_fused(model: nn.Module | None) -> None:
+    """Lays the weights of neighbours below each other again, in modules that were fused before."""
+    for module in [] if model is None else model.modules():
+        if isinstance(module, FusedModule):
+            module.prepare()
 
 
 def _dense(parameter: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from ._epilogue import output_shape
-from ._int8 import check_int8, dequantize_int8
+from ._epilogue import EPILOGUES, apply_epilogue, output_shape
+from ._int8 import PANEL_ROWS, check_int8, dequantize_int8
 from ._invariance import is_batch_invariant
-from ._library import define
+from ._library import NATIVE_TYPES, address, contiguous, define, native
+from ._rows import as_rows
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
+
+MAX_COLUMNS = 65536  # of which int32 holds the sum of products: 255 * 127 each
 
 
 def linear_int8_reference(
@@ -31,6 +34,39 @@ def linear_int8_reference(
     # The operator keeps its own promise; without it, the reference is plain PyTorch.
     linear = torch.ops.internvl.linear.default if is_batch_invariant() else reference.linear
     return linear(x, weight, bias, epilogue, residual)
+
+
+def linear_int8_native(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cpu/linear_int8.h."""
+    if x.dtype == torch.float16:  # which it does not know
+        wide = None if bias is None else bias.float()
+        y = linear_int8_native(x.float(), packed, scales, sums, wide, epilogue).to(x.dtype)
+        return y if residual is None else residual + y
+    features, columns = scales.shape[0], x.shape[-1]
+    if x.dtype not in NATIVE_TYPES or columns > MAX_COLUMNS:
+        return NotImplemented
+    if epilogue == "swiglu" and features % (2 * PANEL_ROWS):  # a panel has rows of gate and up
+        y = linear_int8_native(x, packed, scales, sums, bias)
+        return apply_epilogue(y, epilogue, residual)
+    if residual is not None and residual.dtype != x.dtype:
+        return residual + linear_int8_native(x, packed, scales, sums, bias, epilogue)
+    y = x.new_empty(output_shape(x, features, epilogue))
+    rows, dtype = y.numel() // max(y.shape[-1], 1), NATIVE_TYPES[x.dtype]
+    threads = torch.get_num_threads()
+    x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
+    weight = [tensor.contiguous() for tensor in (packed, scales, sums)]
+    bias = None if bias is None else bias.contiguous()
+    size = native.linear_int8_workspace(dtype, rows, columns, threads)
+    workspace = x.new_empty(size, dtype=torch.uint8)
+    native.linear_int8(
+        dtype, x_rows.pointer(), tuple(map(address, weight)), address(bias),
+        (0, 1, 0, 0) if residual_rows is None else residual_rows.pointer(), y.data_ptr(), rows,
+        columns, features, EPILOGUES.index(epilogue), workspace.data_ptr(), threads,
+    )  # fmt: skip
+    return y
 
 
 def _linear_int8_fake(
@@ -81,8 +117,9 @@ def _backward(ctx, grad: Tensor):
 _linear_int8 = define(
     "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias=None, "
     "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=linear_int8_reference,
+    reference=contiguous(linear_int8_reference),
     fake=_linear_int8_fake,
+    cpu={"native": linear_int8_native},
     backward=(_backward, _save),
 )
 

@@ -30,10 +30,11 @@ class WideWeights:
         Raises:
             CheckpointError: `source` is no checkpoint that can be read.
         """
-        self.state = source if isinstance(source, Mapping) else None
+        self.state: Mapping[str, Tensor] | None = None
         self.reader: Reader | None = None
         self.published: dict[str, str] = {}
-        if self.state is not None:
+        if isinstance(source, Mapping):
+            self.state = source
             return
         folder = source or source_of(model)
         try:

@@ -16,7 +16,7 @@ class Fp8Tensor(QuantizedTensor):
     scales: Tensor
 
     @classmethod
-    def layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
+    def inner_layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
         return [
             {
                 "packed": (tuple(shape), torch.float8_e4m3fn),
@@ -36,6 +36,6 @@ class Fp8Tensor(QuantizedTensor):
     ) -> Tensor:
         return kernels.linear_fp8(x, self.packed, self.scales, bias, epilogue, residual)
 
-    def gather(self, places: Tensor) -> "Fp8Tensor":
+    def gathered(self, places: Tensor) -> "Fp8Tensor":
         bits = self.packed.view(torch.uint8)[places]  # PyTorch does not gather float8
         return self.with_inner([bits.view(torch.float8_e4m3fn), self.scales[places]], len(places))

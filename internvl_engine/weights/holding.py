@@ -91,7 +91,7 @@ def _take_bits(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
 
 def quantized_entries(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
     """A weight as a quantized checkpoint holds it: the inner tensors by their names."""
-    inner = weight.inner()
+    inner = weight.inner_tensors()
     return {name if key == "packed" else f"{name}.{key}": x.detach() for key, x in inner.items()}
 
 

@@ -21,11 +21,11 @@ class Int4Tensor(QuantizedTensor):
     scales: Tensor
 
     @classmethod
-    def layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
-        return [cls.layout(shape, group=group) for group in GROUPS]
+    def inner_layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
+        return [cls.inner_layout(shape, group=group) for group in GROUPS]
 
     @classmethod
-    def layout(cls, shape: tuple[int, ...], group: int = 64) -> Layout:  # type: ignore[override]
+    def inner_layout(cls, shape: tuple[int, ...], group: int = 64) -> Layout:  # type: ignore[override]
         rows, columns = shape
         panels = -(-rows // PANEL_ROWS)
         return {
@@ -44,7 +44,8 @@ class Int4Tensor(QuantizedTensor):
         return {"group": next(size for size in GROUPS if -(-columns // size) == groups)}
 
     def dense(self) -> Tensor:
-        return kernels.dequantize_int4(self.packed, self.scales, *self.shape, self.dtype)
+        rows, columns = self.shape
+        return kernels.dequantize_int4(self.packed, self.scales, rows, columns, self.dtype)
 
     def linear(
         self, x: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None
@@ -53,6 +54,6 @@ class Int4Tensor(QuantizedTensor):
             x, self.packed, self.scales, self.shape[0], bias, epilogue, residual
         )
 
-    def gather(self, places: Tensor) -> "Int4Tensor":
+    def gathered(self, places: Tensor) -> "Int4Tensor":
         inner = [rows_of_panels(x, places) for x in (self.packed, self.scales)]
         return self.with_inner(inner, len(places))

@@ -18,7 +18,7 @@ class Int8Tensor(QuantizedTensor):
     sums: Tensor
 
     @classmethod
-    def layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
+    def inner_layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
         rows, columns = shape
         panels = -(-rows // PANEL_ROWS), -(-columns // 4), PANEL_ROWS, 4
         return [
@@ -41,6 +41,6 @@ class Int8Tensor(QuantizedTensor):
     ) -> Tensor:
         return kernels.linear_int8(x, self.packed, self.scales, self.sums, bias, epilogue, residual)
 
-    def gather(self, places: Tensor) -> "Int8Tensor":
+    def gathered(self, places: Tensor) -> "Int8Tensor":
         inner = [rows_of_panels(self.packed, places), self.scales[places], self.sums[places]]
         return self.with_inner(inner, len(places))

@@ -64,7 +64,7 @@ def _join(parts: list[Any]) -> Merged | None:
     first = parts[0]
     if len(parts) == 1 or any(part.shape[0] % first.ROWS for part in parts[:-1]):
         return None
-    columns = [[tuple(x.shape[1:]) for x in part.inner().values()] for part in parts]
+    columns = [[tuple(x.shape[1:]) for x in part.inner_tensors().values()] for part in parts]
     if any(each != columns[0] for each in columns):  # groups of other sizes
         return None
     inner = [_below_each_other(parts, name) for name in first.INNER]

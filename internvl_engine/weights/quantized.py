@@ -53,23 +53,23 @@ class QuantizedTensor(WeightTensor):
                              f"float16, got {dtype}")  # fmt: skip
         for name, value in zip(self.INNER, inner, strict=True):
             setattr(self, name, value)
-        found = {name: (tuple(x.shape), x.dtype) for name, x in self.inner().items()}
-        layouts = self.layouts(tuple(shape))
+        found = {name: (tuple(x.shape), x.dtype) for name, x in self.inner_tensors().items()}
+        layouts = self.inner_layouts(tuple(shape))
         if found not in layouts:
             raise ValueError(
                 f"{type(self).__name__}: a weight {tuple(shape)} is {layouts[0]}, got {found}"
             )
 
     @classmethod
-    def layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
+    def inner_layouts(cls, shape: tuple[int, ...]) -> list[Layout]:
         """The shapes and dtypes that the inner tensors of a weight (F, C) may have; the first are
         those that `quantize` gives without options."""
         raise NotImplementedError
 
     @classmethod
-    def layout(cls, shape: tuple[int, ...], **options: Any) -> Layout:
+    def inner_layout(cls, shape: tuple[int, ...], **options: Any) -> Layout:
         """The shapes and dtypes of the inner tensors that `quantize` gives."""
-        return cls.layouts(shape)[0]
+        return cls.inner_layouts(shape)[0]
 
     @classmethod
     def quantize(cls, weight: Tensor, **options: Any) -> Any:
@@ -92,7 +92,7 @@ class QuantizedTensor(WeightTensor):
         """Of `quantize`, with which the form is made again."""
         return {}
 
-    def inner(self) -> dict[str, Tensor]:
+    def inner_tensors(self) -> dict[str, Tensor]:
         """The inner tensors by their names."""
         return {name: getattr(self, name) for name in self.INNER}
 
@@ -101,14 +101,14 @@ class QuantizedTensor(WeightTensor):
         return type(self)(*inner, (self.shape[0] if rows is None else rows, self.shape[1]),
                           self.dtype)  # fmt: skip
 
-    def gather(self, places: Tensor) -> Any:
+    def gathered(self, places: Tensor) -> Any:
         """The rows at some places (n,) as a weight in this form, in memory of its own."""
         raise NotImplementedError
 
     def rows(self, places: Tensor) -> Tensor:
         """The values of rows: places of any shape to (*places, C)."""
         flat = places.reshape(-1)
-        values = self.gather(flat).dense() if flat.numel() else self.new_values(0)
+        values = self.gathered(flat).dense() if flat.numel() else self.new_values(0)
         return values.view(*places.shape, self.shape[1])
 
     def new_values(self, rows: int) -> Tensor:
@@ -128,27 +128,27 @@ class QuantizedTensor(WeightTensor):
     def take_over(self, other: "QuantizedTensor") -> None:
         """Takes the bits of a weight of the same form and layout."""
         with torch.inference_mode(False), torch.no_grad():
-            for name, value in other.inner().items():
+            for name, value in other.inner_tensors().items():
                 mine = getattr(self, name)
                 mine.data.copy_(value)
                 torch.autograd.graph.increment_version(mine)  # a graph that saved it must notice
 
     def alias(self) -> Any:
-        return self.with_inner(list(self.inner().values()))
+        return self.with_inner(list(self.inner_tensors().values()))
 
     def copied(self) -> Any:
         """The same weight in memory of its own."""
-        return self.with_inner([x.detach().clone() for x in self.inner().values()])
+        return self.with_inner([x.detach().clone() for x in self.inner_tensors().values()])
 
     def converted(self, dtype: torch.dtype | None, device: Any) -> Any:
         """The weight on another device, or that computes in another dtype; the bits stay."""
-        inner = (x if device is None else x.to(device) for x in self.inner().values())
+        inner = (x if device is None else x.to(device) for x in self.inner_tensors().values())
         return type(self)(*inner, self.shape, dtype or self.dtype)
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the inner tensors."""
-        return sum(x.nbytes for x in self.inner().values())
+        return sum(x.nbytes for x in self.inner_tensors().values())
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:  # type: ignore[override]
         """Only False.
@@ -168,7 +168,9 @@ class QuantizedTensor(WeightTensor):
         return nn.Parameter(copied, False) if isinstance(self, nn.Parameter) else copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        inner = [x.detach() for x in self.copied().inner().values()]
+        inner = [x.detach() for x in self.copied().inner_tensors().values()]
+        # PyTorch (2.13) does not read a float8 tensor that was pickled by itself.
+        inner = [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in inner]
         is_parameter = isinstance(self, nn.Parameter)
         return _restored, (type(self), inner, tuple(self.shape), self.dtype, is_parameter)
 
@@ -226,12 +228,13 @@ def rows_of_panels(x: Tensor, places: Tensor) -> Tensor:
 
 
 def _alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:
-    pairs = zip(one.inner().values(), other.inner().values(), strict=True)
+    pairs = zip(one.inner_tensors().values(), other.inner_tensors().values(), strict=True)
     return one.shape == other.shape and all(a.shape == b.shape for a, b in pairs)
 
 
 def _restored(
-    kind: type, inner: list[Tensor], shape: tuple, dtype: torch.dtype, is_parameter: bool
+    kind: Any, inner: list[Tensor], shape: tuple, dtype: torch.dtype, is_parameter: bool
 ) -> Tensor:
-    weight = kind(*inner, shape, dtype)
+    dtypes = (dtype for _, dtype in kind.inner_layouts(shape)[0].values())
+    weight = kind(*(x.view(d) for x, d in zip(inner, dtypes, strict=True)), shape, dtype)
     return nn.Parameter(weight, False) if is_parameter else weight

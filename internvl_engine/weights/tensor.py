@@ -279,8 +279,9 @@ def _same_kind(gradient: Tensor | None, parameter: Tensor) -> bool:
 def make_plain(module: Any, replace: bool = False) -> None:
     """Gives the parameters of a module that are in another form their dense values.
 
-    Quantized ones, whose values were others once, stay as they are. Each stays the same object. Where PyTorch refuses that, it keeps its form, which computes the
-    same, or with `replace` is replaced by another parameter, as `Module.to` replaces some.
+    Quantized ones, whose values were others once, stay as they are. Each stays the same object.
+    Where PyTorch refuses that, it keeps its form, which computes the same, or with `replace` is
+    replaced by another parameter, as `Module.to` replaces some.
     """
     for each in module.modules():
         parameters: dict[str, Any] = each._parameters
