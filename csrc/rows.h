@@ -16,6 +16,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+// A weight of 8 bits, or a value of x rounded to them: kernels/_int8.py.
+struct Int8 {
+  int8_t value;
+};
+
 // Row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride elements: a slice of a packed
 // projection, or the first tokens of every sequence, is read where it lies. Its elements are adjacent.
 template <typename T>

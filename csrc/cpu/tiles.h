@@ -1,26 +1,35 @@
 // Products of packed matrices on the CPU: what linear.h and attention.h are built from.
 //
 // The right side is packed in panels of kPanel columns: (steps, kPanel) words. A step is what one
-// instruction multiplies in a lane: two bf16 values (vdpbf16ps), else one value. The left side is packed
-// in tiles of at most kTileRows rows: (steps, rows) words. The sums of a tile and a panel fill the
-// registers; each step loads two vectors of the panel and broadcasts the tile's words.
+// instruction multiplies in a lane: two bf16 values (vdpbf16ps), four of 8 bits (vpdpbusd), else one
+// value. The left side is packed in tiles of at most kTileRows rows: (steps, rows) words. The sums of a
+// tile and a panel fill the registers; each step loads the panel's vectors and broadcasts the tile's words.
 #pragma once
 
 #include "vec.h"
 
 namespace internvl::ISA {
 
-constexpr int kPanel = 2 * kWidth;
+#ifdef __AVXVNNI__
+constexpr int kVectors = 4;  // of a panel: that of 8-bit weights, which has 32 rows everywhere
+constexpr int kTileRows = 3;
+#else
+constexpr int kVectors = 2;
 #ifdef __AVX512F__
 constexpr int kTileRows = 14;  // 28 of 32 registers hold sums
 #else
 constexpr int kTileRows = 6;  // 12 of 16
 #endif
+#endif
+constexpr int kPanel = kVectors * kWidth;
 
-// How T is multiplied: kDepth columns of C a step, Word what a panel holds of them, chain() the steps of
-// one chain of sums, which a block of x and of a panel spans. MKL has shorter ones where C is small.
+// How T is multiplied: kDepth columns of C a step, Word what a panel holds of them, Sum and Value what
+// the products are added up in, chain() the steps of one chain of sums, which a block of x and of a panel
+// spans. MKL has shorter ones where C is small.
 template <typename T>
 struct Step {
+  typedef Vec Sum;
+  typedef float Value;
   static constexpr int kDepth = 1;
   static int64_t chain(int64_t steps) { return steps > 1024 ? 256 : 32; }
   typedef T Word;
@@ -45,6 +54,8 @@ struct Step {
 #ifdef __AVX512BF16__
 template <>
 struct Step<bf16> {
+  typedef Vec Sum;
+  typedef float Value;
   static constexpr int kDepth = 2;
   static int64_t chain(int64_t) { return 320; }
   struct Word {
@@ -58,6 +69,33 @@ struct Step<bf16> {
   }
   static Vec multiply_add(Vec sum, Vec x, Vec w) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+};
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// Unsigned values of x by signed ones of a weight. Sums of int32 are exact up to 66,000 columns.
+template <>
+struct Step<Int8> {
+  typedef IntVec Sum;
+  typedef int32_t Value;
+  static constexpr int kDepth = 4;
+  static int64_t chain(int64_t) { return 800; }
+  struct Word {
+    int8_t four[4];
+  };
+  static IntVec weights(const Word* from) { return load(reinterpret_cast<const int32_t*>(from)); }
+  static uint32_t pack(const Int8* from) {
+    uint32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return word;
+  }
+  static IntVec multiply_add(IntVec sum, IntVec x, IntVec w) {
+#ifdef __AVX512VNNI__
+    return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#else
+    return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
+#endif
   }
 };
 #endif
@@ -162,29 +200,32 @@ void pack_tile(Rows<const T> x, int64_t first, int64_t rows, int64_t cols, uint3
 // writes it there if `first`. On the way it asks for the weights at `next`: a cache line every four
 // steps or, where STREAM, as many as it reads.
 template <typename T, int ROWS, bool STREAM>
-void multiply_tile(const uint32_t* x, const typename Step<T>::Word* panel, float* sums, int64_t steps,
-                   bool first, const char* next) {
+void multiply_tile(const uint32_t* x, const typename Step<T>::Word* panel,
+                   typename Step<T>::Value* sums, int64_t steps, bool first, const char* next) {
   using S = Step<T>;
+  using Sum = typename S::Sum;
   constexpr int kStepBytes = kPanel * sizeof(typename S::Word);
-  Vec acc[ROWS][2];
+  Sum acc[ROWS][kVectors];
 #pragma GCC unroll 14
-  for (int r = 0; r < ROWS; ++r) {
-    acc[r][0] = acc[r][1] = Vec{};
-    __builtin_prefetch(sums + r * kPanel, 1);
-    __builtin_prefetch(sums + r * kPanel + kWidth, 1);
-  }
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      acc[r][i] = Sum{};
+      __builtin_prefetch(sums + r * kPanel + i * kWidth, 1);
+    }
   const auto one_step = [&](int64_t step) __attribute__((always_inline)) {
-    const Vec w0 = S::weights(panel + step * kPanel);
-    const Vec w1 = S::weights(panel + step * kPanel + kWidth);
+    Sum w[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) w[i] = S::weights(panel + step * kPanel + i * kWidth);
     if (STREAM) {
       __builtin_prefetch(next + step * kStepBytes);
       if (kStepBytes > 64) __builtin_prefetch(next + step * kStepBytes + 64);
     }
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; ++r) {
-      const Vec word = (Vec)(x[step * ROWS + r] + Bits{});
-      acc[r][0] = S::multiply_add(acc[r][0], word, w0);
-      acc[r][1] = S::multiply_add(acc[r][1], word, w1);
+      const Sum word = (Sum)(x[step * ROWS + r] + Bits{});
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) acc[r][i] = S::multiply_add(acc[r][i], word, w[i]);
     }
   };
   int64_t step = 0;
@@ -196,22 +237,25 @@ void multiply_tile(const uint32_t* x, const typename Step<T>::Word* panel, float
   for (; step < steps; ++step) one_step(step);
 #pragma GCC unroll 14
   for (int r = 0; r < ROWS; ++r)
-    for (int half = 0; half < 2; ++half) {
-      float* sum = sums + r * kPanel + half * kWidth;
-      store(first ? acc[r][half] : load(sum) + acc[r][half], sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      auto* sum = sums + r * kPanel + i * kWidth;
+      store(first ? acc[r][i] : load(sum) + acc[r][i], sum);
     }
 }
 
 // multiply_tile for tiles of `rows` rows.
 template <typename T>
-using MultiplyTile = void (*)(const uint32_t*, const typename Step<T>::Word*, float*, int64_t, bool,
-                              const char*);
+using MultiplyTile = void (*)(const uint32_t*, const typename Step<T>::Word*,
+                              typename Step<T>::Value*, int64_t, bool, const char*);
 template <typename T, bool STREAM>
 MultiplyTile<T> multiply_tile_of(int64_t rows) {
 #define INTERNVL_ROWS(n) multiply_tile<T, n, STREAM>
   static constexpr MultiplyTile<T> kBy[] = {
       nullptr,          INTERNVL_ROWS(1), INTERNVL_ROWS(2),  INTERNVL_ROWS(3),
+#ifndef __AVXVNNI__
       INTERNVL_ROWS(4), INTERNVL_ROWS(5), INTERNVL_ROWS(6),
+#endif
 #ifdef __AVX512F__
       INTERNVL_ROWS(7), INTERNVL_ROWS(8), INTERNVL_ROWS(9),  INTERNVL_ROWS(10),
       INTERNVL_ROWS(11), INTERNVL_ROWS(12), INTERNVL_ROWS(13), INTERNVL_ROWS(14),

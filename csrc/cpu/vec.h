@@ -35,6 +35,13 @@ inline Vec load(const float* from) {
   return v;
 }
 
+inline IntVec load(const int32_t* from) {
+  IntVec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline void store(IntVec v, int32_t* to) { std::memcpy(to, &v, sizeof v); }
+
 // Of a bfloat16 each.
 inline Vec widen(HalfBits half) {
 #if defined(__AVX512F__)  // of __builtin_convertvector gcc 12 makes five instructions
@@ -103,7 +110,7 @@ inline Vec store_rounded(Vec v, bf16* to) {
 
 // The first `count` elements only; the rest of a loaded vector is 0.
 template <typename T>
-inline Vec load(const T* from, int64_t count) {
+inline auto load(const T* from, int64_t count) {
   T padded[kWidth] = {};
   std::memcpy(padded, from, count * sizeof(T));
   return load(padded);
@@ -117,7 +124,7 @@ inline void store(Vec v, T* to, int64_t count) {
 
 struct Full {};  // a count that is kWidth, known when compiling
 template <typename T>
-inline Vec load(const T* from, Full) {
+inline auto load(const T* from, Full) {
   return load(from);
 }
 template <typename T>

@@ -64,6 +64,8 @@ COUNTS = {
     # x, weight, bias, residual, y
     "linear vision fc1, 9 rows": (2 * (576 + 96 * 64 + 96 + 2 * 9 * 96), 2 * 9 * 96 * 64),
     "linear QLLaMA gate_up, 1 rows": (2 * (64 + 128 * 64 + 64), 2 * 128 * 64),
+    # one byte a weight, four a scale
+    "linear_fp8 vision fc1, 9 rows": (2 * (576 + 2 * 9 * 96) + 96 * 64 + 4 * 96, 2 * 9 * 96 * 64),
 }  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def test_bytes_and_operations_are_those_counted_by_hand():
 
 
 def test_operations_are_those_that_torch_counts():
-    timed = ("linear", "qk_norm_attention", "cross_attention", "decode_attention")
+    timed = ("linear", "linear_fp8", "qk_norm_attention", "cross_attention", "decode_attention")
     some = [case for case in cases_of(*timed) if "backward" not in case.label]
     for case in some:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -91,6 +93,7 @@ RIVALS = {
     "cross_attention": {"SDPA"},
     "decode_attention": {"SDPA, valid keys"},
     "linear": {"F.linear alone"},
+    "linear_fp8": {"F.linear in 16 bits"},
     "pooling_attention": {"F.layer_norm, SDPA"},
     "qk_norm_attention": {"SDPA, no norms", "FlexAttention"},
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_examples import examples
+from operator_examples import examples, has_packed_weight
 
 from internvl_engine import kernels
 
@@ -39,7 +39,7 @@ def as_leaves(operator, dtype) -> list:
     found = []
     for x in examples()[operator]:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            x = x.to(dtype) if x.dtype == torch.float32 and "packed" not in operator else x
+            x = x.to(dtype) if x.dtype == torch.float32 and not has_packed_weight(operator) else x
             x = x.detach().clone().requires_grad_(operator != "rotary_append")
         found.append(x)
     return found

@@ -1,0 +1,2 @@
+#define ISA avx512vnni
+#include "isa_int8.h"

@@ -1,0 +1,2 @@
+#define ISA avxvnni
+#include "isa_int8.h"

@@ -1,0 +1,77 @@
+"""Weights of 8 bits: how they are rounded and laid out; the product is in linear_int8.py.
+
+    weight[f, c] = q[f, c] * scales[f]      q in [-127, 127], scales[f] = max |weight[f]| / 127
+
+A weight (F, C) is (P, S, 32, 4): P = ceil(F / 32) panels of 32 rows, cut into S = ceil(C / 4) steps
+of 4 columns, absent rows and columns 0. Four columns are what one instruction multiplies in a lane
+(vpdpbusd). Unlike the wide panels of _panels.py the layout is the same on every processor, so that
+a checkpoint is mapped wherever it is read. `sums` is the sum of each row's q: the instruction takes
+unsigned activations, q + 128, and 128 * sums is what that adds.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL_ROWS, STEP_COLUMNS = 32, 4
+LARGEST = 127  # -128 is not used: symmetric
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds every row of a weight to 255 levels of its own.
+
+    Args:
+        weight: (F, C), floating, any strides.
+
+    Returns:
+        packed int8 (P, S, 32, 4), scales float32 (F,) and sums int32 (F,), see above.
+
+    Raises:
+        ValueError: not a floating matrix, or one with NaN or infinity.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"quantize_int8: needs a floating weight (F, C), got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}"
+        )
+    features, channels = weight.shape
+    wide = weight.detach().float()
+    scales = wide.abs().amax(1) / LARGEST if channels else wide.new_zeros(features)
+    if not bool(scales.isfinite().all()):
+        raise ValueError("quantize_int8: the weight has NaN or infinite values")
+    divisors = torch.where(scales > 0, scales, 1.0)  # a row of zeros stays so
+    q = (wide / divisors[:, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+    sums = q.sum(1, dtype=torch.int32)
+    q = F.pad(q, (0, -channels % STEP_COLUMNS, 0, -features % PANEL_ROWS))
+    words = q.view(torch.int32)  # PyTorch transposes those faster than four bytes
+    words = words.view(-1, PANEL_ROWS, words.shape[1]).transpose(1, 2).contiguous()
+    return words.view(torch.int8).view(*words.shape, STEP_COLUMNS), scales, sums
+
+
+def dequantize_int8(packed: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight (F, columns) that a packed one stands for, in memory of its own.
+
+    Args:
+        packed: int8 (P, S, 32, 4).
+        scales: float32 (F,).
+        columns: C.
+        dtype: of the result, to which the products q * scale are rounded once.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    check_int8("dequantize_int8", packed, scales.shape[0], columns)
+    panels, steps = packed.shape[:2]
+    q = packed.transpose(1, 2).reshape(panels * PANEL_ROWS, steps * STEP_COLUMNS)
+    q = q[: scales.shape[0], :columns]
+    return (q * scales[:, None]).to(dtype, copy=False)
+
+
+def check_int8(operator: str, packed: Tensor, features: int, columns: int) -> None:
+    """Raises ValueError where `packed` is not a weight (features, columns)."""
+    shape = (-(-features // PANEL_ROWS), -(-columns // STEP_COLUMNS), PANEL_ROWS, STEP_COLUMNS)
+    if packed.dtype != torch.int8 or packed.shape != shape:
+        raise ValueError(
+            f"{operator}: a weight ({features}, {columns}) is packed as torch.int8 of shape "
+            f"{shape}, got {packed.dtype} of shape {tuple(packed.shape)}"
+        )

@@ -1,0 +1,179 @@
+"""Linear layers whose weight has 8 bits a value.
+
+    y = residual + epilogue(x @ weight.T + bias)      weight = q * scales, see _int8.py
+
+x is (M, C), weight (F, C); (C, F) is (3200, 9600), (3200, 3200), (3200, 12800) and (12800, 3200) in
+a layer of the vision tower, with M = 257 rows an image, and (4096, 4096), (4096, 22016) and
+(11008, 4096) in QLLaMA. 2 * M * C * F operations; below about 12 rows bound by reading the weight,
+half of bfloat16's bytes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from internvl_engine import reference
+
+from ._epilogue import EPILOGUES, apply_epilogue, output_shape
+from ._int8 import PANEL_ROWS, check_int8, dequantize_int8
+from ._invariance import is_batch_invariant
+from ._library import NATIVE_TYPES, address, contiguous, define, native
+from ._rows import as_rows
+from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
+
+MAX_COLUMNS = 65536  # of which int32 holds the sum of products: 255 * 127 each
+
+
+def linear_int8_reference(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Widens the weight and computes with it."""
+    weight = dequantize_int8(packed, scales, x.shape[-1], x.dtype)
+    # The operator keeps its own promise; without it, the reference is plain PyTorch.
+    linear = torch.ops.internvl.linear.default if is_batch_invariant() else reference.linear
+    return linear(x, weight, bias, epilogue, residual)
+
+
+def linear_int8_native(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cpu/linear_int8.h."""
+    if x.dtype == torch.float16:  # which it does not know
+        wide = None if bias is None else bias.float()
+        y = linear_int8_native(x.float(), packed, scales, sums, wide, epilogue).to(x.dtype)
+        return y if residual is None else residual + y
+    features, columns = scales.shape[0], x.shape[-1]
+    if x.dtype not in NATIVE_TYPES or columns > MAX_COLUMNS:
+        return NotImplemented
+    if epilogue == "swiglu" and features % (2 * PANEL_ROWS):  # a panel has rows of gate and up
+        y = linear_int8_native(x, packed, scales, sums, bias)
+        return apply_epilogue(y, epilogue, residual)
+    if residual is not None and residual.dtype != x.dtype:
+        return residual + linear_int8_native(x, packed, scales, sums, bias, epilogue)
+    y = x.new_empty(output_shape(x, features, epilogue))
+    rows, dtype = y.numel() // max(y.shape[-1], 1), NATIVE_TYPES[x.dtype]
+    threads = torch.get_num_threads()
+    x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
+    weight = [tensor.contiguous() for tensor in (packed, scales, sums)]
+    bias = None if bias is None else bias.contiguous()
+    size = native.linear_int8_workspace(dtype, rows, columns, threads)
+    workspace = x.new_empty(size, dtype=torch.uint8)
+    native.linear_int8(
+        dtype, x_rows.pointer(), tuple(map(address, weight)), address(bias),
+        (0, 1, 0, 0) if residual_rows is None else residual_rows.pointer(), y.data_ptr(), rows,
+        columns, features, EPILOGUES.index(epilogue), workspace.data_ptr(), threads,
+    )  # fmt: skip
+    return y
+
+
+def _linear_int8_fake(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(output_shape(x, scales.shape[0], epilogue), dtype=dtype)
+
+
+def linear_int8_backward_reference(
+    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, epilogue: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and bias, with the weight widened for the time of the call."""
+    weight = dequantize_int8(packed, scales, x.shape[-1], x.dtype)
+    wanted = (wanted[0], False, wanted[1])
+    dx, _, dbias = linear_backward_blas(grad, x, weight, bias, epilogue, wanted)
+    return dx, dbias
+
+
+def _linear_int8_backward_fake(
+    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, epilogue: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dbias = bias.shape if wanted[1] and bias is not None else 0
+    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(dbias)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, packed, scales, _, bias, ctx.epilogue, residual = inputs
+    ctx.save_for_backward(x, packed, scales, bias)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx, grad: Tensor):
+    needs = inputs_needing_gradient(ctx, 7)
+    wanted = [needs[0], needs[4]]
+    x, packed, scales, bias = ctx.saved_tensors
+    dx, dbias = _linear_int8_backward(grad, x, packed, scales, bias, ctx.epilogue, wanted)
+    dresidual = grad.to(ctx.residual_dtype) if needs[6] else None
+    gradients = (
+        dx if needs[0] else None, None, None, None, dbias if needs[4] else None, None, dresidual,
+    )  # fmt: skip
+    return gradients[: len(ctx.needs_input_grad)]
+
+
+_linear_int8 = define(
+    "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias=None, "
+    "str epilogue='none', Tensor? residual=None) -> Tensor",
+    reference=contiguous(linear_int8_reference),
+    fake=_linear_int8_fake,
+    cpu={"native": linear_int8_native},
+    backward=(_backward, _save),
+)
+
+_linear_int8_backward = define(
+    "linear_int8_backward(Tensor grad, Tensor x, Tensor packed, Tensor scales, Tensor? bias, "
+    "str epilogue, bool[2] wanted) -> (Tensor, Tensor)",
+    reference=linear_int8_backward_reference,
+    fake=_linear_int8_backward_fake,
+)
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """residual + epilogue(x @ weight.T + bias) with a weight of 8 bits; see `linear`.
+
+    The weight is a constant: x, bias and residual have gradients, it has none.
+
+    Args:
+        x: (..., C), floating, any strides. Under autocast it is cast to autocast's dtype.
+        packed: int8 (P, S, 32, 4), as `quantize_int8` returns it.
+        scales: float32 (F,).
+        sums: int32 (F,).
+        bias: (F,), the dtype of x, or None.
+        epilogue: as in `linear`.
+        residual: the shape of the output, added last, or None.
+
+    Returns:
+        (..., F), or (..., F / 2) with "swiglu", contiguous, of the dtype to which x and residual
+        promote.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, or an unknown epilogue.
+    """
+    shape = torch.Size((scales.shape[0], x.shape[-1]))
+    check_int8("linear_int8", packed, *shape)
+    _check_rows(scales, sums)
+    check_operands("linear_int8", x, shape, x.dtype, bias, epilogue, residual)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        y = _linear_int8(x, packed, scales, sums, bias, epilogue)
+        return y if residual is None else residual + y
+    return _linear_int8(x, packed, scales, sums, bias, epilogue, residual)
+
+
+def _check_rows(scales: Tensor, sums: Tensor) -> None:
+    """Raises ValueError where the scales and sums of a weight's rows do not go together."""
+    found = (scales.dtype, sums.dtype, sums.shape)
+    if found != (torch.float32, torch.int32, scales.shape) or scales.dim() != 1:
+        raise ValueError(
+            f"linear_int8: needs scales torch.float32 (F,) and sums torch.int32 (F,), got "
+            f"{scales.dtype} of shape {tuple(scales.shape)} and {sums.dtype} of shape "
+            f"{tuple(sums.shape)}"
+        )
