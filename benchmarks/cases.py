@@ -30,11 +30,14 @@ class Provider:
         setting: entered around every call, as `prefer` is.
         same: whether it computes what "eager" does. False for a yardstick, such as the bare product
             of a layer: it is timed, but neither checked nor rated.
+        error: how far from eager's its result may be, |result - eager| / |eager|, where it
+            computes with quantized weights; None is the case's own limit.
     """
 
     run: Run
     setting: Setting = nullcontext
     same: bool = True
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,23 @@ def _serves(operator: str, device: str, backend: str, run: Run) -> bool:
 
 
 def rival(
-    name: str, run: Run, setting: Setting = nullcontext, same: bool = True
-) -> dict[str, Provider]:
+    name: str, run: Run, setting: Setting = nullcontext, same: bool = True,
+    error: float | None = None,
+) -> dict[str, Provider]:  # fmt: skip
     """A provider of somebody else's; none, and a line that says why, where it does not run here."""
     try:
         with setting():
             run()
-    except Exception as error:  # noqa: BLE001  must not end a run whose other rows are good
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"  {name} does not run here: {reason}", file=sys.stderr)
-        return {}
-    return {name: Provider(run, setting, same)}
+    except Exception as problem:  # noqa: BLE001  must not end a run whose other rows are good
+        return absent(name, problem)
+    return {name: Provider(run, setting, same, error)}
+
+
+def absent(name: str, problem: Exception) -> dict[str, Provider]:
+    """No provider, and a line that says why."""
+    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    print(f"  {name} does not run here: {reason}", file=sys.stderr)
+    return {}
 
 
 def compiled(run: Callable, *args) -> dict[str, Provider]:

@@ -5,15 +5,19 @@ of the published code and transformers' InternViT and LLaMA are served. Every mo
 object that it is (fused/base.py); foreign loops, masks and caches stay what they are.
 """
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedModule
+from .quantization import Quantization, Scheme, WeightEntry, scheme_of
+from .quantization import quantize as quantize_weights
 from .recognition import LAYERS, LOOPS, Recognition, is_expected
 from .weights import has_own_forward
 
@@ -37,6 +41,7 @@ class Report:
     mode: str
     entries: list[Entry] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
+    quantization: Quantization | None = None
     _fused: list[FusedModule] = field(default_factory=list, repr=False)
 
     @property
@@ -49,17 +54,38 @@ class Report:
         """Names of known modules that stayed eager, and the reasons."""
         return {entry.name: entry.reason for entry in self.entries if not entry.fused}
 
-    def undo(self) -> None:
+    @property
+    def weights(self) -> list[WeightEntry]:
+        """Of every parameter its form, bytes before and after, and why it stayed wide; empty where
+        nothing was to be quantized."""
+        return self.quantization.weights if self.quantization is not None else []
+
+    def undo(self, source: str | Path | Mapping[str, Tensor] | None = None) -> None:
         """Makes every module that this call fused eager again, with the bits of every weight as
-        they were."""
+        they were.
+
+        The wide bits of quantized weights are read again from the checkpoint that the model came
+        from, or from `source` (a checkpoint or a state dict). A weight that is not there as it was
+        when it was quantized gets the values of its form, with a warning that counts them.
+        """
         for module in reversed(self._fused):
             if isinstance(module, FusedModule):
                 module.restore()
         self._fused.clear()
         self.entries.clear()
+        if self.quantization is not None:
+            rounded = self.quantization.undo(source)
+            self.quantization = None
+            if rounded:
+                warnings.warn(
+                    f"undo: {len(rounded)} weights ({rounded[0]}, ...) are in no checkpoint that "
+                    "this model knows as they were before they were quantized, and have the "
+                    "rounded values now; undo(source=...) names one",
+                    stacklevel=2,
+                )
 
     def __str__(self) -> str:
-        if not self.entries:
+        if not self.entries and self.quantization is None:
             return "accelerate: no module of this model is known"
         lines = [f"accelerate: {len(self.replaced)} modules fused for {self.mode}"]
         groups = Counter((entry.kind, entry.fused, entry.reason) for entry in self.entries)
@@ -69,6 +95,8 @@ class Report:
             )
         if self.tied:
             lines.append(f"  tied, so neither packed nor merged: {', '.join(self.tied)}")
+        if self.quantization is not None:
+            lines.append(str(self.quantization))
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -78,6 +106,7 @@ def accelerate(
     model: nn.Module,
     mode: str = "inference",
     *,
+    quantize: str | Scheme | None = None,
     compile: bool = False,
     strict: bool = False,
     check: bool = False,
@@ -96,6 +125,9 @@ def accelerate(
     Args:
         model: any module: ours, the published one, one with an InternViT or a LLaMA inside.
         mode: "inference" or "training".
+        quantize: "int8", "int4" or "fp8", or a Scheme: hold the large weights of Linears and
+            embeddings, of modules that are not known too, in that many bits. They are frozen, and
+            stay so in `train()`; see quantization.py.
         compile: also compile every fused layer with torch.compile (fullgraph, any batch size).
         strict: fail, and change nothing, where a known module would have to stay eager.
         check: compare the computations of known classes too, on random weights.
@@ -104,10 +136,11 @@ def accelerate(
         A Report of every module that was fused or kept, and why.
 
     Raises:
-        ValueError: mode is unknown, or with strict, a known module cannot be fused.
+        ValueError: mode or quantize is unknown, or with strict, a known module cannot be fused.
     """
     if mode not in MODES:
         raise ValueError(f"accelerate: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    scheme = None if quantize is None else scheme_of(quantize)
     found = list(_find(model, "", Recognition(check)))
     tied, names = _tied(model)
     report = Report(mode, [entry for _, _, entry in found], names)
@@ -117,6 +150,10 @@ def accelerate(
             f"accelerate: {len(report.kept)} modules cannot be fused; {name}: {reason}"
         )
     try:
+        if scheme is not None:
+            inside = [m for module, kind, entry in found if kind is not None and entry.fused
+                      for m in module.modules()]  # fmt: skip
+            report.quantization = quantize_weights(model, scheme, fused=frozenset(map(id, inside)))
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):

@@ -39,7 +39,8 @@ def apply_epilogue(y: Tensor, epilogue: str = "none", residual: Tensor | None = 
         y = y * torch.sigmoid(QUICK * y)
     elif epilogue == "swiglu":
         y = torch.ops.internvl.swiglu.default(y)
-    return y if residual is None else residual + y
+    # y first, whose order of memory the sum takes: residual may have any.
+    return y if residual is None else y + residual
 
 
 def epilogue_backward(grad: Tensor, y: Tensor, epilogue: str) -> Tensor:

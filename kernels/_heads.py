@@ -50,6 +50,11 @@ def positions_stride(positions: Tensor) -> int:
     return 0 if positions.shape[0] == 1 else positions.shape[1]
 
 
+def slots_stride(slots: Tensor) -> int:
+    """From one row to the next; 0 where all write the same slots. slots: (S,) or (B, S)."""
+    return slots.shape[1] if slots.dim() == 2 else 0
+
+
 def check_rotary(
     operator: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
 ) -> None:
@@ -81,4 +86,6 @@ def check_rotary(
 
 def as_int64(x: Tensor) -> Tensor:
     """Contiguous 64-bit integers, as the native kernels read them."""
+    if x.dtype is torch.int64 and x.is_contiguous():
+        return x
     return x.to(torch.int64).contiguous()

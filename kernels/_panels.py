@@ -91,7 +91,7 @@ def panel_product(
     if epilogue == "swiglu" and shape[-1] % packed.shape[2]:  # a panel has rows of gate and up
         return apply_epilogue(panel_product(x, packed, features, bias), epilogue, residual)
     if residual is not None and residual.dtype != x.dtype:
-        return residual + panel_product(x, packed, features, bias, epilogue)
+        return panel_product(x, packed, features, bias, epilogue) + residual
     dtype, threads = NATIVE_TYPES[x.dtype], torch.get_num_threads()
     y = x.new_empty(shape)
     rows = y.numel() // max(shape[-1], 1)

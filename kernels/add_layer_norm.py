@@ -24,7 +24,7 @@ from ._layer_norm import (
     layer_norm_backward_reference,
     ones_and_zeros,
 )
-from ._library import define, triton_launcher
+from ._library import contiguous, define, triton_launcher
 from ._norms import (
     LAYER,
     AddNormGradients,
@@ -101,7 +101,7 @@ def _backward(ctx, grad, grad_residual):
 _add_layer_norm = define(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? scale, Tensor? weight, Tensor? bias,"
     " float eps) -> (Tensor, Tensor)",
-    reference=reference.add_layer_norm,
+    reference=contiguous(reference.add_layer_norm),
     fake=_fake,
     cpu={"native": add_layer_norm_native},
     cuda={"triton": triton_launcher("add_layer_norm"), "cuda": add_layer_norm_cuda},
@@ -111,7 +111,7 @@ _add_layer_norm = define(
 _add_layer_norm_backward = define(
     "add_layer_norm_backward(Tensor grad, Tensor grad_residual, Tensor x, Tensor residual_out,"
     " Tensor? scale, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_add_layer_norm_backward_reference,
+    reference=contiguous(_add_layer_norm_backward_reference),
     fake=_fake_backward,
     cpu={"native": add_layer_norm_backward_native},
     cuda={"triton": triton_launcher("add_layer_norm", "add_layer_norm_backward_triton")},

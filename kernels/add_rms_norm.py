@@ -20,7 +20,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._autograd import vjp
-from ._library import define, triton_launcher
+from ._library import contiguous, define, triton_launcher
 from ._norms import (
     RMS,
     add_backward_reference,
@@ -98,7 +98,7 @@ def _backward(ctx, grad, grad_residual):
 _add_rms_norm = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? scale, Tensor weight, float eps)"
     " -> (Tensor, Tensor)",
-    reference=reference.add_rms_norm,
+    reference=contiguous(reference.add_rms_norm),
     fake=_fake,
     cpu={"native": add_rms_norm_native},
     cuda={"triton": triton_launcher("add_rms_norm"), "cuda": add_rms_norm_cuda},
@@ -108,7 +108,7 @@ _add_rms_norm = define(
 _add_rms_norm_backward = define(
     "add_rms_norm_backward(Tensor grad, Tensor grad_residual, Tensor x, Tensor residual_out,"
     " Tensor? scale, Tensor weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_add_rms_norm_backward_reference,
+    reference=contiguous(_add_rms_norm_backward_reference),
     fake=_fake_backward,
     cpu={"native": add_rms_norm_backward_native},
     cuda={"triton": triton_launcher("add_rms_norm", "add_rms_norm_backward_triton")},

@@ -28,7 +28,7 @@ from ._layer_norm import (
     layer_norm_backward_reference,
     ones_and_zeros,
 )
-from ._library import define, triton_launcher
+from ._library import contiguous, define, triton_launcher
 from ._norms import LAYER, NormGradients, norm_backward_native, norm_cuda, norm_native
 
 
@@ -63,7 +63,7 @@ def _backward(ctx, grad: Tensor):
 
 _layer_norm = define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    reference=reference.layer_norm,
+    reference=contiguous(reference.layer_norm),
     fake=lambda x, weight, bias, eps: x.new_empty(x.shape),
     cpu={"native": layer_norm_native},
     cuda={"triton": triton_launcher("layer_norm"), "cuda": layer_norm_cuda},
@@ -73,7 +73,7 @@ _layer_norm = define(
 _layer_norm_backward = define(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=layer_norm_backward_reference,
+    reference=contiguous(layer_norm_backward_reference),
     fake=lambda grad, x, weight, eps: (x.new_empty(x.shape), *fake_sums(x, weight)),
     cpu={"native": layer_norm_backward_native},
     cuda={"triton": triton_launcher("layer_norm", "layer_norm_backward_triton")},

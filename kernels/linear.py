@@ -26,7 +26,7 @@ from internvl_engine import reference
 
 from ._epilogue import EPILOGUES, apply_epilogue, epilogue_backward, output_shape
 from ._invariance import is_batch_invariant
-from ._library import define, triton_launcher
+from ._library import contiguous, define, triton_launcher
 from ._panels import panel_of, panel_product, to_panels
 
 
@@ -59,7 +59,7 @@ def linear_invariant(
     rows = (row.clone() for row in x.reshape(-1, x.shape[-1]).split(1))
     y = torch.cat([reference.linear(row, weight, bias, epilogue) for row in rows])
     y = y.view(output_shape(x, weight.shape[0], epilogue))
-    return y if residual is None else residual + y
+    return y if residual is None else y + residual
 
 
 def linear_backward_blas(
@@ -126,7 +126,7 @@ def inputs_needing_gradient(ctx, count: int) -> list[bool]:
 _linear = define(
     "linear(Tensor x, Tensor weight, Tensor? bias=None, str epilogue='none', "
     "Tensor? residual=None) -> Tensor",
-    reference=reference.linear,
+    reference=contiguous(reference.linear),
     fake=_linear_fake,
     cpu={"blas": linear_blas, "invariant": linear_invariant},
     # cuBLAS until a measurement on a GPU says otherwise: none was made yet.

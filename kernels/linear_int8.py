@@ -18,7 +18,7 @@ from internvl_engine import reference
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int8 import PANEL_ROWS, check_int8, dequantize_int8
 from ._invariance import is_batch_invariant
-from ._library import NATIVE_TYPES, address, define, native
+from ._library import NATIVE_TYPES, address, contiguous, define, native
 from ._rows import as_rows
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
@@ -117,7 +117,7 @@ def _backward(ctx, grad: Tensor):
 _linear_int8 = define(
     "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias=None, "
     "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=linear_int8_reference,
+    reference=contiguous(linear_int8_reference),
     fake=_linear_int8_fake,
     cpu={"native": linear_int8_native},
     backward=(_backward, _save),

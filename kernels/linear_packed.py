@@ -32,7 +32,7 @@ from internvl_engine import reference
 
 from ._epilogue import apply_epilogue, output_shape
 from ._invariance import is_batch_invariant
-from ._library import define, serve_too
+from ._library import contiguous, define, serve_too
 from ._packing import unpack
 from ._panels import check_panels, panel_of, panel_product
 from .linear import (
@@ -92,7 +92,7 @@ def linear_packed_onednn(
     if epilogue not in ONEDNN_GELU:
         return apply_epilogue(onednn(x, packed, bias, "none", [], ""), epilogue, residual)
     y = onednn(x, packed, bias, "gelu", [], ONEDNN_GELU[epilogue])
-    return y if residual is None else residual + y
+    return y if residual is None else y + residual
 
 
 def _linear_packed_fake(
@@ -146,7 +146,7 @@ def _backward(ctx, grad: Tensor):
 _linear_packed = define(
     "linear_packed(Tensor x, Tensor packed, int features, Tensor? bias=None, "
     "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=linear_packed_reference,
+    reference=contiguous(linear_packed_reference),
     fake=_linear_packed_fake,
     cpu={"native": linear_packed_native, "onednn": linear_packed_onednn},
     backward=(_backward, _save),
@@ -193,5 +193,5 @@ def linear_packed(
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         y = _linear_packed(x, packed, features, bias, epilogue)
         y = y.to(torch.get_autocast_dtype("cpu"))
-        return y if residual is None else residual + y
+        return y if residual is None else y + residual
     return _linear_packed(x, packed, features, bias, epilogue, residual)

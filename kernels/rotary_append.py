@@ -12,7 +12,15 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from ._heads import adjacent, as_int64, check_rotary, empty_heads, pointer, positions_stride
+from ._heads import (
+    adjacent,
+    as_int64,
+    check_rotary,
+    empty_heads,
+    pointer,
+    positions_stride,
+    slots_stride,
+)
 from ._library import NATIVE_TYPES, define, native, triton_launcher
 
 
@@ -31,8 +39,8 @@ def rotary_append_native(
     native.rotary_append(
         dtype, pointer(q), pointer(k), pointer(v), pointer(y), pointer(k_cache), pointer(v_cache),
         cos.data_ptr(), sin.data_ptr(), cos.shape[0], positions.data_ptr(),
-        positions_stride(positions), slots.data_ptr(), k_cache.shape[2], q.shape, k.shape[1],
-        torch.get_num_threads(),
+        positions_stride(positions), slots.data_ptr(), slots_stride(slots), k_cache.shape[2],
+        q.shape, k.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -62,8 +70,9 @@ def rotary_append(
         q, k, v: (B, H, S, D), any strides; k and v may have fewer heads than q; one dtype.
         cos, sin: (P, D / 2), the dtype of q.
         positions: (B, S) or (1, S), integers in [0, P): the angles.
-        slots: (S,), integers in [0, T): the cache rows to write. The position of a token is not
-            its slot where a batch is padded.
+        slots: (S,) or (B, S), integers in [0, T): the cache rows to write, the same in every row
+            of the batch or its own. The position of a token is not its slot where a batch is
+            padded.
         k_cache, v_cache: (B, H, T, D), the dtype of q, any strides but 1 in the last dimension;
             written in place.
 
@@ -75,10 +84,11 @@ def rotary_append(
         IndexError: a position or slot outside its table, on the CPU; a GPU cannot tell.
     """
     check_rotary("rotary_append", q, k, cos, sin, positions)
-    if v.shape != k.shape or v.dtype != k.dtype or slots.shape != q.shape[2:3]:
+    if v.shape != k.shape or v.dtype != k.dtype or slots.shape not in (q.shape[2:3], q.shape[::2]):
         raise ValueError(
             f"rotary_append: v must be as k, {tuple(k.shape)} {k.dtype}, and slots of shape "
-            f"({q.shape[2]},), got {tuple(v.shape)} {v.dtype} and {tuple(slots.shape)}"
+            f"({q.shape[2]},) or {tuple(q.shape[::2])}, got {tuple(v.shape)} {v.dtype} and "
+            f"{tuple(slots.shape)}"
         )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         fits = cache.dim() == 4 and cache.shape[:2] == k.shape[:2] and cache.shape[3] == k.shape[3]

@@ -18,7 +18,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._autograd import gradient
-from ._library import NATIVE_TYPES, define, native, triton_launcher
+from ._library import NATIVE_TYPES, contiguous, define, native, triton_launcher
 from ._rows import as_rows
 
 
@@ -57,7 +57,7 @@ def _backward(ctx, grad: Tensor) -> Tensor:
 
 _swiglu = define(
     "swiglu(Tensor gate_up) -> Tensor",
-    reference=reference.swiglu,
+    reference=contiguous(reference.swiglu),
     fake=lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
     cpu={"native": swiglu_native},
     cuda={"triton": triton_launcher("swiglu")},

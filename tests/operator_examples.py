@@ -31,6 +31,7 @@ def examples() -> dict[str, tuple]:
     qkv, norms = torch.randn(2, 9, 3, 2, 16), (torch.randn(32), torch.randn(32))
     table = reference.rotary_table(9, 16, 10000.0, torch.float32, "cpu")
     positions, lengths = torch.arange(9)[None], torch.tensor([4, 9])
+    quantized = kernels.quantize_fp8(weight)
     shared = (q.repeat(2, 2, 1, 1), k, k)  # by two rows and two heads
     grouped, seen = (q.repeat(1, 2, 1, 1), k, k), torch.rand(2, 1, 9, 9) > 0.3
     causal = ("causal", 0, torch.rand(2, 9) > -1, 0.25, False)
@@ -60,8 +61,16 @@ def examples() -> dict[str, tuple]:
         "qk_norm_attention_backward": (
             *_saved("qk_norm_attention", (qkv, *norms), 1e-6, 0.25), 1e-6, 0.25,
         ),
+        "rms_norm_quant": (x, weight[0], 1e-6, torch.int8),
+        "gelu_quant": (x, torch.int8, "gelu"),
+        "linear_fp8": (x, *quantized, bias, "gelu", torch.randn(3, 6)),
+        "linear_fp8_backward": (torch.randn(3, 6), x, *quantized, bias, "none", [True, True]),
         "pooling_attention": (torch.randn(2, 4, 16), torch.randn(2, 9, 16), 1e-5),
     }  # fmt: skip
+    in_int4 = kernels.quantize_int4(weight)
+    found["linear_int4"] = (x, *in_int4, 6, bias, "gelu", torch.randn(3, 6))
+    backward = (torch.randn(3, 6), x, *in_int4, 6, bias, "none", [True, True])
+    found["linear_int4_backward"] = backward
     eighths = kernels.quantize_int8(weight)
     found["linear_int8"] = (x, *eighths, bias, "gelu", torch.randn(3, 6))
     backward = (torch.randn(3, 6), x, *eighths[:2], bias, "none", [True, True])

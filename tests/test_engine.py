@@ -9,8 +9,9 @@ from tiny_engine import pictures, saved, tiny_engine
 
 from internvl_engine import InternVL
 from internvl_engine.checkpoint import PARTS
-from internvl_engine.embedding.batches import image_batches, text_batches
+from internvl_engine.embedding.batches import image_batches
 from internvl_engine.embedding.embedder import PROVIDES
+from internvl_engine.embedding.texts import text_batches
 from internvl_engine.processing import ImageError
 
 ROUNDING = 2e-6  # float32 sums of another batch shape, on unit vectors of 48 values

@@ -23,4 +23,11 @@ struct Int8Weight {
   int64_t cols, features;
 };
 
+// A weight (features, cols) of 4 bits, as kernels/_int4.py lays it out.
+struct Int4Weight {
+  const uint8_t* packed;
+  const uint16_t* scales;
+  int64_t cols, features, group;
+};
+
 }  // namespace internvl

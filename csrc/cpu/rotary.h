@@ -33,11 +33,12 @@ template <typename T>
 void rotary_append(Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y,
                    Heads<T> k_cache, Heads<T> v_cache, const T* cos, const T* sin,
                    const int64_t* positions, int64_t positions_stride, const int64_t* slots,
-                   Extent n, int64_t key_heads, int threads) {
+                   int64_t slots_stride, Extent n, int64_t key_heads, int threads) {
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int64_t b = 0; b < n.batch; ++b)
     for (int64_t t = 0; t < n.tokens; ++t) {
-      const int64_t row = positions[b * positions_stride + t] * (n.dim / 2), slot = slots[t];
+      const int64_t row = positions[b * positions_stride + t] * (n.dim / 2);
+      const int64_t slot = slots[b * slots_stride + t];
       for (int64_t h = 0; h < n.heads; ++h)
         rotate(q.at(b, h, t), cos + row, sin + row, 1.0f, y.at(b, h, t), n.dim / 2);
       for (int64_t h = 0; h < key_heads; ++h) {

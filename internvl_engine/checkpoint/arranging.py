@@ -50,11 +50,13 @@ class Arranged:
     """A checkpoint, to be written.
 
     Args:
+        layout: "published" or "transformers".
         values: of config.json.
         targets: name to tensor, in the order of names.
         sources: reads what the targets are made of.
     """
 
+    layout: str
     values: dict[str, Any]
     targets: dict[str, Target]
     sources: Read
@@ -104,7 +106,25 @@ def arrange(config: Any, weights: Weights, layout: str) -> Arranged:
     language = config.llm_config
     heads = heads_of(language.to_dict())
     targets = rewrite(weights.planned, names, heads, language.model_type)
-    return Arranged(values, dict(sorted(targets.items())), weights.read)
+    return Arranged(layout, values, dict(sorted(targets.items())), weights.read)
+
+
+def arrange_quantized(config: Any, weights: Weights, layout: str | None) -> Arranged:
+    """A chat model whose weights will be quantized, in the published layout under our own names:
+    a form is read as it lies, and InternLM2's one tensor of q, k and v lies in another order.
+
+    Raises:
+        ValueError: another layout was asked for.
+    """
+    if layout not in (None, PUBLISHED):
+        raise ValueError(
+            f"layout={layout!r}: quantized weights are in the published layout, which alone reads "
+            "them"
+        )
+    config = copy.deepcopy(config)
+    if config.llm_architecture == _INTERNLM2:
+        _become_llama(config)
+    return arrange(config, weights, PUBLISHED)
 
 
 def _check_transformers(config: Any, weights: Weights) -> None:
@@ -152,11 +172,15 @@ def _published_names(config: Any, weights: Weights) -> Layout | None:
         return None
     if packs(weights.planned, INTERNLM2, weights.read):
         return INTERNLM2
-    # LoRA that was put on q, k and v: the same model as the published code's LLaMA holds it.
+    _become_llama(config)  # LoRA that was put on q, k and v
+    return None
+
+
+def _become_llama(config: Any) -> None:
+    """Makes an InternLM2 the same model as the published code's LLaMA holds it."""
     config.llm_architecture = _LLAMA
     for name in ("auto_map", "attn_implementation"):  # of InternLM2's remote code
         config.llm_leftovers.pop(name, None)
-    return None
 
 
 def _with_heads(config: Any, weights: Weights) -> Weights:

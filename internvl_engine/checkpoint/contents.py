@@ -1,15 +1,22 @@
 """A checkpoint's tensors by their published names, whatever the layout."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .entries import Entry, Grouped, Stacked, Stored
+import torch
+
+from ..schemes import Scheme
+from .dtypes import FLOATS, resolve_dtype
+from .entries import Entry, Grouped, Quantized, Stacked, Stored
 from .errors import CheckpointError, listed
 from .files import WeightFile, open_weights
+from .forms import PACKED, inner_names, neighbours, stored_name
 from .grouping import Heads
 from .layouts import Layout
 from .locate import Needed, Source, Weights
 from .names import LORA, translate
+from .quantized import own_settings, stored_scheme
 
 
 @dataclass
@@ -25,6 +32,7 @@ class Contents:
         layout: the layout of the stored names; None is the published one.
         opened: the weight files that were opened.
         parts: the parts it says it holds, where it says so.
+        scheme: that it was quantized by; None where its weights are plain.
     """
 
     path: Path
@@ -35,6 +43,7 @@ class Contents:
     layout: Layout | None
     opened: list[WeightFile]
     parts: str | None = None
+    scheme: Scheme | None = None
 
     @classmethod
     def read(
@@ -67,6 +76,7 @@ class Contents:
             layout=self.layout,
             opened=self.opened,
             parts=self.parts,
+            scheme=self.scheme,
         )
 
     @property
@@ -93,9 +103,10 @@ class _Reading:
         else:
             assert weights.file is not None
             self.where = dict.fromkeys(self._open(weights.file).names(), weights.file)
+        self.quantized = _StoredForms.of(source, self.where)
 
     def contents(self, needed: Needed | None) -> Contents:
-        names = translate(self.where)
+        names = translate(name for name in self.where if name not in self.quantized.others)
         if names.rivals:
             raise CheckpointError(
                 f"{self.path}: it holds the model twice, below {listed(map(repr, names.rivals))}; "
@@ -124,6 +135,7 @@ class _Reading:
             leftovers=names.leftovers,
             layout=names.layout,
             opened=list(self.files.values()),
+            scheme=self.quantized.scheme,
         )
 
     def _open(self, path: Path) -> WeightFile:
@@ -133,6 +145,8 @@ class _Reading:
 
     def _entry(self, names: tuple[str, ...], rows: str | None) -> Entry:
         pieces = tuple(map(self._piece, names))
+        if self.quantized.scheme is not None and (found := self._quantized(pieces[0])):
+            return found
         if rows is None:
             return pieces[0] if len(pieces) == 1 else Stacked(pieces)
         packed = pieces[0]
@@ -157,6 +171,17 @@ class _Reading:
         shape, dtype = file.describe(name)
         return Stored(file, name, shape, dtype)
 
+    def _quantized(self, packed: Stored) -> Quantized | None:
+        """A weight that is stored in a form; None for a plain one."""
+        name, stored = packed.name, self.quantized
+        names = stored.inner.get(name, (PACKED,))
+        if len(names) == 1 and (packed.dtype in FLOATS or not name.endswith(".weight")):
+            return None
+        inner = {each: self._piece(stored_name(name, each)) for each in names}
+        run = stored.runs.get(name, (name,))
+        runs = {each: tuple(stored_name(n, each) for n in run) for each in names}
+        return Quantized(inner, runs, stored.dtype)
+
     def _check_pairs(self, lora: dict[str, dict[str, Entry]]) -> None:
         single = [linear for linear, sides in lora.items() if set(sides) != {"A", "B"}]
         if single:
@@ -164,3 +189,38 @@ class _Reading:
                 f"{self.path}: LoRA needs lora_A and lora_B of a linear; one of them is missing "
                 f"for {listed(single)}"
             )
+
+
+@dataclass(frozen=True)
+class _StoredForms:
+    """What of a checkpoint is stored in forms of ours.
+
+    Args:
+        scheme: None where nothing is.
+        dtype: of the weights before.
+        inner: stored name of a weight to those of its inner tensors.
+        runs: stored name of a weight to its own and those of its neighbours.
+        others: stored names of the inner tensors that have not the name of their weight.
+    """
+
+    scheme: Scheme | None = None
+    dtype: torch.dtype = torch.float32
+    inner: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    others: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, source: Source, stored: Iterable[str]) -> "_StoredForms":
+        """Those of a checkpoint, by its config.json and the names in its files."""
+        settings = own_settings(source.config)
+        if settings is None:
+            return cls()
+        inner = inner_names(stored)
+        every = {stored_name(name, each) for name, names in inner.items() for each in names}
+        return cls(
+            scheme=stored_scheme(settings, source.folder / "config.json"),
+            dtype=resolve_dtype(settings.get("dtype", "float32"), torch.device("cpu")),
+            inner=inner,
+            runs={name: run for run in neighbours(inner) for name in run},
+            others=frozenset(every - set(inner)),
+        )

@@ -1,13 +1,16 @@
 """The tensors of a checkpoint before they are read: what is stored, and what is made of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .files import WeightFile
+from .errors import CheckpointError
+from .files import SafetensorsFile, WeightFile
+from .forms import PACKED
 from .grouping import Heads, take
+from .registry import forms
 
 
 @dataclass(frozen=True)
@@ -98,4 +101,52 @@ class Experts:
         return f"{self.of_expert[0][0]} and those of {len(self.of_expert)} experts"
 
 
-Entry = Stored | Stacked | Grouped | Experts
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in a form of ours, which several stored tensors make.
+
+    Args:
+        inner: name of an inner tensor to the stored one.
+        runs: name of an inner tensor to the stored names of it and those of its neighbours.
+        dtype: that it computes in where nobody asks for another: of the weight before.
+        shape: of the weight, which the model tells (`fitted`).
+    """
+
+    inner: dict[str, Stored]
+    runs: dict[str, tuple[str, ...]]
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+
+    def fitted(self, shape: tuple[int, ...]) -> "Quantized":
+        """The same, for a weight of a shape.
+
+        Raises:
+            CheckpointError: these are no inner tensors of such a weight.
+        """
+        blank = {}
+        for name, stored in self.inner.items():
+            if not isinstance(stored.dtype, torch.dtype):
+                raise CheckpointError(f"{stored}: {stored.dtype} is no dtype of a form of ours")
+            blank[name] = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        try:
+            forms().assemble(blank, shape, self.dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{self}: {error}") from error
+        return replace(self, shape=shape)
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in its form, mapped, for products in a dtype."""
+        found = {name: self._read(name) for name in self.inner}
+        return forms().assemble(found, self.shape, dtype or self.dtype)
+
+    def _read(self, name: str) -> Tensor:
+        stored = self.inner[name]
+        if isinstance(stored.file, SafetensorsFile):
+            return stored.file.read_within(self.runs[name], stored.name)
+        return stored.read()
+
+    def __str__(self) -> str:
+        return str(self.inner[PACKED])
+
+
+Entry = Stored | Stacked | Grouped | Experts | Quantized

@@ -162,3 +162,12 @@ ROOTS = frozenset({
 })  # fmt: skip
 # Those of them that belong to a tower, by what `Family.towers` calls it.
 TOWER_ROOTS = {"vision": {"vision_model"}, "language": {"qllama", "language_model"}}
+
+# Linears of one input, whose products are one where their weights lie one below the other.
+NEIGHBOURS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)

@@ -24,7 +24,7 @@ from .pickles import TorchFile
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 # Writable pages are accounted for when they are written; Python knows the name from 3.13 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -111,6 +111,7 @@ class SafetensorsFile:
             ) from error
         self._map: mmap.mmap | None = None
         self._starts: dict[str, int] = {}
+        self._runs: dict[tuple[str, ...], Tensor] = {}  # their bytes
 
     def names(self) -> KeysView[str]:
         return self._names.keys()
@@ -121,17 +122,45 @@ class SafetensorsFile:
         return tuple(view.get_shape()), SAFETENSORS_DTYPES.get(kind, kind)
 
     def read(self, name: str) -> Tensor:
+        return self.read_within((name,), name)
+
+    def read_within(self, run: tuple[str, ...], name: str) -> Tensor:
+        """One tensor of several that share one storage where they lie one after another.
+
+        Args:
+            run: the names of these, the same whichever of them is read.
+        """
         if self._map is None:
             self._map, self._starts = _map(self.path)
         shape, dtype = self.describe(name)
-        count = math.prod(shape)
-        if count == 0:
+        if math.prod(shape) == 0:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        tensor = torch.frombuffer(
-            self._map, dtype=dtype, count=count, offset=self._starts[name]
-        ).view(shape)
+        if len(run) > 1 and self._is_run(run):
+            if run not in self._runs:
+                self._runs[run] = self._bytes(run[0], sum(size_of(self, each) for each in run))
+            start = self._starts[name] - self._starts[run[0]]
+            found = self._runs[run].narrow(0, start, size_of(self, name))
+        else:
+            found = self._bytes(name, size_of(self, name))
         # Foreign writers may not align their data, and vector loads need it.
-        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+        if self._starts[name] % dtype.itemsize:
+            found = found.clone()
+        return found.view(dtype).view(shape)
+
+    def _bytes(self, name: str, count: int) -> Tensor:
+        """Bytes of the file from the beginning of a tensor on."""
+        assert self._map is not None
+        start = self._starts[name]
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=start)
+
+    def _is_run(self, names: tuple[str, ...]) -> bool:
+        """Whether tensors lie one after another in this file."""
+        end = self._starts.get(names[0], 0)
+        for name in names:
+            if self._starts.get(name) != end:
+                return False
+            end += size_of(self, name)
+        return True
 
 
 def _map(path: Path) -> tuple[mmap.mmap, dict[str, int]]:

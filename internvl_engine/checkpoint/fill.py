@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..schemes import Scheme
 from .building import place_buffers
 from .files import open_weights
+from .forms import quantize, rule_of
 from .offload import attach
 from .placement import DISK, Placement
 from .plan import Plan
+from .registry import forms
 
 
 def fill(
@@ -23,16 +26,28 @@ def fill(
     dtype: torch.dtype,
     offload_folder: str | Path | None,
     progress: bool | None,
+    scheme: Scheme | None = None,
 ) -> None:
     """Reads every weight, puts it on its device, and hooks the offloaded ones.
 
+    Args:
+        scheme: that weights are quantized by, one at a time.
+
     Raises:
-        ValueError: weights must be written to disk and there is no offload_folder.
+        ValueError: weights must be written to disk and there is no offload_folder, or they are to
+            be quantized.
     """
     kept: dict[str, Tensor] = {}
     for name in track(plan.names, progress):
         device, storage = placement.of(name)
         tensor = plan.read(name, dtype)
+        if scheme is not None:
+            if storage == DISK:
+                raise ValueError(
+                    f"{name} goes to disk, and quantize= leaves nothing there: write a quantized "
+                    "checkpoint with `internvl convert --quantize`, and load that"
+                )
+            tensor = quantize(rule_of(scheme, model, name, tuple(tensor.shape)), tensor)
         if storage is None:
             _assign(model, name, tensor.to(device))
         elif storage == DISK and not plan.is_mapped(name, dtype):
@@ -44,7 +59,8 @@ def fill(
     for head, embedding in plan.tied.items():
         _tie(model, placement, head, embedding, kept)
     place_buffers(model, placement)
-    left = [name for name, p in model.state_dict().items() if p.is_meta and name not in kept]
+    state = model.state_dict(keep_vars=True)  # without, forms give dense copies of themselves
+    left = [name for name, p in state.items() if p.is_meta and name not in kept]
     assert not left, f"nothing was loaded into {left}"
     attach(model, placement, kept)
 
@@ -53,7 +69,9 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     placeholder = module._parameters.get(leaf)
-    if placeholder is not None:
+    if placeholder is not None and hasattr(tensor, "__tensor_flatten__"):
+        forms().put(module, leaf, tensor)
+    elif placeholder is not None:
         module._parameters[leaf] = nn.Parameter(tensor, placeholder.requires_grad)
     else:
         module._buffers[leaf] = tensor

@@ -81,7 +81,8 @@ class BlockHook:
         for name, tensor in weights.items():
             owner, _, leaf = name.rpartition(".")
             module = block.get_submodule(owner)
-            placeholder = Offloaded(tensor.to("meta"), requires_grad=False)
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            placeholder = Offloaded(blank, requires_grad=False)
             module._parameters[leaf] = placeholder
             self.slots.append((module, leaf, tensor, placeholder))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .contents import Contents
 from .dtypes import FLOATS, dtype_name
-from .entries import Entry, Stored
+from .entries import Entry, Quantized, Stored
 from .errors import CheckpointError, listed
 from .experts import fuse_experts
 from .names import LORA, canonical
@@ -40,8 +40,10 @@ class Reader:
         self.alphas = dict(alphas or {})
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, cast to dtype; mapped from its file where nothing had to be computed."""
+        """The weight for a dtype, in its form; mapped where nothing had to be computed."""
         entry = self.contents.entry(name)
+        if isinstance(entry, Quantized):
+            return entry.read(dtype)
         tensor = entry.read()
         sides = self._adapter(name)
         if sides is not None:
@@ -52,6 +54,8 @@ class Reader:
     def is_mapped(self, name: str, dtype: torch.dtype) -> bool:
         """Whether the weight in that dtype is pages of its file, and takes no memory."""
         entry = self.contents.entry(name)
+        if isinstance(entry, Quantized):
+            return True
         return isinstance(entry, Stored) and entry.dtype == dtype and self._adapter(name) is None
 
     def _adapter(self, name: str) -> dict[str, Entry] | None:
@@ -142,10 +146,10 @@ def match(
             f"{contents.path}: {len(unexpected)} weights have no place in {type(model).__name__}: "
             f"{listed(unexpected)}; strict=False leaves them out"
         )
-    problems = _adapter_problems(contents)
+    problems = _adapter_problems(contents, merged)
     if not problems:
         for name, published in wanted.items():
-            problems += _problems(contents.entry(published), tuple(state[name].shape))
+            problems += _problems(contents, published, tuple(state[name].shape))
     if problems:
         raise CheckpointError("\n".join(problems[:5]) + _beyond(len(problems) - 5))
     tied |= _shared(wanted, contents)
@@ -185,7 +189,19 @@ def _missing(contents: Contents, missing: list[str]) -> str:
     return text
 
 
-def _problems(entry: Entry, shape: tuple[int, ...]) -> list[str]:
+def _problems(contents: Contents, name: str, shape: tuple[int, ...]) -> list[str]:
+    """Why a stored tensor cannot be a weight of a shape."""
+    entry = contents.entry(name)
+    if isinstance(entry, Quantized):
+        try:
+            contents.tensors[name] = entry.fitted(shape)
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+    return _misfits(entry, shape)
+
+
+def _misfits(entry: Entry, shape: tuple[int, ...]) -> list[str]:
     if entry.shape != shape:
         return [f"{entry}: needed shape {shape}, got {entry.shape}"]
     if entry.dtype not in FLOATS:
@@ -194,7 +210,7 @@ def _problems(entry: Entry, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _adapter_problems(contents: Contents) -> list[str]:
+def _adapter_problems(contents: Contents, merged: bool) -> list[str]:
     """B A must have the shape of the weight it is added to."""
     problems = []
     for linear, sides in contents.lora.items():
@@ -202,9 +218,16 @@ def _adapter_problems(contents: Contents) -> list[str]:
         if weight is None:
             problems.append(f"{sides['A']}: there is no weight {linear}.weight for it to adapt")
             continue
+        if isinstance(weight, Quantized):
+            if merged:
+                problems.append(
+                    f"{weight}: LoRA cannot be merged into a quantized weight: leave merge_lora "
+                    "out, or merge it where the checkpoint is quantized"
+                )
+            continue
         rank = sides["A"].shape[0] if sides["A"].shape else 0
         rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
-        problems += _problems(sides["A"], (rank, columns)) + _problems(sides["B"], (rows, rank))
+        problems += _misfits(sides["A"], (rank, columns)) + _misfits(sides["B"], (rows, rank))
     return problems
 
 

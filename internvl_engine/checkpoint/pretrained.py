@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..configuration import VisionLanguageConfig
+from ..schemes import Scheme, scheme_of
 from . import ties
 from .adoption import adopt
 from .arranging import PUBLISHED
@@ -54,6 +55,7 @@ def load_pretrained(
     offload_folder: str | Path | None = None,
     max_memory: Mapping[Any, int | str] | None = None,
     parts: str | None = None,
+    quantize: str | Scheme | None = None,
     merge_lora: bool = False,
     lora_alpha: float | None = None,
     strict: bool = True,
@@ -77,6 +79,9 @@ def load_pretrained(
         parts: "image", "text", "c", "g", "caption" or "all" of InternVL-14B; "vision" (with the
             projector), "language" or "all" of a chat model. The rest is neither read nor held, and
             using it raises. None is what the checkpoint holds.
+        quantize: "int8", "int4" or "fp8": hold the large weights in that form, quantized one at a
+            time while they are read. A checkpoint that `internvl convert --quantize` wrote needs
+            no word: it is mapped as it is.
         merge_lora: fold LoRA into the weights it adapts, instead of building a model with LoRA.
         lora_alpha: LoRA's alpha, which published checkpoints do not store; None is the
             configuration's, else twice the rank.
@@ -102,12 +107,33 @@ def load_pretrained(
         dtype = dtype if torch_dtype is None else torch_dtype
         placement = place(model, device, device_map, max_memory, dtype)
         dtype = resolve_dtype(dtype, placement.main)
-        fill(model, plan, placement, dtype, offload_folder, progress)
+        scheme = _scheme(quantize, plan.contents)
+        fill(model, plan, placement, dtype, offload_folder, progress, scheme)
         _finish(model, plan, found, placement, dtype)
     if not output_loading_info:
         return model
     info: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return model, info | {"unexpected_keys": set(plan.contents.leftovers)}
+
+
+def _scheme(quantize: str | Scheme | None, contents: Contents) -> Scheme | None:
+    """What weights are quantized by while they are read; None where they stay as they are.
+
+    Raises:
+        ValueError: there is no such scheme, or the checkpoint was quantized by another one.
+    """
+    if quantize is None:
+        return None
+    scheme = scheme_of(quantize)
+    if contents.scheme is None:
+        return scheme
+    if scheme != contents.scheme:
+        raise ValueError(
+            f"{contents.path}: quantize={scheme.name!r}, but its weights are quantized by "
+            f"{contents.scheme.name!r}: leave quantize out, or take the checkpoint that it was "
+            "made from"
+        )
+    return None
 
 
 @contextmanager
@@ -150,10 +176,10 @@ def prepare(
     heads = heads_of(language_fields(given or found.config or {}))
     contents = Contents.read(found, found.weights(needed), needed, heads)
     reading = read_config(model_class.config_class, found, given, options, contents)
-    if config is None and "quantization_config" not in options and found.config is not None:
-        refuse_quantized(contents, own_fields(found.config, model_class.config_class))
-    else:
-        refuse_quantized(contents, {})
+    if contents.scheme is None:
+        stated = config is None and "quantization_config" not in options
+        own = own_fields(found.config or {}, model_class.config_class) if stated else {}
+        refuse_quantized(contents.path, contents.tensors, own)
     if lora_alpha is not None:
         if not contents.lora:
             raise ValueError(f"{found.path}: lora_alpha came, but the checkpoint has no LoRA")
@@ -206,6 +232,7 @@ def _finish(
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.placement = placement
+    model.name_or_path = str(source.path)  # where undo() finds wide weights again
     if isinstance(model.config, VisionLanguageConfig):
         model.origin = Origin(source.folder, layout_of(plan.contents))
         take_context_id(model, source)

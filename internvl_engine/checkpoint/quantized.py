@@ -1,15 +1,25 @@
-"""Checkpoints of quantized weights: recognised, and refused with what they are.
+"""Checkpoints of quantized weights: ours, and other packages', which are refused by name.
 
-The names are those that each package writes beside or in place of a weight.
+    "quantization_config": {"quant_method": "internvl_engine", "version": 1, "scheme": "int8", ...}
+
+says so in what `internvl convert --quantize` writes. Others are told by the names that each package
+writes beside or in place of a weight.
 """
 
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from .contents import Contents
+from ..schemes import Scheme
 from .errors import CheckpointError, listed
 
+METHOD = "internvl_engine"
+VERSION = 1  # of the layouts of what is stored
+FIELD = "quantization_config"
+
 _MARKS = {
+    r"\.weight\.(scales|sums)$": "internvl_engine, whose config.json is not beside them",
     r"\.(qweight|qzeros|g_idx)$": "AWQ or GPTQ",
     r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.\w+)$|\.(SCB|weight_format)$": (
         "bitsandbytes"
@@ -20,41 +30,83 @@ _MARKS = {
 }
 _TITLES = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fp8": "fp8"}
 _SUPPORTED = (
-    "Quantized checkpoints are not supported: take the one it was made from, with weights in "
-    "float32, float16 or bfloat16; dtype='bfloat16' takes least memory"
+    "Checkpoints that other packages quantized are not supported: take the one it was made from, "
+    "with weights in float32, float16 or bfloat16, which quantize='int8' quantizes while it loads"
 )
 
 
-def refuse_quantized(contents: Contents, values: dict[str, Any]) -> None:
-    """Raises where weights that are needed are stored quantized, or the configuration asks for it.
+def stated(scheme: Scheme, dtype: str) -> dict[str, Any]:
+    """The quantization_config of a checkpoint of ours.
 
     Args:
+        dtype: name of that of the weights before.
+    """
+    return {"quant_method": METHOD, "version": VERSION, **scheme.to_dict(), "dtype": dtype}
+
+
+def own_settings(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The quantization_config of a config.json where it is one of ours, else None."""
+    found = (values or {}).get(FIELD)
+    is_ours = isinstance(found, dict) and found.get("quant_method") == METHOD
+    return found if is_ours else None
+
+
+def stored_scheme(settings: Mapping[str, Any], place: Path) -> Scheme:
+    """The scheme of a checkpoint.
+
+    Args:
+        settings: its quantization_config.
+        place: what messages call the file.
+
+    Raises:
+        CheckpointError: another version wrote it, or it names no scheme that is known.
+    """
+    version = settings.get("version")
+    if version != VERSION:
+        raise CheckpointError(
+            f"{place}: its quantized weights are of layout {version!r}, this internvl_engine reads "
+            f"layout {VERSION}: quantize the checkpoint that it was made from again (`internvl "
+            "convert --quantize`)"
+        )
+    try:
+        return Scheme.from_dict(settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{place}: its {FIELD} is not one of ours ({error})") from error
+
+
+def refuse_quantized(path: Path, names: Iterable[str], values: Mapping[str, Any]) -> None:
+    """Raises where weights that are needed are stored in another package's quantized form, or the
+    configuration asks for it.
+
+    Args:
+        path: of the checkpoint.
+        names: published ones of the weights that are needed.
         values: the fields of the configuration that may ask for it.
 
     Raises:
         CheckpointError: they are.
     """
-    stated = stated_quantization(values)
+    names, asked = list(names), stated_quantization(values)
     found: dict[str, list[str]] = {}
     for pattern, title in _MARKS.items():
-        marked = [name for name in contents.tensors if re.search(pattern, name)]
+        marked = [name for name in names if re.search(pattern, name)]
         if marked:
             found.setdefault(title, marked)
     if found:
-        kind, names = next(iter(found.items()))
+        kind, marked = next(iter(found.items()))
         raise CheckpointError(
-            f"{contents.path}: its weights are quantized with {stated or kind}, by "
-            f"{listed(names)}. {_SUPPORTED}"
+            f"{path}: its weights are quantized with {asked or kind}, by {listed(marked)}. "
+            f"{_SUPPORTED}"
         )
-    if stated:
+    if asked:
         raise CheckpointError(
-            f"{contents.path}: its config.json has a quantization_config, {stated}. {_SUPPORTED}. "
+            f"{path}: its config.json has a quantization_config, {asked}. {_SUPPORTED}. "
             "Where the weights are stored as they were trained, quantization_config=None loads "
             "them so"
         )
 
 
-def stated_quantization(values: dict[str, Any]) -> str | None:
+def stated_quantization(values: Mapping[str, Any]) -> str | None:
     """What a config.json says about quantization, as a phrase; None where nothing."""
     nested = [value for value in values.values() if isinstance(value, dict)]
     for each in (values, *nested):

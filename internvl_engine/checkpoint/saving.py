@@ -12,14 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from . import ties
-from .arranging import OF_TRANSFORMERS, PUBLISHED, Arranged, Weights, arrange
+from .arranging import OF_TRANSFORMERS, PUBLISHED, Weights, arrange
 from .contents import Contents
 from .errors import CheckpointError, listed
 from .families import CHAT
 from .files import read_json
 from .layouts import TRANSFORMERS
 from .placement import parse_size
-from .writing import Planned, replaced_weights, write_shards, write_text
+from .rewriting import Read
+from .writing import ALIGNMENT, Planned, replaced_weights, write_shards, write_text
 
 # Of the folder that a model came from. These say the same in both layouts.
 TOKENIZER = (
@@ -103,7 +104,9 @@ def save_chat(
     state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
     arranged = arrange(_config_now(model), _of_state(model, state), layout)
     arranged.values.update(remote_code(origin, layout))
-    written = write_checkpoint(folder, arranged, max_shard_size)
+    written = write_checkpoint(
+        folder, arranged.values, arranged.planned, arranged.read, max_shard_size
+    )
     generation = getattr(model.language_model, "generation_config", None)
     if layout == OF_TRANSFORMERS and generation is not None:
         written.append(folder / "generation_config.json")
@@ -159,28 +162,42 @@ def _is_one(head: Tensor, embedding: Tensor) -> bool:
 
 
 def write_checkpoint(
-    folder: Path, arranged: Arranged, max_shard_size: int | str, read: Any = None
+    folder: Path,
+    values: Mapping[str, Any],
+    planned: list[Planned],
+    read: Read,
+    max_shard_size: int | str,
+    alignment: int = ALIGNMENT,
 ) -> list[Path]:
     """Writes weights, then config.json.
 
     Args:
-        read: in place of `arranged.read`, as with a bar.
+        values: of config.json.
+        planned, read, max_shard_size, alignment: as `write_shards`.
 
     Raises:
         CheckpointError: the folder has no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    planned = arranged.planned
-    needed, free = sum(tensor.size for tensor in planned), shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(f"{folder}: needed {needed:,} bytes of room, there are {free:,}")
+    check_room(folder, planned)
     with replaced_weights(folder):
-        written = write_shards(folder, planned, read or arranged.read, parse_size(max_shard_size))
+        written = write_shards(folder, planned, read, parse_size(max_shard_size), alignment)
     for path in folder.iterdir():  # shards of an earlier, longer checkpoint
         if _SHARD.fullmatch(path.name) and path not in written:
             path.unlink()
-    write_text(folder / "config.json", json.dumps(arranged.values, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     return [*written, folder / "config.json"]
+
+
+def check_room(folder: Path, planned: list[Planned]) -> None:
+    """Raises where a folder has no room for tensors.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    needed, free = sum(tensor.size for tensor in planned), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(f"{folder}: needed {needed:,} bytes of room, there are {free:,}")
 
 
 def remote_code(origin: Origin | None, layout: str) -> dict[str, Any]:

@@ -7,10 +7,12 @@ then the tensors' bytes one after another. Source: huggingface/safetensors, READ
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +20,24 @@ from torch import Tensor
 from .files import SAFETENSORS_DTYPES
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_ALIGNMENT = 8  # of the first tensor
+ALIGNMENT = 8  # of the first tensor, as the library does
+CACHE_LINE = 64  # what vector loads of 512 bits want
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written."""
+    """A tensor that will be written.
+
+    Args:
+        group: tensors beside each other with the same group, which is not "", go into one file.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    group: str = ""
 
     @property
     def size(self) -> int:
@@ -56,7 +64,11 @@ def _mark(path: Path) -> tuple[int, int]:
 
 
 def write_shards(
-    folder: Path, planned: list[Planned], read: Callable[[str], Tensor], max_shard_size: int
+    folder: Path,
+    planned: list[Planned],
+    read: Callable[[str], Tensor],
+    max_shard_size: int,
+    alignment: int = ALIGNMENT,
 ) -> list[Path]:
     """Writes the tensors as one file, or as shards with an index.
 
@@ -69,6 +81,8 @@ def write_shards(
         planned: all tensors, in the order they are written.
         read: gives one of them, in the planned shape and dtype, on the CPU.
         max_shard_size: bytes of tensors in one file; a larger tensor gets a file of its own.
+        alignment: of tensors in a file, in bytes, but for those that follow a tensor of no such
+            size: these come last. 8 is the library's own order.
 
     Returns:
         The files, the index last where there is one.
@@ -82,7 +96,7 @@ def write_shards(
     partial = [folder / f"{name}.partial" for name in names]
     try:
         for path, shard in zip(partial, shards, strict=True):
-            _write(path, shard, read)
+            _write(path, shard, read, alignment)
     except BaseException:  # a keyboard interrupt too
         for path in partial:
             path.unlink(missing_ok=True)
@@ -107,18 +121,28 @@ def write_shards(
 def _split(planned: Iterable[Planned], limit: int) -> list[list[Planned]]:
     shards: list[list[Planned]] = [[]]
     size = 0
-    for tensor in planned:
-        if shards[-1] and size + tensor.size > limit:
+    for _, found in groupby(planned, key=lambda tensor: tensor.group or tensor.name):
+        together = list(found)
+        more = sum(tensor.size for tensor in together)
+        if shards[-1] and size + more > limit:
             shards.append([])
             size = 0
-        shards[-1].append(tensor)
-        size += tensor.size
+        shards[-1] += together
+        size += more
     return shards
 
 
-def _write(path: Path, tensors: list[Planned], read: Callable[[str], Tensor]) -> None:
-    # Wide dtypes first keeps every tensor aligned, as the library does.
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+def _write(
+    path: Path, tensors: list[Planned], read: Callable[[str], Tensor], alignment: int
+) -> None:
+    def place(tensor: Planned) -> tuple[bool, int]:
+        """The format allows no holes: wide dtypes first keeps every tensor aligned."""
+        if alignment == ALIGNMENT:
+            return False, -tensor.dtype.itemsize
+        is_odd = tensor.size % alignment != 0
+        return is_odd, -tensor.dtype.itemsize if is_odd else 0
+
+    tensors = sorted(tensors, key=place)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -129,7 +153,7 @@ def _write(path: Path, tensors: list[Planned], read: Callable[[str], Tensor]) ->
         }
         end += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % alignment)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
@@ -145,3 +169,9 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def add_to_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Adds fields to an object in a JSON file."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    write_text(path, json.dumps(found | dict(values), indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""Batches for the towers: images streamed and prepared ahead, texts of similar length together."""
+"""Batches of images for the vision tower, streamed and prepared ahead."""
 
 import operator
 import os
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..processing import InternVLImageProcessor
-from ..processing.padding import TokenBatch, pad_rows
 from .pictures import pictures
 
 DECODING_THREADS = min(8, os.cpu_count() or 1)
@@ -81,6 +80,8 @@ def image_batches(
 
 def checked_batch_size(batch_size: Any) -> int:
     """A batch size as a number; raises ValueError where it is none of 1 or more."""
+    if batch_size is None:
+        return 32
     try:
         size = operator.index(batch_size)
     except TypeError:
@@ -115,23 +116,3 @@ def _sound_batch(
         except (OSError, ValueError, TypeError) as error:
             broken.append(Outcome(number, error=error))
     return ImageBatch(torch.cat(pixels) if pixels else processor([], dtype=dtype), numbers, broken)
-
-
-def text_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of ids that are run together: shortest first, so that padding is small.
-
-    A batch holds as many rows as keep (rows x its longest row) within max_tokens, and at least one.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-        if batch and (len(batch) + 1) * len(rows[index]) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def padded(rows: Sequence[Sequence[int]]) -> TokenBatch:
-    """Rows of ids as one right-padded batch with its mask, (B, L) each, on the CPU."""
-    return pad_rows(rows, "right")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..processing.text import EMBEDDING_PREFIX, MAX_LENGTH
-from .batches import Outcome, checked_batch_size, image_batches, padded, text_batches
+from .batches import Outcome, checked_batch_size, image_batches
 from .fingerprint import fingerprint
+from .texts import embed_rows
 
 if TYPE_CHECKING:
     from ..modeling.internvl import InternVLModel
@@ -233,8 +234,8 @@ class Embedder:
     ) -> Tensor:
         """Embeds texts; each different one is run once, and with others of its length.
 
-        The model is causal, so padding changes nothing and is left out where it can be: results
-        are those of texts padded to 80.
+        The model is causal, so padding changes nothing and is left out where it can be, and the ids
+        that many texts begin with are run once: results are those of texts padded to 80.
 
         Args:
             texts: one text, or several.
@@ -267,13 +268,10 @@ class Embedder:
         """(T, E) float32 of rows of ids."""
         from ..modeling.internvl import unit
 
-        width = self.model.config.clip_embed_dim
-        found = torch.empty(len(rows), width, dtype=torch.float32, device=self.device)
-        max_tokens = 1 if kernels.is_batch_invariant() else max_tokens  # one row at a time
-        for batch in text_batches(rows, max_tokens):
-            ids, mask = (t.to(self.device) for t in padded([rows[index] for index in batch]))
-            places = torch.tensor(batch, dtype=torch.long, device=self.device)
-            found[places] = self.model.encode_text(ids, attention_mask=mask).float().to(self.device)
+        invariant = kernels.is_batch_invariant()  # then one whole row at a time
+        found = embed_rows(
+            self.model, rows, 1 if invariant else max_tokens, self.device, shares=not invariant
+        )
         return unit(found) if normalize else found
 
 

@@ -59,7 +59,7 @@ def attend(heads: Heads, mask: Tensor | AttentionMask | None, scale: float | Non
         return kernels.attention(q, k, v, scale=scale)
     if isinstance(mask, AttentionMask):
         if q.shape[2] == 1 and mask.kind != "block" and not torch.is_grad_enabled():
-            return kernels.decode_attention(q, k, v, None, mask.key_padding_mask, scale)
+            return kernels.decode_attention(q, k, v, mask.lengths, mask.key_padding_mask, scale)
         kind = "full" if mask.is_open else mask.kind
         return kernels.attention(q, k, v, kind, mask.prefix, mask.key_padding_mask, scale)
     on_gpu = mask.device.type != "cpu"

@@ -143,7 +143,8 @@ class FusedModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
-        packed = next((p for p in self.parameters() if isinstance(p, WeightTensor)), None)
+        weights = (p for p in self.parameters() if isinstance(p, WeightTensor))
+        packed = next((weight for weight in weights if weight.is_reversible), None)
         if packed is not None:
             probe = fn(torch.empty(0, dtype=packed.dtype, device=packed.device))
             if (probe.dtype, probe.device) != (packed.dtype, packed.device):

@@ -20,7 +20,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .. import kernels
 from ..modeling.masks import AttentionMask
 from ..modeling.qllama import LlamaAttention, LlamaCrossAttention, LlamaDecoderLayer, LlamaModel
-from ..modeling.qllama_layers import split_heads
 from ..weights import is_hooked
 from .attention import Angles, Heads, attend, rotate
 from .base import FusedModule, contract
@@ -70,7 +69,8 @@ class FusedDecoder(FusedModule):
                 output_hidden_states, recompute,
             )  # fmt: skip
         past = cache.get_seq_length() if cache is not None else 0
-        positions, tables = self.rotary_emb.at(position_ids, past, hidden)
+        bounded = getattr(cache, "is_static", False)
+        positions, tables = self.rotary_emb.at(position_ids, past, hidden, bounded)
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         normed = normalize(norms[0], hidden)
         for layer, norm in zip(self.layers, norms[1:], strict=True):
@@ -174,10 +174,9 @@ class FusedDecoderLayer(FusedModule):
         return add_normalize(update, hidden, None, next_norm)
 
     def _self_attend(self, normed: Tensor, mask: Any, angles: Angles, cache: Any) -> Tensor:
-        num_heads = self.self_attn.num_heads
-        qkv = self.product("qkv")(normed).chunk(3, dim=-1)
-        heads = rotate(Heads(*(split_heads(x, num_heads) for x in qkv)), angles, cache,
-                       self.layer_idx)  # fmt: skip
+        qkv = self.product("qkv")(normed).unflatten(-1, (3, self.self_attn.num_heads, -1))
+        heads = Heads(*qkv.permute(2, 0, 3, 1, 4).unbind())  # few views: a decoding step is short
+        heads = rotate(heads, angles, cache, self.layer_idx)
         return self.product("o")(attend(heads, mask).transpose(1, 2).flatten(2))
 
     def _cross_attend(

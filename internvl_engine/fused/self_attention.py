@@ -126,7 +126,7 @@ def _attend(
     told = TOLD.get(eager.__name__, lambda attention: {})(attention)
     if is_plain and one_dtype and "s_aux" not in told:
         if function == "sdpa" or (function in ("eager", None) and not tells):
-            output = _operator(attention, heads, call.mask, function == "sdpa")
+            output = _operator(attention, heads, call, function == "sdpa")
             if output is not None:
                 return output.transpose(1, 2), None
     run = _attention_function(eager, function)
@@ -136,12 +136,14 @@ def _attend(
     )  # fmt: skip
 
 
-def _operator(attention: Any, heads: Heads, mask: Any, is_sdpa: bool) -> Tensor | None:
+def _operator(attention: Any, heads: Heads, call: Call, is_sdpa: bool) -> Tensor | None:
     """What "sdpa" or "eager" computes, (B, H, S, D), or None where the operators do not."""
-    q, k, v = heads
+    (q, k, v), mask = heads, call.mask
     if kernels.unsupported_head_dim(q.shape[3]):
         return None
     queries, keys, scale = q.shape[2], k.shape[2], attention.scaling
+    if getattr(call.cache, "is_static", False):  # its lengths say what the mask says
+        return kernels.decode_attention(q, k, v, call.cache.lengths, scale=scale)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             return None

@@ -44,6 +44,8 @@ class AttentionMask:
         keys: T, the positions looked at; the queries are the last S of them.
         prefix: Q, for "prefix" and "block".
         padding: (B, T), 0 or False where a position is padding; None where there is none.
+        lengths: (B,), for one query a row: row b sees the first lengths[b] keys, of which its own
+            is the last; None is all of them.
     """
 
     kind: str
@@ -51,13 +53,15 @@ class AttentionMask:
     keys: int
     prefix: int = 0
     padding: Tensor | None = None
+    lengths: Tensor | None = None
     _tensors: dict = field(default_factory=dict, repr=False)
 
     @property
     def is_open(self) -> bool:
         """Whether everybody sees everything, so that no mask is needed."""
         last_row_sees_all = self.queries == 1 and self.kind != "block"
-        return self.padding is None and (self.kind == "full" or last_row_sees_all)
+        plain = self.padding is None and self.lengths is None
+        return plain and (self.kind == "full" or last_row_sees_all)
 
     @property
     def key_padding_mask(self) -> Tensor | None:
@@ -76,6 +80,8 @@ class AttentionMask:
         """
         if self.is_open:
             return None
+        if (dtype, device) not in self._tensors and self.lengths is not None:
+            self._tensors[dtype, device] = mask_of_lengths(self.lengths, self.keys, dtype)
         if (dtype, device) not in self._tensors:
             seen = reference.attention_mask(
                 self.kind, self.queries, self.keys, self.prefix, None, device
@@ -95,6 +101,12 @@ class AttentionMask:
         if self.kind == "block":
             mask[:, :, :rows, self.prefix :] = torch.finfo(mask.dtype).min
             mask[:, :, rows:, : self.prefix] = torch.finfo(mask.dtype).min
+
+
+def mask_of_lengths(lengths: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    """The additive mask (B, 1, 1, T) of one query a row that sees its first lengths[b] keys."""
+    seen = torch.arange(keys, dtype=torch.int64, device=lengths.device) < lengths[:, None]
+    return reference.additive_mask(seen[:, None, None], dtype)
 
 
 def count_positions(mask: Tensor) -> Tensor:

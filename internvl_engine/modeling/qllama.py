@@ -319,7 +319,8 @@ class LlamaModel(LlamaPreTrainedModel):
         output_attentions = self._asked(output_attentions, "output_attentions")
         output_hidden_states = self._asked(output_hidden_states, "output_hidden_states")
         past = cache.get_seq_length() if cache is not None else 0
-        positions, rotary = self.rotary_emb.at(position_ids, past, hidden)
+        bounded = getattr(cache, "is_static", False)
+        positions, rotary = self.rotary_emb.at(position_ids, past, hidden, bounded)
         states, attentions = [hidden], []
         for layer in self.layers:
             arguments = (

@@ -242,16 +242,18 @@ class LlamaRotaryEmbedding(nn.Module):
         return tables
 
     def at(
-        self, position_ids: Tensor | None, past: int, hidden: Tensor
+        self, position_ids: Tensor | None, past: int, hidden: Tensor, bounded: bool = False
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(position_ids, tables) for hidden (B, S, C) after `past` cached positions.
 
-        position_ids: (B, S), or None to count on from the cache.
+        Args:
+            position_ids: (B, S), or None to count on from the cache.
+            bounded: whether they are known to lie below past + S, so that nobody has to look.
         """
         end = past + hidden.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, end, dtype=torch.int64, device=hidden.device)[None]
-        elif position_ids.device.type == "cpu":  # on a GPU the look would stop the stream
+        elif not bounded and position_ids.device.type == "cpu":  # on a GPU it stops the stream
             end = max(end, int(position_ids.max()) + 1 if position_ids.numel() else 0)
         return position_ids, self.table(end, hidden.dtype, hidden.device)
 

@@ -13,6 +13,8 @@ from .. import kernels
 from ..checkpoint.parts import AbsentModule
 from .in_projection import InProjection
 from .merged import Merged, merge
+from .packed import PackedTensor
+from .quantized import QuantizedTensor
 from .tensor import WeightTensor, linear, make_plain
 
 Weights = list[Tensor]
@@ -72,8 +74,11 @@ class Linears:
             weights, biases = [each.weight for each in linears], [each.bias for each in linears]
             if any(id(each) in self.tied for each in weights):
                 return
-            in_form = all(isinstance(each, WeightTensor) for each in weights)
-            if not in_form and (self._weight is None or not self._weight.holds(weights)):
+            quantized = all(isinstance(each, QuantizedTensor) for each in weights)
+            packed = all(isinstance(each, PackedTensor) for each in weights)
+            if quantized or (
+                not packed and (self._weight is None or not self._weight.holds(weights))
+            ):
                 for each in linears:
                     make_plain(each)
                 self._weight = merge([each.weight for each in linears])

@@ -119,6 +119,9 @@ class _OnDense(Tensor):
 class WeightTensor(_OnDense):
     """The weight (F, C) of a linear layer in a form of its own."""
 
+    # Whether `dense()` has the bits that the form was made from, so that it may come and go.
+    is_reversible = True
+
     def dense(self) -> Tensor:
         """The values (F, C) in memory of their own."""
         raise NotImplementedError
@@ -224,7 +227,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """residual + epilogue(x @ weight.T + bias) with a weight in any form; see `kernels.linear`."""
     if isinstance(weight, WeightTensor) and not torch.compiler.is_compiling():
-        if not (weight.requires_grad and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight.linear(x, bias, epilogue, residual)
     return kernels.linear(x, weight, bias, epilogue, residual)
 
@@ -276,13 +279,14 @@ def _same_kind(gradient: Tensor | None, parameter: Tensor) -> bool:
 def make_plain(module: Any, replace: bool = False) -> None:
     """Gives the parameters of a module that are in another form their dense values.
 
-    Each stays the same object. Where PyTorch refuses that, it keeps its form, which computes the
-    same, or with `replace` is replaced by another parameter, as `Module.to` replaces some.
+    Quantized ones, whose values were others once, stay as they are. Each stays the same object.
+    Where PyTorch refuses that, it keeps its form, which computes the same, or with `replace` is
+    replaced by another parameter, as `Module.to` replaces some.
     """
     for each in module.modules():
         parameters: dict[str, Any] = each._parameters
         for name, parameter in parameters.items():
-            if isinstance(parameter, WeightTensor):
+            if isinstance(parameter, WeightTensor) and parameter.is_reversible:
                 values = parameter.dense()
                 if not swap(parameter, values) and replace:
                     parameters[name] = nn.Parameter(values, parameter.requires_grad)

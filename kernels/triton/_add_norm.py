@@ -23,7 +23,7 @@ from ._norm import (
 )
 from ._rows import add_exactly, empty_rows, persistent_programs, row_offsets, tile
 from ._sizes import cdiv
-from ._tuning import Config, launch_config
+from ._tuning import Config, launch_config, size_class
 
 
 @triton.jit(do_not_specialize=["num_rows", "x_inner", "r_inner"])
@@ -129,12 +129,12 @@ def add_norm_triton(
     residual_out = empty_rows(x, x.dtype)
     if y.numel() == 0:
         return y, residual_out
-    inputs = (operator, x, residual, scale, weight, bias, eps)
+    inputs, num_rows = (operator, x, residual, scale, weight, bias, eps), y.numel() // C
     config = config or launch_config(
-        operator, (C, x.dtype, scale is None), DEFAULTS, CANDIDATES,
+        operator, (C, x.dtype, scale is None, size_class(num_rows)), DEFAULTS, CANDIDATES,
         lambda config: add_norm_triton(*inputs, config), x.get_device(),
     )  # fmt: skip
-    x_rows, r_rows, blocks, num_rows = as_rows(x), as_rows(residual), tile(C, TILE), y.numel() // C
+    x_rows, r_rows, blocks = as_rows(x), as_rows(residual), tile(C, TILE)
     vectors = (None if v is None else v.contiguous() for v in (scale, weight, bias))
     _add_norm_kernel[(cdiv(num_rows, blocks["BLOCK_R"]),)](
         x_rows.x, r_rows.x, *vectors, y, residual_out, num_rows, *x_rows[1:], *r_rows[1:], C, eps,
@@ -162,11 +162,13 @@ def add_norm_backward_triton(
     if dresidual.numel() == 0:
         return dx, dresidual, dscale, *(torch.zeros_like(weight) for _ in range(norms))
     inputs = (operator, grad, grad_residual, x, residual_out, scale, weight, eps, centred)
+    num_rows = dresidual.numel() // C
     config = config or launch_config(
-        f"{operator}_backward", (C, x.dtype, scale is None), DEFAULTS, CANDIDATES,
+        f"{operator}_backward", (C, x.dtype, scale is None, size_class(num_rows)), DEFAULTS,
+        CANDIDATES,
         lambda config: add_norm_backward_triton(*inputs, config), x.get_device(),
     )  # fmt: skip
-    blocks, num_rows = tile(C, TILE), dresidual.numel() // C
+    blocks = tile(C, TILE)
     tiles = cdiv(num_rows, blocks["BLOCK_R"])
     programs = persistent_programs(x.device, tiles, PROGRAMS_PER_PROCESSOR)
     shares = (norms + (scale is not None), programs, C)

@@ -23,7 +23,7 @@ from ._rows import (
     tile,
 )
 from ._sizes import cdiv
-from ._tuning import Config, launch_config
+from ._tuning import Config, launch_config, size_class
 
 # One row of 3200 or 4096 a program: 16 values a thread at 8 warps. Not yet measured on a GPU.
 DEFAULTS: dict[str, Config] = {
@@ -140,12 +140,12 @@ def norm_triton(
     y = empty_rows(x, torch.promote_types(x.dtype, weight.dtype) if bias is None else x.dtype)
     if y.numel() == 0:
         return y
+    rows = y.numel() // C
     config = config or launch_config(
-        operator, (C, x.dtype), DEFAULTS, CANDIDATES,
+        operator, (C, x.dtype, size_class(rows)), DEFAULTS, CANDIDATES,
         lambda config: norm_triton(operator, x, weight, bias, eps, config), x.get_device(),
     )  # fmt: skip
     x_rows, blocks = as_rows(x), tile(C, TILE)
-    rows = y.numel() // C
     _norm_kernel[(cdiv(rows, blocks["BLOCK_R"]),)](
         x_rows.x, weight.contiguous(), None if bias is None else bias.contiguous(), y, rows,
         *x_rows[1:], C, eps, CENTRED=bias is not None, **blocks, **config,
@@ -168,13 +168,13 @@ def norm_backward_triton(
     vectors = 2 if centred else 1
     if dx.numel() == 0:
         return dx, *(torch.zeros_like(weight) for _ in range(vectors))
+    rows = dx.numel() // C
     config = config or launch_config(
-        f"{operator}_backward", (C, x.dtype), DEFAULTS, CANDIDATES,
+        f"{operator}_backward", (C, x.dtype, size_class(rows)), DEFAULTS, CANDIDATES,
         lambda config: norm_backward_triton(operator, grad, x, weight, eps, centred, config),
         x.get_device(),
     )  # fmt: skip
     grad_rows, x_rows, blocks = as_rows(grad), as_rows(x), tile(C, TILE)
-    rows = dx.numel() // C
     programs = persistent_programs(x.device, cdiv(rows, blocks["BLOCK_R"]), PROGRAMS_PER_PROCESSOR)
     partial = torch.empty((vectors, programs, C), dtype=torch.float32, device=x.device)
     _norm_backward_kernel[(programs,)](

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._invariance import is_batch_invariant
+from ._sizes import power_of_2
+
 if TYPE_CHECKING:  # the file is imported by launchers only, but typing alone must not need triton
     from triton.backends.compiler import GPUTarget
 
@@ -65,8 +68,8 @@ def launch_config(
 
     Args:
         operator: the kernel's name, as it is stored.
-        key: what the best choice depends on: widths, dtype, mode. Not the number of rows, unless
-            rounded to a few classes.
+        key: what the best choice depends on: widths, dtype, mode, and `size_class` of how much
+            there is to do, so that the winner at 257 rows does not decide for 16,448.
         defaults: by architecture.
         candidates, run: what to time beside the default, `run(config)` launching the kernel, when
             tuning is on.
@@ -88,6 +91,14 @@ def launch_config(
             config = tune(operator, key, choices, run, device)
     _resolved[operator, key, device] = config | OPTIONS
     return _resolved[operator, key, device]
+
+
+def size_class(count: int) -> int:
+    """A number of rows, or of heads, rounded up to a power of two, up to 32,768: a tuner's key.
+
+    One for all with `batch_invariant`, where a configuration may not depend on the batch.
+    """
+    return 0 if is_batch_invariant() else min(power_of_2(count), 32768)
 
 
 def _capturing() -> bool:
@@ -113,6 +124,9 @@ def tune(
             times.append((milliseconds(partial(run, config | OPTIONS)), index))
         except (OutOfResources, CompilationError, PTXASError):
             continue  # too large for this chip
+        except RuntimeError as error:
+            if "PassManager::run failed" not in str(error):  # of the GPU: not this configuration's
+                raise
     if not times:
         raise ValueError(f"{operator}: none of {len(candidates)} configurations runs on this GPU")
     best = candidates[min(times)[1]]

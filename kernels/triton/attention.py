@@ -50,7 +50,7 @@ from ._attention_core import (
 from ._attention_masks import see, seen_interval
 from ._cross_compile import Case
 from ._sizes import cdiv, power_of_2
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 
 
 @triton.jit
@@ -156,7 +156,8 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
 # not yet timed on a GPU.
 FORWARD = {
     "wide": {
-        "sm80": _config(64, 64, 8, 2), "sm90": _config(128, 64, 8, 2),
+        # Two programs a multiprocessor, without a spill for heads that share keys either.
+        "sm80": _config(64, 64, 8, 2), "sm90": _config(64, 32, 4, 3),
         "sm100": _config(128, 64, 8, 2), "gfx942": _config(64, 32, 4, 1),
     },
     "narrow": {
@@ -247,7 +248,7 @@ def attention_triton(
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = readable(q), readable(k), readable(v)
     config = config or launch_config(
-        "attention", (width_class(D, q.dtype), mask, length_class(T)),
+        "attention", (width_class(D, q.dtype), mask, length_class(T), size_class(batch * H)),
         FORWARD[width_class(D, q.dtype)], CANDIDATES,
         lambda c: attention_triton(
             q, k, v, mask, prefix, key_padding_mask, scale, interleave, saves, c
@@ -307,7 +308,7 @@ def attention_backward_triton(
         )  # fmt: skip
 
     kind, device = width_class(D, q.dtype), q.get_device()
-    key = (kind, mask, length_class(T))
+    key = (kind, mask, length_class(T), size_class(q.shape[0] * q.shape[1]))
     for run, name, defaults, chosen in (
         (queries, "queries", QUERIES, configs and configs[0]),
         (keys, "keys", KEYS, configs and configs[1]),

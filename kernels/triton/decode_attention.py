@@ -17,6 +17,7 @@ from ._attention_core import (
     LOWEST,
     contiguous,
     exp2,
+    length_class,
     load_row,
     load_tile,
     log_sum_exp,
@@ -24,7 +25,7 @@ from ._attention_core import (
 )
 from ._cross_compile import Case
 from ._sizes import power_of_2
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 from .attention import as_bytes, readable
 
 DEFAULTS = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2})
@@ -34,6 +35,7 @@ CANDIDATES = [
     for num_warps in (2, 4, 8)
     for num_stages in (1, 2, 3)
 ]
+SPLIT_FROM = 512  # slots: up to here the second kernel costs as much as it saves
 
 
 @triton.jit(do_not_specialize=["H", "T", "plane", "keys_per_part"])
@@ -97,11 +99,13 @@ def decode_attention_triton(
         return out.zero_()
     q, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
     config = config or launch_config(
-        "decode_attention", (D, q.dtype), DEFAULTS, CANDIDATES,
+        "decode_attention", (D, q.dtype, size_class(B * H), length_class(T)), DEFAULTS, CANDIDATES,
         lambda c: decode_attention_triton(q, k_cache, v_cache, lengths, key_padding_mask, scale, c),
         q.get_device(),
     )  # fmt: skip
-    parts, keys_per_part = split_keys(T, config["BLOCK_N"], H, B * H, q.device)
+    parts, keys_per_part = 1, T
+    if T > SPLIT_FROM:
+        parts, keys_per_part = split_keys(T, config["BLOCK_N"], H, B * H, q.device)
     to, to_lse = (out, None) if parts == 1 else partial_outputs(out, parts)
     _decode_kernel[(B * H, parts)](
         q, k_cache, v_cache, contiguous(lengths), as_bytes(key_padding_mask),

@@ -17,7 +17,7 @@ from .._rows import as_rows
 from ._cross_compile import Case
 from ._rows import persistent_programs, row_offsets
 from ._sizes import cdiv
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 
 EPILOGUES = {"none": 0, "gelu": 1, "swiglu": 2, "gelu_tanh": 3, "gelu_quick": 4}
 GELU = tl.constexpr(1)
@@ -71,7 +71,7 @@ def _gelu(x):
 
 
 @triton.jit
-def _activate(x, EPILOGUE: tl.constexpr):
+def activate(x, EPILOGUE: tl.constexpr):
     """The epilogue of one column by itself.
 
     x / 2 * (1 + tanh(u)) is x * sigmoid(2 u), which loses nothing in the negative tail.
@@ -139,7 +139,7 @@ def _linear_kernel(
         in_width = features < F
         if bias_ptr is not None:
             y += tl.load(bias_ptr + features, mask=in_width, other=0.0).to(tl.float32)[None, :]
-        y = _activate(y, EPILOGUE)
+        y = activate(y, EPILOGUE)
         if EPILOGUE == SWIGLU:
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + F + features, mask=in_width, other=0.0)
@@ -178,7 +178,7 @@ def linear_triton(
     rows = y.numel() // F
     few = rows <= ROWS_FEW and not is_batch_invariant()
     config = config or launch_config(
-        "linear", (F, C, x.dtype, epilogue, few), _defaults(few, x.dtype, epilogue),
+        "linear", (F, C, x.dtype, epilogue, size_class(rows)), _defaults(few, x.dtype, epilogue),
         CANDIDATES_FEW if few else CANDIDATES,
         lambda config: linear_triton(x, weight, bias, epilogue, residual, config), x.get_device(),
     )  # fmt: skip

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_core import product
+from ._attention_core import length_class, product
 from ._cross_compile import Case
 from ._sizes import cdiv, power_of_2
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 
 SCORES = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2})
 MEANS = dict.fromkeys(ARCHITECTURES, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2})
@@ -144,13 +144,13 @@ def pooling_attention_triton(
             x, scores, statistics, out, *x.stride()[:2], H, N, **constants, **config
         )
 
-    device = x.get_device()
+    key, device = (C, x.dtype, size_class(B), length_class(N)), x.get_device()
     for index, (run, name, defaults) in enumerate(
         ((score, "scores", SCORES), (average, "means", MEANS))
     ):
         chosen = configs and configs[index]
         run(chosen or launch_config(
-            f"pooling_attention_{name}", (C, x.dtype), defaults, CANDIDATES, run, device
+            f"pooling_attention_{name}", key, defaults, CANDIDATES, run, device
         ))  # fmt: skip
     return out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._heads import adjacent, empty_heads, positions_stride
 from ._cross_compile import Case
 from ._sizes import cdiv, power_of_2
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 
 # A token's 16 heads of q and of k a program: 32 values a thread. Not yet measured on a GPU.
 DEFAULTS: dict[str, Config] = {name: {"BLOCK_H": 16, "num_warps": 4} for name in ARCHITECTURES}
@@ -89,7 +89,7 @@ def rotary_triton(
     if q.numel() == 0 and k.numel() == 0:
         return q_out, k_out
     config = config or launch_config(
-        "rotary", (q.shape[1], dim, q.dtype), DEFAULTS, CANDIDATES,
+        "rotary", (q.shape[1], dim, q.dtype, size_class(batch * tokens)), DEFAULTS, CANDIDATES,
         lambda config: rotary_triton(q, k, cos, sin, positions, inverse, config), q.get_device(),
     )  # fmt: skip
     q, k, positions = adjacent(q), adjacent(k), positions.contiguous()

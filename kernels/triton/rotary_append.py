@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._heads import adjacent, empty_heads, positions_stride
+from .._heads import adjacent, empty_heads, positions_stride, slots_stride
 from ._cross_compile import Case
 from ._sizes import cdiv, power_of_2
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 from .rotary import STRIDES, rotate_heads, token_angles
 
 # Decoding is bound by the launch: few heads a program fill more processors. Not yet measured.
@@ -20,10 +20,10 @@ CANDIDATES: list[Config] = [
 ]
 
 
-@triton.jit(do_not_specialize=["positions_stride", "num_tokens"])
+@triton.jit(do_not_specialize=["positions_stride", "slots_stride", "num_tokens"])
 def _rotary_append_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, positions_ptr,
-    slots_ptr, positions_stride, q_batch, q_head, q_token, k_batch, k_head, k_token,
+    slots_ptr, positions_stride, slots_stride, q_batch, q_head, q_token, k_batch, k_head, k_token,
     v_batch, v_head, v_token, y_batch, y_head, y_token, k_cache_batch, k_cache_head, k_cache_token,
     v_cache_batch, v_cache_head, v_cache_token, num_tokens, q_heads, k_heads, HALF,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -32,7 +32,7 @@ def _rotary_append_kernel(
     batch = (tl.program_id(0) // num_tokens).to(tl.int64)
     token = (tl.program_id(0) % num_tokens).to(tl.int64)
     heads = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
-    slot = tl.load(slots_ptr + token).to(tl.int64)
+    slot = tl.load(slots_ptr + batch * slots_stride + token).to(tl.int64)
     cos, sin = token_angles(
         cos_ptr, sin_ptr, positions_ptr, positions_stride, batch, token, HALF, BLOCK_D
     )
@@ -66,14 +66,15 @@ def rotary_append_triton(
         return y
     inputs = (q, k, v, cos, sin, positions, slots, k_cache, v_cache)
     config = config or launch_config(
-        "rotary_append", (heads, dim, q.dtype), DEFAULTS, CANDIDATES,
+        "rotary_append", (heads, dim, q.dtype, size_class(batch * tokens)), DEFAULTS, CANDIDATES,
         lambda config: rotary_append_triton(*inputs, config), q.get_device(),
     )  # fmt: skip
     q, k, v, positions = adjacent(q), adjacent(k), adjacent(v), positions.contiguous()
     _rotary_append_kernel[(batch * tokens, cdiv(max(heads, k.shape[1]), config["BLOCK_H"]))](
         q, k, v, y, k_cache, v_cache, cos.contiguous(), sin.contiguous(), positions,
-        slots.contiguous(), positions_stride(positions), *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *y.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        slots.contiguous(), positions_stride(positions), slots_stride(slots), *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *y.stride()[:3], *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
         tokens, heads, k.shape[1], dim // 2, BLOCK_D=power_of_2(dim // 2), **config,
     )  # fmt: skip
     return y
@@ -88,7 +89,8 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
         _rotary_append_kernel,
         {f"{x}_ptr": "*bf16" for x in (*tensors, "cos", "sin")}
         | {f"{x}_{stride}": "i32:16" for x in tensors for stride in STRIDES}
-        | {"positions_ptr": "*i64", "slots_ptr": "*i64", "positions_stride": "i32"}
+        | {"positions_ptr": "*i64", "slots_ptr": "*i64"}
+        | {"positions_stride": "i32", "slots_stride": "i32"}
         | {"num_tokens": "i32", "q_heads": "i32:16", "k_heads": "i32:16", "HALF": "i32:16"}
         | {"BLOCK_D": 64},
         DEFAULTS[architecture],

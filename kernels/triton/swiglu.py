@@ -14,7 +14,7 @@ from .._rows import as_rows
 from ._cross_compile import Case
 from ._rows import empty_rows, row_offsets
 from ._sizes import cdiv
-from ._tuning import ARCHITECTURES, Config, launch_config
+from ._tuning import ARCHITECTURES, Config, launch_config, size_class
 
 # 8 values a thread: 16-byte loads of bf16. Not yet measured on a GPU.
 DEFAULTS: dict[str, Config] = {name: {"BLOCK": 1024, "num_warps": 4} for name in ARCHITECTURES}
@@ -66,7 +66,7 @@ def swiglu_triton(gate_up: Tensor, config: Config | None = None) -> Tensor:
     if y.numel() == 0:
         return y
     config = config or launch_config(
-        "swiglu", (F, gate_up.dtype), DEFAULTS, CANDIDATES,
+        "swiglu", (F, gate_up.dtype, size_class(y.numel() // F)), DEFAULTS, CANDIDATES,
         lambda config: swiglu_triton(gate_up, config), gate_up.get_device(),
     )  # fmt: skip
     rows = as_rows(gate_up)
@@ -84,7 +84,7 @@ def swiglu_backward_triton(grad: Tensor, gate_up: Tensor, config: Config | None 
     if d.numel() == 0:
         return d
     config = config or launch_config(
-        "swiglu_backward", (F, gate_up.dtype), DEFAULTS, CANDIDATES,
+        "swiglu_backward", (F, gate_up.dtype, size_class(grad.numel() // F)), DEFAULTS, CANDIDATES,
         lambda config: swiglu_backward_triton(grad, gate_up, config), gate_up.get_device(),
     )  # fmt: skip
     grads, rows = as_rows(grad), as_rows(gate_up)

@@ -1,11 +1,13 @@
 """The encoder and single layers: every form computes the same, and one that does not is found."""
 
+import dataclasses
+
 import torch
 from benchmark_cases import measured, tiny_vision
 from transformers import LlamaConfig
 
 from internvl_engine import kernels
-from internvl_engine.benchmarks import chat, decoder, encoder, layers, timing
+from internvl_engine.benchmarks import chat, decoder, encoder, layers, quantized, timing
 from internvl_engine.configuration import VisionLanguageConfig
 
 
@@ -117,3 +119,27 @@ def test_a_whole_chat_model_is_timed_beside_transformers(device):
         assert behind.bytes < chat.ANSWER * first.bytes  # without the vision tower
         for case in (first, behind, behind):  # the cache is put back
             assert not timing.failures(case)
+
+
+@torch.no_grad()
+def test_quantized_layers_are_timed_beside_wide_ones(device):
+    case = quantized.vision(device, 2, tiny_vision(), compiles=False)
+    forms = {"ours, bfloat16", "ours, int8", "eager", "transformers, SDPA"}
+    assert forms <= set(case.providers) and not timing.failures(case)
+    assert case.providers["ours, int8"].error == quantized.ERRORS["int8"]
+    text = LlamaConfig(hidden_size=128, num_attention_heads=4, intermediate_size=192)
+    for rows, case in zip((1, 3), quantized.decode(device, (1, 3), text), strict=True):
+        assert case.tokens == rows and case.shape == (rows, 1, 128)
+        assert {"ours, bfloat16", "ours, int8", "ours, int4", "eager"} <= set(case.providers)
+        assert not timing.failures(case)
+        assert case.flops == 2 * rows * (4 * 128 * 128 + 3 * 128 * 192) + 4 * rows * 128
+
+
+@torch.no_grad()
+def test_a_wrong_quantized_layer_is_found_out():
+    case = quantized.vision("cpu", 1, tiny_vision(), compiles=False)
+    right = case.providers["ours, int8"].run()
+    case.providers["ours, int8"] = dataclasses.replace(
+        case.providers["ours, int8"], run=lambda: right * 1.2
+    )
+    assert set(timing.failures(case)) == {"ours, int8"}

@@ -136,7 +136,7 @@ def test_another_kind_of_dtype(folder, dtype):
 def test_quantized_floats_are_not_weights(folder):
     key = first(folder / SHARD)
     change(folder / SHARD, **{key: load_file(folder / SHARD)[key].to(torch.float8_e4m3fn)})
-    with pytest.raises(CheckpointError, match=f"{key} in .*got F8_E4M3"):
+    with pytest.raises(CheckpointError, match=f"{key} in .*got float8_e4m3fn"):
         InternVL_G.from_pretrained(folder)
 
 

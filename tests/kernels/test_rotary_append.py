@@ -67,6 +67,23 @@ def test_reads_a_packed_qkv_and_writes_a_layer_of_the_cache(device, backend, dty
     assert torch.equal(written[0], storage[0]) and torch.equal(written[2], storage[2])
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("device, backend, dtype", RUNS)
+def test_every_row_has_its_own_slots(tokens, device, backend, dtype):
+    shape = (3, 4, tokens, 16)
+    q, k, v, cos, sin, positions, _ = inputs(shape, dtype, device)
+    slots = torch.stack([torch.randperm(ROWS, device=device)[:tokens] for _ in range(3)])
+    storage = cache(shape, dtype, device)
+    written = storage.clone()
+    with backend_in_use("rotary_append", backend):
+        y = rotary_append(q, k, v, cos, sin, positions, slots, *written)
+    for row in range(3):
+        one = slice(row, row + 1)
+        args = (q[one], k[one], v[one], cos, sin, positions[one], slots[row])
+        found = (y[one], written[:, one])
+        assert_as_accurate_as_eager(found, functional, *args, storage[:, one].contiguous())
+
+
 @pytest.mark.parametrize("device, backend, dtype", RUNS)
 def test_fewer_key_heads_than_query_heads(device, backend, dtype):
     q, k, v, *rest = inputs((2, 6, 5, 16), dtype, device)
@@ -113,6 +130,8 @@ def test_rejects_what_does_not_fit():
         rotary_append(*args, k_cache, v_cache.half())
     with pytest.raises(ValueError, match="slots of shape"):
         rotary_append(*args[:-1], args[-1][:2], k_cache, v_cache)
+    with pytest.raises(ValueError, match=r"or \(2, 4\), got"):
+        rotary_append(*args[:-1], args[-1].expand(3, 4), k_cache, v_cache)
     with pytest.raises(ValueError, match="no gradient through what it writes to"):
         rotary_append(args[0].requires_grad_(), *args[1:], k_cache, v_cache)
 
@@ -124,5 +143,8 @@ def test_an_index_outside_its_table_is_an_error(backend):
     for index, limit in ((5, TABLE), (6, ROWS)):
         args, storage = list(inputs((2, 3, 4, 16))), cache((2, 3, 4, 16), torch.float32, "cpu")
         args[index][..., 1] = limit
+        with kernels.prefer("rotary_append", backend), pytest.raises(IndexError, match=str(limit)):
+            rotary_append(*args, *storage)
+        args[6] = args[6].expand(2, 4).clone()  # of rows, the last one's are looked at too
         with kernels.prefer("rotary_append", backend), pytest.raises(IndexError, match=str(limit)):
             rotary_append(*args, *storage)

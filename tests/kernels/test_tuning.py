@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -89,6 +90,96 @@ def test_what_does_not_fit_the_chip_is_left_out():
         _tuning.tune("third", KEY, CANDIDATES, never)
 
 
+def test_what_the_compiler_fails_on_is_left_out_and_what_the_gpu_does_is_not():
+    def run(config):
+        if config["BLOCK"] == 128:  # as Triton's passes say it: no type of its own
+            raise RuntimeError("PassManager::run failed")
+        return config
+
+    with _tuning.tuning():
+        assert config(run=run)["BLOCK"] == 64
+
+    def broken(config):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _tuning.tune("other", KEY, CANDIDATES, broken)
+
+
+def key_of(module: str, launch, monkeypatch) -> tuple:
+    """The tuner's key of a launch, which ends there."""
+
+    class Found(Exception):
+        pass
+
+    def stop(operator, key, *rest):
+        raise Found(operator, key)
+
+    monkeypatch.setattr(f"internvl_engine.kernels.triton.{module}.launch_config", stop)
+    with pytest.raises(Found) as found:
+        launch()
+    return found.value.args
+
+
+LAUNCHES = {
+    "linear": lambda m, n: m.linear_triton(rows(n), rows(16)),
+    "rms_norm": lambda m, n: m.rms_norm_triton(rows(n), rows(1)[0], 1e-6),
+    "rms_norm backward": lambda m, n: m.rms_norm_backward_triton(
+        rows(n), rows(n), rows(1)[0], 1e-6
+    ),
+    "add_rms_norm": lambda m, n: m.add_rms_norm_triton(rows(n), rows(n), None, rows(1)[0], 1e-6),
+    "add_rms_norm backward": lambda m, n: m.add_rms_norm_backward_triton(
+        *[rows(n)] * 4, None, rows(1)[0], 1e-6
+    ),
+    "swiglu": lambda m, n: m.swiglu_triton(rows(n)),
+    "swiglu backward": lambda m, n: m.swiglu_backward_triton(rows(n)[:, :8], rows(n)),
+    "rotary": lambda m, n: m.rotary_triton(*[heads(n)] * 2, rows(4), rows(4), places(n)),
+    "rotary_append": lambda m, n: m.rotary_append_triton(
+        *[heads(n)] * 3, rows(4), rows(4), places(n), places(n)[0], heads(n), heads(n)
+    ),
+    "attention": lambda m, n: m.attention_triton(
+        *[heads(n)] * 3, "full", 0, None, 1.0, False, False
+    ),
+    "qk_norm_attention": lambda m, n: m.qk_norm_attention_triton(
+        torch.empty(n, 4, 3, 2, 32), None, None, 1e-6, 1.0, False
+    ),
+    "decode_attention": lambda m, n: m.decode_attention_triton(
+        heads(n)[:, :, :1], heads(n), heads(n), None, None, 1.0
+    ),
+    "pooling_attention": lambda m, n: m.pooling_attention_triton(
+        heads(n)[:, 0], heads(n)[:, 0], 1e-5
+    ),
+}  # fmt: skip
+SHARED = {"rms_norm": "_norm", "add_rms_norm": "_add_norm"}
+
+
+def rows(count: int) -> torch.Tensor:
+    return torch.empty(count, 16)
+
+
+def heads(batch: int) -> torch.Tensor:
+    return torch.empty(batch, 2, 4, 32)
+
+
+def places(batch: int) -> torch.Tensor:
+    return torch.zeros(batch, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_size_of_a_batch_has_a_part_in_the_key(name, monkeypatch):
+    """A winner at 257 rows must not decide for 16,448, and one more row is nothing new."""
+    stem = name.split()[0]
+    module = importlib.import_module(f"internvl_engine.kernels.triton.{stem}")
+
+    def key(batch: int) -> tuple:
+        where = SHARED.get(stem, stem)
+        return key_of(where, lambda: LAUNCHES[name](module, batch), monkeypatch)
+
+    assert key(17) == key(32) != key(257)
+    with kernels.batch_invariant():
+        assert key(17) == key(257)
+
+
 def test_the_default_is_timed_too():
     """The best of the candidates may be worse."""
     large = {name: {"BLOCK": 256, "num_warps": 8} for name in _tuning.ARCHITECTURES}
@@ -127,7 +218,7 @@ def test_a_gpu_tunes_a_kernel_stores_the_winner_and_gives_the_same_result(tmp_pa
     torch.testing.assert_close(tuned, before)
     (file,) = tmp_path.iterdir()
     (name,) = json.loads(file.read_text())
-    assert name == "rms_norm(3200, torch.bfloat16)"
+    assert name == "rms_norm(3200, torch.bfloat16, 512)"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers.utils.versions import require_version
 require_version("transformers>=4.57", "KVCache is built of its cache layers")
 from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: E402
 
-from . import kernels  # noqa: E402
+from .. import kernels  # noqa: E402
 
 
 class KVCache(Cache):

@@ -1,0 +1,217 @@
+// Linear layers over weights in 4 bits, on the CPU. What they compute: kernels/linear_int4.py.
+//
+//   y (M, F) = residual + epilogue(x (M, C) @ weight.T + bias)
+//
+// x is rounded to 8 bits (int4_rows.h). The sum of a group's products is an exact integer; groups follow
+// each other in fp32, each times the product of both scales. Any number of rows takes this one path, so no
+// bit of a row depends on the other rows of the batch or on the number of threads. Few rows are bound by
+// reading the weights; many have twice the products an instruction that bf16 has.
+#pragma once
+
+#include <omp.h>
+
+#include "int4_rows.h"
+#include "linear_epilogue.h"
+
+namespace internvl::ISA {
+
+constexpr int64_t kInt4Chain = 32;           // steps of a panel, 4 KiB, that all tiles of a block take
+constexpr int64_t kInt4BlockWords = 150000;  // of x, which stay in L2
+constexpr int64_t kInt4GroupPanels = 16;     // panels that a block of x meets while it is there
+constexpr int64_t kInt4PackedRows = 1024;    // rows of x packed at a time: bounds the workspace
+constexpr int64_t kInt4Ahead = 4096;         // bytes of a panel that are asked for in advance
+
+// Adds the product of a tile of x and a panel to sums (ROWS, kInt4Panel), for groups [first, last).
+// x: the tile from group `first` on. Where STREAM, weights are asked for before their time.
+template <int ROWS, bool STREAM>
+void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t* panel,
+                   const uint16_t* scales, float* sums, int64_t first, int64_t last) {
+  using P = Int4Products;
+  constexpr int64_t kHalf = 4 * kWidth;  // bytes of a vector
+  for (int64_t col = 0; col < kInt4Panel; col += 2 * kWidth) {
+    const uint32_t* words = x;
+    const uint8_t* weights = panel + first * columns.group_steps() * kInt4Bytes + 4 * col;
+    for (int64_t g = first; g < last; ++g) {
+      const uint32_t *row_scales = words, *offsets = words + ROWS;
+      words += 2 * ROWS;
+      IntVec total[ROWS][2];
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r) total[r][0] = total[r][1] = (IntVec)(offsets[r] + Bits{});
+      for (int64_t left = columns.steps_of(g); left > 0; left -= P::kSpan) {
+        P sum[ROWS][2];
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r)
+          for (int half = 0; half < 2; ++half) sum[r][half].begin(total[r][half]);
+        for (int64_t s = smaller(left, P::kSpan); s > 0; --s) {
+          if (STREAM && col == 0) {
+            __builtin_prefetch(weights + kInt4Ahead);
+            __builtin_prefetch(weights + kInt4Ahead + 64);
+          }
+#pragma GCC unroll 4
+          for (int k = 0; k < P::kWords; ++k) {
+            const IntVec w0 = int4_part(load_int(weights), k);
+            const IntVec w1 = int4_part(load_int(weights + kHalf), k);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) {
+              const IntVec word = (IntVec)(words[k * ROWS + r] + Bits{});
+              sum[r][0].add(w0, word);
+              sum[r][1].add(w1, word);
+            }
+          }
+          weights += kInt4Bytes;
+          words += P::kWords * ROWS;
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r)
+          for (int half = 0; half < 2; ++half) total[r][half] = sum[r][half].total();
+      }
+      const uint16_t* scale = scales + g * kInt4Panel + col;
+      const Vec scale0 = load_half(scale), scale1 = load_half(scale + kWidth);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r) {
+        const Vec row_scale = (Vec)(row_scales[r] + Bits{});
+        float* to = sums + r * kInt4Panel + col;
+        const Vec product0 = __builtin_convertvector(total[r][0], Vec);
+        const Vec product1 = __builtin_convertvector(total[r][1], Vec);
+        store(load(to) + product0 * (scale0 * row_scale), to);
+        store(load(to + kWidth) + product1 * (scale1 * row_scale), to + kWidth);
+      }
+    }
+  }
+}
+
+// multiply_int4 for tiles of `rows` rows.
+using MultiplyInt4 = void (*)(const Int4Columns&, const uint32_t*, const uint8_t*, const uint16_t*,
+                              float*, int64_t, int64_t);
+template <bool STREAM>
+MultiplyInt4 multiply_int4_of(int64_t rows) {
+#define INTERNVL_ROWS(n) multiply_int4<n, STREAM>
+  static constexpr MultiplyInt4 kBy[] = {
+      nullptr,          INTERNVL_ROWS(1), INTERNVL_ROWS(2),  INTERNVL_ROWS(3),  INTERNVL_ROWS(4),
+#ifdef __AVX512F__
+      INTERNVL_ROWS(5), INTERNVL_ROWS(6), INTERNVL_ROWS(7),  INTERNVL_ROWS(8),
+      INTERNVL_ROWS(9), INTERNVL_ROWS(10), INTERNVL_ROWS(11), INTERNVL_ROWS(12),
+#endif
+  };
+#undef INTERNVL_ROWS
+  return kBy[rows];
+}
+
+// How a call is cut: blocks of tiles by groups of panels.
+struct Int4Plan {
+  Int4Columns columns;
+  int64_t sets, panels;  // sets: 2 with SwiGLU, whose gate and up panels go together
+  Split tiles, blocks, groups;
+
+  Int4Plan(Int4Columns cut, int64_t rows, int64_t features, int64_t sets, int threads)
+      : columns(cut), sets(sets), panels(parts_of(features / sets, kInt4Panel)) {
+    tiles = {rows, parts_of(rows, kInt4Rows)};
+    const int64_t words = tiles.size(0) * columns.row_words();
+    const int64_t together = kInt4BlockWords > words ? kInt4BlockWords / words : 1;
+    blocks = {tiles.parts, parts_of(tiles.parts, together)};
+    // One block: the panels one by one, as threads become free. Else every thread gets several groups.
+    int64_t count = blocks.parts == 1 ? panels : parts_of(panels * sets, kInt4GroupPanels);
+    count = parts_of(count * blocks.parts, 2 * threads) * 2 * threads / blocks.parts;
+    groups = {panels, count < 1 ? 1 : smaller(count, panels)};
+  }
+  int64_t first_row(int64_t block) const { return tiles.start(blocks.start(block)); }
+};
+
+// The product of the rows of a block and one panel, to sums (rows, kInt4Panel).
+inline void multiply_int4_panel(const Int4Plan& plan, int64_t block, const uint32_t* x,
+                                const uint8_t* panel, const uint16_t* scales, float* sums) {
+  const Int4Columns& columns = plan.columns;
+  const int64_t chain = kInt4Chain / columns.group_steps(), groups = columns.groups();
+  const int64_t begin = plan.blocks.start(block), end = begin + plan.blocks.size(block);
+  const int64_t first_row = plan.tiles.start(begin), rows = plan.tiles.start(end) - first_row;
+  std::memset(sums, 0, rows * kInt4Panel * sizeof *sums);
+  for (int64_t first = 0; first < groups; first += chain)
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t row = plan.tiles.start(t), size = plan.tiles.size(t);
+      const uint32_t* tile = x + row * columns.row_words() + size * columns.words_before(first);
+      const auto multiply =
+          t == begin ? multiply_int4_of<true>(size) : multiply_int4_of<false>(size);
+      multiply(columns, tile, panel, scales, sums + (row - first_row) * kInt4Panel, first,
+               smaller(first + chain, groups));
+    }
+}
+
+// Writes a block of rows of the panel that starts at column `col`.
+template <typename T>
+void finish_int4_panel(const Output<T>& out, const float* sums, const float* ups, int64_t first_row,
+                       int64_t rows, int64_t col) {
+  const Gelu gelu = the_gelu();  // a copy, which no store can change: it stays in registers
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < kInt4Panel && col + c < out.width; c += kWidth) {
+      const int64_t at = r * kInt4Panel + c, left = out.width - col - c;
+      if (left >= kWidth)
+        finish_vec(out, gelu, sums + at, ups + at, first_row + r, col + c, Full{});
+      else
+        finish_vec(out, gelu, sums + at, ups + at, first_row + r, col + c, left);
+    }
+}
+
+// Rows `block` of the product with the panels of `group`, into the output.
+template <typename T>
+void linear_int4_task(const Int4Weight& weight, const Output<T>& out, const Int4Plan& plan, int64_t block,
+                      int64_t group, const uint32_t* x, float* sums, int64_t row_offset) {
+  const int64_t panel_bytes = plan.columns.steps() * kInt4Bytes;
+  const int64_t panel_scales = plan.columns.groups() * kInt4Panel;
+  const int64_t first_row = plan.first_row(block), rows = plan.first_row(block + 1) - first_row;
+  float* ups = sums + rows * kInt4Panel;
+  for (int64_t i = 0; i < plan.groups.size(group); ++i) {
+    const int64_t first = plan.groups.start(group) + i;
+    for (int64_t set = 0; set < plan.sets; ++set) {
+      const int64_t panel = first + set * plan.panels;
+      multiply_int4_panel(plan, block, x, weight.packed + panel * panel_bytes,
+                          weight.scales + panel * panel_scales, set ? ups : sums);
+    }
+    finish_int4_panel(out, sums, ups, row_offset + first_row, rows, first * kInt4Panel);
+  }
+}
+
+// The memory of one call, in words of 32 bits: x in tiles, then the sums of each thread.
+struct Int4Memory {
+  int64_t x, sums;
+
+  Int4Memory(const Int4Columns& columns, int64_t rows)
+      : x(smaller(rows, kInt4PackedRows) * columns.row_words()) {
+    const int64_t tiles = parts_of(kInt4BlockWords, columns.row_words() * kInt4Rows);
+    sums = smaller(rows, (tiles + 1) * kInt4Rows) * kInt4Panel * 2;
+  }
+};
+
+// Bytes of scratch memory that linear_int4() needs.
+inline int64_t linear_int4_workspace(int64_t rows, int64_t cols, int64_t group, int threads) {
+  const Int4Memory memory({cols, group}, rows);
+  return 4 * (memory.x + threads * memory.sums);
+}
+
+// bias, residual, y, epilogue, workspace: as of linear() in linear.h; F / 2 is whole panels with SwiGLU.
+template <typename T>
+void linear_int4(Rows<const T> x, const Int4Weight& weight, const T* bias, Rows<const T> residual, T* y,
+                 int64_t rows, Epilogue epilogue, void* workspace, int threads) {
+  const int64_t sets = epilogue == Epilogue::swiglu ? 2 : 1;
+  const Output<T> out{bias, residual, y, weight.features / sets, epilogue};
+  const Int4Columns columns{weight.cols, weight.group};
+  const Int4Memory memory(columns, rows);
+  uint32_t* tiles = static_cast<uint32_t*>(workspace);
+  float* sums = reinterpret_cast<float*>(tiles + memory.x);
+  for (int64_t offset = 0; offset < rows; offset += kInt4PackedRows) {
+    const int64_t count = smaller(kInt4PackedRows, rows - offset);
+    const Int4Plan plan(columns, count, weight.features, sets, threads);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < plan.tiles.parts; ++t)
+        pack_int4_tile(x, offset + plan.tiles.start(t), plan.tiles.size(t), columns,
+                       tiles + plan.tiles.start(t) * columns.row_words());
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < plan.groups.parts * plan.blocks.parts; ++task)
+        linear_int4_task(weight, out, plan, task % plan.blocks.parts, task / plan.blocks.parts, tiles,
+                         sums + omp_get_thread_num() * memory.sums, offset);
+    }
+  }
+}
+
+}  // namespace internvl::ISA

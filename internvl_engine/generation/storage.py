@@ -1,0 +1,152 @@
+"""The keys and values of a batch in one tensor, which a step writes to and reads in place.
+
+Rows are packed: row b holds its tokens in slots 0 to n_b - 1, whatever its prompt was padded with,
+so the position of a token is its slot, the length of a row is the position of its last token plus
+one, and attention reads what a row holds and no more. Keys are stored rotated, so where one lies
+changes nothing.
+
+    B rows, H heads, S slots, T positions of a prompt, D head size
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .. import kernels
+
+BLOCK = 64  # slots by which a storage grows at least
+
+
+class Storage:
+    """(layers, 2, B, H, S, D), zeros where nothing was written: masks hide no NaN.
+
+    Args:
+        like: keys of one layer, (any, H, any, D).
+        layers: how many there are.
+        rows: B.
+        slots: S.
+    """
+
+    def __init__(self, like: Tensor, layers: int, rows: int, slots: int) -> None:
+        _, heads, _, dim = like.shape
+        self.tensor = like.new_zeros((layers, 2, rows, heads, slots, dim))
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.tensor.shape[4]
+
+    def load(self, cache: Cache, mask: Tensor | None, rows: Tensor | None = None) -> None:
+        """Takes over what a cache holds, without its padding.
+
+        Args:
+            cache: of T positions; its layers have `keys` and `values`.
+            mask: (b, T), 0 where a position is padding; None where there is none.
+            rows: (b,), where the rows of the cache go; None is to all, in order.
+        """
+        order: Any = None
+        if mask is not None:
+            order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
+        for layer, own in zip(cache.layers, self.tensor, strict=True):
+            for states, to in zip((layer.keys, layer.values), own, strict=True):
+                if order is not None:
+                    states = states.gather(2, order.expand_as(states))
+                to = to[:, :, : states.shape[2]]
+                if rows is None:
+                    to.copy_(states)
+                else:
+                    to.index_copy_(0, rows, states)
+
+    def grow(self, slots: int) -> None:
+        """Moves everything to another storage of so many slots."""
+        old = self.tensor
+        self.tensor = old.new_zeros((*old.shape[:4], slots, old.shape[5]))
+        self.tensor[..., : old.shape[4], :] = old
+
+    def reorder(self, rows: Tensor, start: int, end: int) -> None:
+        """Row b becomes what row rows[b] was, in slots from start to end: the others are alike."""
+        part = self.tensor[..., start:end, :]
+        part.copy_(part.index_select(2, rows))
+
+
+class StaticCache(Cache):
+    """A storage as the cache of one step: row b writes slot positions[b].
+
+    It is made for one call of a model, with tensors only: nothing in it counts.
+
+    Args:
+        storage: (layers, 2, B, H, S, D).
+        positions: (B,) int64, of the new tokens.
+    """
+
+    is_static = True
+
+    def __init__(self, storage: Tensor, positions: Tensor) -> None:
+        self.storage = storage
+        self.slots, self.lengths = positions[:, None], positions + 1
+        layers = [StaticCacheLayer(self, index) for index in range(len(storage))]
+        super().__init__(layers=layers)
+
+    def rotary_append(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+        layer_idx: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Rotates q and k and writes k and v; see `KVCache.rotary_append`.
+
+        Returns:
+            rotated q, and the keys and values of the layer, (B, H, S, D), all slots of them.
+        """
+        k_cache, v_cache = self.storage[layer_idx]
+        q = kernels.rotary_append(q, k, v, cos, sin, positions, self.slots, k_cache, v_cache)
+        return q, k_cache, v_cache
+
+
+class StaticCacheLayer(CacheLayerMixin):
+    """One layer's part of a StaticCache."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    is_initialized = True
+
+    def __init__(self, cache: StaticCache, index: int) -> None:
+        self.cache, self.index = cache, index
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, H, S, D), all slots."""
+        return self.cache.storage[self.index, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """(B, H, S, D), all slots."""
+        return self.cache.storage[self.index, 1]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Nothing: there is storage."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, 1, D) states to the slots of the step; returns all slots."""
+        slots = self.cache.slots[:, :, None, None].expand_as(key_states)
+        keys, values = self.keys, self.values
+        keys.scatter_(2, slots, key_states)
+        values.scatter_(2, slots, value_states)
+        return keys, values
+
+    def get_seq_length(self, *args: Any) -> int:
+        """S - 1, as if the step's token were the last of a full cache."""
+        return self.cache.storage.shape[4] - 1
+
+    def get_max_length(self) -> int:
+        """S."""
+        return self.cache.storage.shape[4]
+
+    get_max_cache_shape = get_max_length  # transformers 4
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """(S, 0)."""
+        return self.cache.storage.shape[4], 0

@@ -1,0 +1,171 @@
+"""Linear layers whose weight has 4 bits a value.
+
+    y = residual + epilogue(x @ weight.T + bias)      weight = (n - 8) * scale, see _int4.py
+
+The native kernels round x to 8 bits on the way, each row and group of columns by a scale of its own
+(csrc/cpu/int4_rows.h): 0.6 % of noise beside the 9 % of the weight's own rounding, and what a few
+channels of 1,000 times the usual size cost stays in their groups. Sums of a group are integers,
+exact; no bit of a row depends on the other rows or on the number of threads, and AVX2, AVX-VNNI,
+AVX-512 and AVX512-VNNI give the same.
+
+x is (M, C), weight (F, C); (C, F) is (4096, 12288), (4096, 4096), (4096, 22016) and (11008, 4096)
+in a layer of QLLaMA. Decoding a few rows is bound by reading the weight, 0.27 of bfloat16's bytes;
+from about 8 rows on by 2 * M * C * F operations.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from internvl_engine import reference
+
+from ._epilogue import EPILOGUES, apply_epilogue, output_shape
+from ._int4 import PANEL_ROWS, dequantize_int4, group_of
+from ._invariance import is_batch_invariant
+from ._library import NATIVE_TYPES, address, contiguous, define, native
+from ._rows import as_rows
+from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
+
+
+def linear_int4_reference(
+    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Widens the weight and computes with it."""
+    weight = dequantize_int4(packed, scales, features, x.shape[-1], x.dtype)
+    # The operator keeps its own promise; without it, the reference is plain PyTorch.
+    linear = torch.ops.internvl.linear.default if is_batch_invariant() else reference.linear
+    return linear(x, weight, bias, epilogue, residual)
+
+
+def linear_int4_native(
+    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cpu/linear_int4.h."""
+    weight = (packed, scales, features)
+    if x.dtype == torch.float16:  # which it does not know
+        wide = None if bias is None else bias.float()
+        y = linear_int4_native(x.float(), *weight, wide, epilogue).to(x.dtype)
+        return y if residual is None else residual + y
+    if x.dtype not in NATIVE_TYPES:
+        return NotImplemented
+    if epilogue == "swiglu" and features % (2 * PANEL_ROWS):  # a panel has rows of gate and up
+        return apply_epilogue(linear_int4_native(x, *weight, bias), epilogue, residual)
+    if residual is not None and residual.dtype != x.dtype:
+        return residual + linear_int4_native(x, *weight, bias, epilogue)
+    y = x.new_empty(output_shape(x, features, epilogue))
+    columns, group = x.shape[-1], group_of(packed, scales, x.shape[-1])
+    rows, threads = y.numel() // max(y.shape[-1], 1), torch.get_num_threads()
+    x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
+    packed, scales = packed.contiguous(), scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    size = native.linear_int4_workspace(rows, columns, group, threads)
+    workspace = x.new_empty(size, dtype=torch.uint8)
+    native.linear_int4(
+        NATIVE_TYPES[x.dtype], x_rows.pointer(), (address(packed), address(scales), group),
+        address(bias), (0, 1, 0, 0) if residual_rows is None else residual_rows.pointer(),
+        y.data_ptr(), rows, columns, features, EPILOGUES.index(epilogue), workspace.data_ptr(),
+        threads,
+    )  # fmt: skip
+    return y
+
+
+def _linear_int4_fake(
+    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(output_shape(x, features, epilogue), dtype=dtype)
+
+
+def linear_int4_backward_reference(
+    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None,
+    epilogue: str, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and bias, with the weight widened for the time of the call."""
+    weight = dequantize_int4(packed, scales, features, x.shape[-1], x.dtype)
+    wanted = (wanted[0], False, wanted[1])
+    dx, _, dbias = linear_backward_blas(grad, x, weight, bias, epilogue, wanted)
+    return dx, dbias
+
+
+def _linear_int4_backward_fake(
+    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None,
+    epilogue: str, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dbias = features if wanted[1] else 0
+    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(dbias)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, packed, scales, ctx.features, bias, ctx.epilogue, residual = inputs
+    ctx.save_for_backward(x, packed, scales, bias)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx, grad: Tensor):
+    needs = inputs_needing_gradient(ctx, 7)
+    x, packed, scales, bias = ctx.saved_tensors
+    dx, dbias = _linear_int4_backward(
+        grad, x, packed, scales, ctx.features, bias, ctx.epilogue, [needs[0], needs[4]]
+    )
+    dresidual = grad.to(ctx.residual_dtype) if needs[6] else None
+    found = (dx if needs[0] else None, None, None, None, dbias if needs[4] else None, None)
+    return (*found, dresidual)[: len(ctx.needs_input_grad)]
+
+
+_linear_int4 = define(
+    "linear_int4(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias=None, "
+    "str epilogue='none', Tensor? residual=None) -> Tensor",
+    reference=contiguous(linear_int4_reference),
+    fake=_linear_int4_fake,
+    cpu={"native": linear_int4_native},
+    backward=(_backward, _save),
+)
+
+_linear_int4_backward = define(
+    "linear_int4_backward(Tensor grad, Tensor x, Tensor packed, Tensor scales, int features, "
+    "Tensor? bias, str epilogue, bool[2] wanted) -> (Tensor, Tensor)",
+    reference=linear_int4_backward_reference,
+    fake=_linear_int4_backward_fake,
+)
+
+
+def linear_int4(
+    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """residual + epilogue(x @ weight.T + bias) with a weight in 4 bits; see `linear`.
+
+    The weight is a constant: x, bias and residual have gradients, it has none.
+
+    Args:
+        x: (..., C), any strides, float32, bfloat16 or float16.
+        packed: a weight (F, C) as `quantize_int4` returned it, uint8 (P, S, 32, 4).
+        scales: float16 (P, G, 32); their number says the size of the groups.
+        features: F.
+        bias: (F,), the dtype of x, or None.
+        epilogue: as in `linear`.
+        residual: the shape of the output, added last, or None.
+
+    Returns:
+        (..., F), or (..., F / 2) with "swiglu", contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, or an unknown epilogue.
+    """
+    group_of(packed, scales, x.shape[-1])
+    if packed.shape[0] != -(-features // PANEL_ROWS):
+        raise ValueError(
+            f"linear_int4: {features} features take {-(-features // PANEL_ROWS)} panels of "
+            f"{PANEL_ROWS} rows, got a weight of {packed.shape[0]}"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    shape = torch.Size((features, x.shape[-1]))
+    check_operands("linear_int4", x, shape, x.dtype, bias, epilogue, residual)
+    return _linear_int4(x, packed, scales, features, bias, epilogue, residual)
