@@ -41,7 +41,8 @@ bool has_avxvnni() {
 
 bool supports(const std::string& isa) {
 #ifdef INTERNVL_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");  // wherever there is bf16

@@ -23,17 +23,11 @@ struct Int8Weight {
   int64_t cols, features;
 };
 
-// A linear layer over a weight in 4 bits: linear_int4.h.
-template <typename T>
-struct LinearInt4Call {
-  Rows<const T> x;             // of cols values
-  const uint8_t* packed;       // (panels, steps, 32, 4), of a weight (features, cols)
-  const uint16_t* scales;      // (panels, groups, 32)
-  const T* bias;               // of all features, or null
-  Rows<const T> residual;      // its data is null for none
-  T* y;                        // (rows, features), or half as wide with SwiGLU
-  int64_t rows, cols, features, group;
-  Epilogue epilogue;
+// A weight (features, cols) of 4 bits, as kernels/_int4.py lays it out.
+struct Int4Weight {
+  const uint8_t* packed;
+  const uint16_t* scales;
+  int64_t cols, features, group;
 };
 
 }  // namespace internvl

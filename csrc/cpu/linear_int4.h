@@ -136,69 +136,80 @@ inline void multiply_int4_panel(const Int4Plan& plan, int64_t block, const uint3
     }
 }
 
+// Writes a block of rows of the panel that starts at column `col`.
+template <typename T>
+void finish_int4_panel(const Output<T>& out, const float* sums, const float* ups, int64_t first_row,
+                       int64_t rows, int64_t col) {
+  const Gelu gelu = the_gelu();  // a copy, which no store can change: it stays in registers
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < kInt4Panel && col + c < out.width; c += kWidth) {
+      const int64_t at = r * kInt4Panel + c, left = out.width - col - c;
+      if (left >= kWidth)
+        finish_vec(out, gelu, sums + at, ups + at, first_row + r, col + c, Full{});
+      else
+        finish_vec(out, gelu, sums + at, ups + at, first_row + r, col + c, left);
+    }
+}
+
 // Rows `block` of the product with the panels of `group`, into the output.
 template <typename T>
-void linear_int4_task(const LinearInt4Call<T>& call, const Int4Plan& plan, int64_t block, int64_t group,
-                      const uint32_t* x, float* sums, int64_t row_offset) {
-  const Output<T> out{call.bias, call.residual, call.y, call.features / plan.sets, call.epilogue};
-  const Gelu gelu = the_gelu();  // a copy, which no store can change: it stays in registers
+void linear_int4_task(const Int4Weight& weight, const Output<T>& out, const Int4Plan& plan, int64_t block,
+                      int64_t group, const uint32_t* x, float* sums, int64_t row_offset) {
+  const int64_t panel_bytes = plan.columns.steps() * kInt4Bytes;
+  const int64_t panel_scales = plan.columns.groups() * kInt4Panel;
   const int64_t first_row = plan.first_row(block), rows = plan.first_row(block + 1) - first_row;
   float* ups = sums + rows * kInt4Panel;
   for (int64_t i = 0; i < plan.groups.size(group); ++i) {
     const int64_t first = plan.groups.start(group) + i;
     for (int64_t set = 0; set < plan.sets; ++set) {
       const int64_t panel = first + set * plan.panels;
-      multiply_int4_panel(plan, block, x, call.packed + panel * plan.columns.steps() * kInt4Bytes,
-                          call.scales + panel * plan.columns.groups() * kInt4Panel, set ? ups : sums);
+      multiply_int4_panel(plan, block, x, weight.packed + panel * panel_bytes,
+                          weight.scales + panel * panel_scales, set ? ups : sums);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < kInt4Panel && first * kInt4Panel + c < out.width; c += kWidth) {
-        const int64_t at = r * kInt4Panel + c, col = first * kInt4Panel + c, left = out.width - col;
-        const int64_t row = row_offset + first_row + r;
-        if (left >= kWidth)
-          finish_vec(out, gelu, sums + at, ups + at, row, col, Full{});
-        else
-          finish_vec(out, gelu, sums + at, ups + at, row, col, left);
-      }
+    finish_int4_panel(out, sums, ups, row_offset + first_row, rows, first * kInt4Panel);
   }
 }
 
-// 32-bit words of scratch memory that a call needs: of x, and of each thread's sums.
-template <typename T>
-int64_t int4_x_words(const LinearInt4Call<T>& call) {
-  return smaller(call.rows, kInt4PackedRows) * Int4Columns{call.cols, call.group}.row_words();
-}
-template <typename T>
-int64_t int4_sums_words(const LinearInt4Call<T>& call) {
-  const int64_t words = Int4Columns{call.cols, call.group}.row_words();
-  const int64_t tiles = parts_of(kInt4BlockWords, words * kInt4Rows) + 1;
-  return smaller(call.rows, tiles * kInt4Rows) * kInt4Panel * 2;
-}
-template <typename T>
-int64_t linear_int4_workspace(const LinearInt4Call<T>& call, int threads) {
-  return 4 * (int4_x_words(call) + threads * int4_sums_words(call));
+// The memory of one call, in words of 32 bits: x in tiles, then the sums of each thread.
+struct Int4Memory {
+  int64_t x, sums;
+
+  Int4Memory(const Int4Columns& columns, int64_t rows)
+      : x(smaller(rows, kInt4PackedRows) * columns.row_words()) {
+    const int64_t tiles = parts_of(kInt4BlockWords, columns.row_words() * kInt4Rows);
+    sums = smaller(rows, (tiles + 1) * kInt4Rows) * kInt4Panel * 2;
+  }
+};
+
+// Bytes of scratch memory that linear_int4() needs.
+inline int64_t linear_int4_workspace(int64_t rows, int64_t cols, int64_t group, int threads) {
+  const Int4Memory memory({cols, group}, rows);
+  return 4 * (memory.x + threads * memory.sums);
 }
 
-// workspace: on a cache line, linear_int4_workspace() bytes. With SwiGLU features / 2 is whole panels.
+// bias, residual, y, epilogue, workspace: as of linear() in linear.h; F / 2 is whole panels with SwiGLU.
 template <typename T>
-void linear_int4(const LinearInt4Call<T>& call, void* workspace, int threads) {
-  const int64_t sets = call.epilogue == Epilogue::swiglu ? 2 : 1;
-  uint32_t* x = static_cast<uint32_t*>(workspace);
-  float* sums = reinterpret_cast<float*>(x + int4_x_words(call));
-  const Int4Columns columns{call.cols, call.group};
-  for (int64_t offset = 0; offset < call.rows; offset += kInt4PackedRows) {
-    const int64_t rows = smaller(kInt4PackedRows, call.rows - offset);
-    const Int4Plan plan(columns, rows, call.features, sets, threads);
+void linear_int4(Rows<const T> x, const Int4Weight& weight, const T* bias, Rows<const T> residual, T* y,
+                 int64_t rows, Epilogue epilogue, void* workspace, int threads) {
+  const int64_t sets = epilogue == Epilogue::swiglu ? 2 : 1;
+  const Output<T> out{bias, residual, y, weight.features / sets, epilogue};
+  const Int4Columns columns{weight.cols, weight.group};
+  const Int4Memory memory(columns, rows);
+  uint32_t* tiles = static_cast<uint32_t*>(workspace);
+  float* sums = reinterpret_cast<float*>(tiles + memory.x);
+  for (int64_t offset = 0; offset < rows; offset += kInt4PackedRows) {
+    const int64_t count = smaller(kInt4PackedRows, rows - offset);
+    const Int4Plan plan(columns, count, weight.features, sets, threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < plan.tiles.parts; ++t)
-        pack_int4_tile(call.x, offset + plan.tiles.start(t), plan.tiles.size(t), columns,
-                       x + plan.tiles.start(t) * columns.row_words());
+        pack_int4_tile(x, offset + plan.tiles.start(t), plan.tiles.size(t), columns,
+                       tiles + plan.tiles.start(t) * columns.row_words());
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < plan.groups.parts * plan.blocks.parts; ++task)
-        linear_int4_task(call, plan, task % plan.blocks.parts, task / plan.blocks.parts, x,
-                         sums + omp_get_thread_num() * int4_sums_words(call), offset);
+        linear_int4_task(weight, out, plan, task % plan.blocks.parts, task / plan.blocks.parts, tiles,
+                         sums + omp_get_thread_num() * memory.sums, offset);
     }
   }
 }

@@ -36,12 +36,16 @@ struct Operators {
   bool (*read_mask)(Heads<const T> mask, Heads<uint8_t> seen, Extent n, int threads);
 };
 
-// Linear layers over weights of 8 bits, which have instruction sets of their own.
+// Linear layers over weights of 8 and of 4 bits, which have instruction sets of their own.
 template <typename T>
 struct Int8Operators {
   int64_t (*workspace)(int64_t rows, int64_t cols, int threads);
   void (*linear)(Rows<const T> x, const Int8Weight& weight, const T* bias, Rows<const T> residual,
                  T* y, int64_t rows, Epilogue epilogue, void* workspace, int threads);
+  int64_t (*workspace_int4)(int64_t rows, int64_t cols, int64_t group, int threads);
+  void (*linear_int4)(Rows<const T> x, const Int4Weight& weight, const T* bias,
+                      Rows<const T> residual, T* y, int64_t rows, Epilogue epilogue, void* workspace,
+                      int threads);
 };
 
 // The name of the best instruction set that was compiled and that this processor has, or of the one

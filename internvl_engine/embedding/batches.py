@@ -80,6 +80,8 @@ def image_batches(
 
 def checked_batch_size(batch_size: Any) -> int:
     """A batch size as a number; raises ValueError where it is none of 1 or more."""
+    if batch_size is None:
+        return 32
     try:
         size = operator.index(batch_size)
     except TypeError:

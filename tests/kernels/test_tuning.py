@@ -140,6 +140,9 @@ LAUNCHES = {
     "attention": lambda m, n: m.attention_triton(
         *[heads(n)] * 3, "full", 0, None, 1.0, False, False
     ),
+    "qk_norm_attention": lambda m, n: m.qk_norm_attention_triton(
+        torch.empty(n, 4, 3, 2, 32), None, None, 1e-6, 1.0, False
+    ),
     "decode_attention": lambda m, n: m.decode_attention_triton(
         heads(n)[:, :, :1], heads(n), heads(n), None, None, 1.0
     ),
