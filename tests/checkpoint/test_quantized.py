@@ -72,8 +72,8 @@ def assert_same_forms(ours, theirs):
     for name, weight in ours.items():
         assert type(weight) is type(theirs[name]), name
         if isinstance(weight, QuantizedTensor):
-            for inner, tensor in weight.inner().items():
-                other = theirs[name].inner()[inner]
+            for inner, tensor in weight.inner_tensors().items():
+                other = theirs[name].inner_tensors()[inner]
                 assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)), name
         else:
             assert torch.equal(weight, theirs[name]), name
