@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from internvl_engine import InternVL
+from internvl_engine.engine import InternVL
 
 from .random_checkpoint import write_random
 
