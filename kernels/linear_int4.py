@@ -23,7 +23,7 @@ from internvl_engine import reference
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int4 import PANEL_ROWS, dequantize_int4, group_of
 from ._invariance import is_batch_invariant
-from ._library import NATIVE_TYPES, address, contiguous, define, native
+from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
 from ._rows import as_rows
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
@@ -122,6 +122,7 @@ _linear_int4 = define(
     reference=contiguous(linear_int4_reference),
     fake=_linear_int4_fake,
     cpu={"native": linear_int4_native},
+    cuda={"triton": triton_launcher("linear_int4")},
     backward=(_backward, _save),
 )
 
