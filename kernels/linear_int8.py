@@ -15,6 +15,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from . import _gemv
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int8 import PANEL_ROWS, check_int8, dequantize_int8
 from ._invariance import is_batch_invariant
@@ -69,6 +70,15 @@ def linear_int8_native(
     return y
 
 
+def linear_int8_cuda(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cuda/linear.cu, for 1 to 8 rows; x stays as it is."""
+    held = _gemv.weight_of((packed, scales, sums), scales.shape[0], x.shape[-1])
+    return _gemv.linear_cuda(x, held, bias, epilogue, residual)
+
+
 def _linear_int8_fake(
     x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
     epilogue: str = "none", residual: Tensor | None = None,
@@ -120,6 +130,7 @@ _linear_int8 = define(
     reference=contiguous(linear_int8_reference),
     fake=_linear_int8_fake,
     cpu={"native": linear_int8_native},
+    cuda={"cuda": linear_int8_cuda},
     backward=(_backward, _save),
 )
 
