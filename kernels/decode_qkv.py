@@ -18,8 +18,16 @@ from torch import Tensor
 from internvl_engine import reference
 
 from . import _cuda
-from ._gemv import PAIRED_ROWS, WIDE, Norm, check_form, check_norm, input_pointer, input_rows
-from ._gemv import weight_of
+from ._gemv import (
+    PAIRED_ROWS,
+    WIDE,
+    Norm,
+    check_form,
+    check_norm,
+    input_pointer,
+    input_rows,
+    weight_of,
+)
 from ._heads import as_int64, check_rotary, pointer, positions_stride, slots_stride
 from ._library import address, define, native_cuda
 
@@ -51,9 +59,7 @@ def decode_qkv_cuda(
     if rows is None or x.shape[1] != 1 or dim % (16 if held.form == WIDE else PAIRED_ROWS):
         return NotImplemented
     q = x.new_empty((x.shape[0], heads, 1, dim))
-    read = input_pointer(
-        rows, None if norm_weight is None else Norm(norm_weight, squares, eps)
-    )
+    read = input_pointer(rows, None if norm_weight is None else Norm(norm_weight, squares, eps))
     cos, sin = cos.contiguous(), sin.contiguous()
     positions, slots = as_int64(positions), as_int64(slots)
     native_cuda.decode_qkv(

@@ -1,6 +1,6 @@
 """A linear layer with the residual add, and the statistic of the norm that comes next.
 
-    y = residual + x @ weight.T + bias      squares[.., i] = sum of y[.., j]**2, 16 i <= j < 16 (i + 1)
+    y = residual + x @ weight.T + bias      squares[i] = sum of y[16 i : 16 i + 16]**2
 
 RMSNorm divides by sqrt(mean(y**2)), so the sums of squares are all that norm_linear.py and
 decode_qkv.py need to apply the norm while they read y. They are of y as it is stored, rounded. The

@@ -4,7 +4,6 @@ import torch
 
 from internvl_engine import kernels, reference
 
-
 # Operators that write to their last two tensors and have no gradient.
 WRITE = ("decode_qkv", "rotary_append")
 
@@ -73,6 +72,8 @@ def examples() -> dict[str, tuple]:
         "qk_norm_attention_backward": (
             *_saved("qk_norm_attention", (qkv, *norms), 1e-6, 0.25), 1e-6, 0.25,
         ),
+        "rms_norm_quant": (x, weight[0], 1e-6, torch.int8),
+        "gelu_quant": (x, torch.int8, "gelu"),
         "linear_fp8": (x, *quantized, bias, "gelu", torch.randn(3, 6)),
         "linear_fp8_backward": (torch.randn(3, 6), x, *quantized, bias, "none", [True, True]),
         "pooling_attention": (torch.randn(2, 4, 16), torch.randn(2, 9, 16), 1e-5),

@@ -59,7 +59,8 @@ def fill(
     for head, embedding in plan.tied.items():
         _tie(model, placement, head, embedding, kept)
     place_buffers(model, placement)
-    left = [name for name, p in model.state_dict().items() if p.is_meta and name not in kept]
+    state = model.state_dict(keep_vars=True)  # without, forms give dense copies of themselves
+    left = [name for name, p in state.items() if p.is_meta and name not in kept]
     assert not left, f"nothing was loaded into {left}"
     attach(model, placement, kept)
 

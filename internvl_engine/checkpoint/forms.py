@@ -44,7 +44,9 @@ def rules_of(scheme: Scheme, model: nn.Module, weights: Iterable[Planned]) -> di
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     found = {}
     for each in weights:
-        if tuple(shapes.get(each.name, ())) == each.shape:
+        # Experts are linears of their own in transformers 4, and one tensor of three dimensions in
+        # 5, which is put together of plain ones.
+        if tuple(shapes.get(each.name, ())) == each.shape and ".experts." not in each.name:
             rule = rule_of(scheme, model, each.name, each.shape)
             if rule is not None:
                 found[each.name] = rule

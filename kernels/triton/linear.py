@@ -71,7 +71,7 @@ def _gelu(x):
 
 
 @triton.jit
-def _activate(x, EPILOGUE: tl.constexpr):
+def activate(x, EPILOGUE: tl.constexpr):
     """The epilogue of one column by itself.
 
     x / 2 * (1 + tanh(u)) is x * sigmoid(2 u), which loses nothing in the negative tail.
@@ -139,7 +139,7 @@ def _linear_kernel(
         in_width = features < F
         if bias_ptr is not None:
             y += tl.load(bias_ptr + features, mask=in_width, other=0.0).to(tl.float32)[None, :]
-        y = _activate(y, EPILOGUE)
+        y = activate(y, EPILOGUE)
         if EPILOGUE == SWIGLU:
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + F + features, mask=in_width, other=0.0)

@@ -10,7 +10,7 @@ from internvl_engine.kernels.decode_qkv import decode_qkv_cuda
 from numerics import assert_as_accurate_as_eager
 
 EPS, TABLE, SLOTS = 1e-6, 40, 12
-# (rows, C, heads, key heads, head size): QLLaMA's head, fewer keys than queries, Qwen's; narrow heads.
+# (rows, C, heads, key heads, head size): QLLaMA's head; fewer keys than queries; narrow heads.
 SHAPES = [(2, 264, 1, 1, 128), (8, 72, 3, 1, 64)]
 NARROW = (3, 40, 2, 2, 16)
 
@@ -55,9 +55,9 @@ def truth(form, parts, heads, dim):
 def test_the_cuda_kernel_is_as_accurate_as_eager(form, shape, dtype):
     rows, columns, heads, key_heads, dim = shape
     x, parts, rest, storage = inputs(*shape, dtype, form)
-    bias = torch.randn((heads + 2 * key_heads) * dim).to(dtype)
-    norm = normed(x, torch.randn(columns).to(dtype))
-    for bias, norm in ((bias, norm), (None, (None, None))):
+    biases = torch.randn((heads + 2 * key_heads) * dim).to(dtype)
+    statistic = normed(x, torch.randn(columns).to(dtype))
+    for bias, norm in ((biases, statistic), (None, (None, None))):
         written = storage.clone()
         with host_gpu() as gpu:
             q = run_cuda(x, parts, bias, norm, heads, rest, written)

@@ -41,12 +41,13 @@ def test_every_operator_is_wellformed(operator):
         checks += ("test_schema",)
     if not operator.endswith("_backward"):
         checks += ("test_autograd_registration", "test_aot_dispatch_dynamic")
-        if operator not in WRITE:
+        if operator not in WITHOUT_GRADIENT:
             arguments = [as_leaf(x) for x in arguments]
     overload = getattr(torch.ops.internvl, operator).default
     library.opcheck(overload, tuple(arguments), test_utils=checks)
 
 
+WITHOUT_GRADIENT = {*WRITE, "rms_norm_quant", "gelu_quant"}  # they write, or round
 ROWS = {"x", "residual", "grad", "grad_residual", "residual_out", "gate_up", "qkv", "q", "k", "v"}
 
 
