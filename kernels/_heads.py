@@ -86,4 +86,6 @@ def check_rotary(
 
 def as_int64(x: Tensor) -> Tensor:
     """Contiguous 64-bit integers, as the native kernels read them."""
+    if x.dtype is torch.int64 and x.is_contiguous():
+        return x
     return x.to(torch.int64).contiguous()

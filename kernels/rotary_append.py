@@ -87,7 +87,8 @@ def rotary_append(
     if v.shape != k.shape or v.dtype != k.dtype or slots.shape not in (q.shape[2:3], q.shape[::2]):
         raise ValueError(
             f"rotary_append: v must be as k, {tuple(k.shape)} {k.dtype}, and slots of shape "
-            f"({q.shape[2]},) or {tuple(q.shape[::2])}, got {tuple(v.shape)} {v.dtype} and {tuple(slots.shape)}"
+            f"({q.shape[2]},) or {tuple(q.shape[::2])}, got {tuple(v.shape)} {v.dtype} and "
+            f"{tuple(slots.shape)}"
         )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         fits = cache.dim() == 4 and cache.shape[:2] == k.shape[:2] and cache.shape[3] == k.shape[3]

@@ -37,6 +37,7 @@ def test_doctor(run, monkeypatch):
     sizes = {(row["parts"], row["dtype"]): row for row in found["internvl_14b"]}
     assert sizes["all", "bfloat16"]["parameters"] == 13_834_975_747
     assert sizes["image", "float32"]["weights_gb"] == 23.7
+    assert sizes["all", "int8"]["weights_gb"] == 14.0 and sizes["all", "int4"]["weights_gb"] == 10.5
     assert 0 < found["memory_gb"]["available"] <= found["memory_gb"]["total"]
     code, out, err = run()
     assert (code, err) == (0, "") and "InternVL-14B here" in out and "rms_norm" in out
@@ -44,7 +45,9 @@ def test_doctor(run, monkeypatch):
     assert f"dtype=auto on cpu is {found['dtype_auto']['cpu']}: the processor" in out
 
 
-@pytest.mark.parametrize("gigabytes, message", [(22, "parts='image' in bfloat16"), (500, None)])
+@pytest.mark.parametrize(
+    "gigabytes, message", [(22, "parts='all' with quantize='int8'"), (500, None)]
+)
 def test_what_does_not_fit_says_what_would(run, monkeypatch, gigabytes, message):
     memory = {"total": gigabytes * 10**9, "available": gigabytes * 10**9}
     monkeypatch.setattr(doctor, "memory", lambda: memory)
@@ -52,7 +55,8 @@ def test_what_does_not_fit_says_what_would(run, monkeypatch, gigabytes, message)
     (advice,) = found["advice"].values()
     assert advice is None if message is None else message in advice
     fits = [row for row in found["internvl_14b"] if row["fits"]]
-    assert len(fits) == (12 if message is None else 2)
+    # Of 6 parts in float32, bfloat16, int8 and int4: with 22 GB text and images in bfloat16.
+    assert len(fits) == (24 if message is None else 2 + 12)
     sound = "No problems" if kernels._library.native else "native CPU kernels: not built"
     assert (advice or sound) in run()[1]
 

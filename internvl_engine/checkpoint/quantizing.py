@@ -7,7 +7,7 @@ weight in one piece. What was quantized is held until all of its inner tensors a
 are beside each other too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -25,15 +25,22 @@ class Quantizing:
         planned: the weights as they are.
         read: gives one of them.
         rules: name of a weight to the rule of its form; the others stay wide.
+        make: gives the inner tensors of one that has a rule; None quantizes what `read` gives.
     """
 
-    def __init__(self, planned: Iterable[Planned], read: Read, rules: Mapping[str, Rule]) -> None:
-        self.rules, self._read = rules, read
+    def __init__(
+        self,
+        planned: Iterable[Planned],
+        read: Read,
+        rules: Mapping[str, Rule],
+        make: Callable[[str], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.rules, self._read, self._make = rules, read, make or self._quantized
         self._owners: dict[str, str] = {}  # stored name of an inner tensor to its weight
         self._made: dict[str, Tensor] = {}
         of_name = {each.name: each for each in planned}
         layouts = {
-            name: forms().KINDS[rule.form].layout(of_name[name].shape, **rule.options)
+            name: forms().KINDS[rule.form].inner_layout(of_name[name].shape, **rule.options)
             for name, rule in rules.items()
         }
         groups = {run[0]: run for run in neighbours(n for n in of_name if n in rules)}
@@ -61,7 +68,10 @@ class Quantizing:
             return self._read(name)
         if name not in self._made:
             owner = self._owners[name]
-            weight = quantize(self.rules[owner], self._read(owner))
-            inner: dict[str, Tensor] = weight.inner()  # type: ignore[attr-defined]
+            inner = self._make(owner)
             self._made |= {stored_name(owner, each): tensor for each, tensor in inner.items()}
         return self._made.pop(name)
+
+    def _quantized(self, name: str) -> Mapping[str, Tensor]:
+        weight = self._read(name)
+        return quantize(self.rules[name], weight, weight.dtype).inner_tensors()

@@ -16,8 +16,13 @@ def show_page(found: dict[str, Any]) -> None:
     _show_14b(found["internvl_14b"])
     for device, advice in found["advice"].items():
         if advice is not None:
-            instead = "read from disk in every pass" if device == "cpu" else "takes device_map"
+            instead = "read from disk at every use" if device == "cpu" else "takes device_map"
             show(f"  {device}: {advice} (what does not fit is {instead})")
+    if any(not row["fits"] for row in found["internvl_14b"]):
+        show(
+            "  int8 and int4: from_pretrained(..., quantize=) quantizes while it loads; `internvl "
+            "convert --quantize` writes a checkpoint once that is mapped in seconds"
+        )
     print_title("\nOptional packages")
     print_table(
         ("package", "version", "for"),

@@ -20,7 +20,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .. import kernels
 from ..modeling.masks import AttentionMask
 from ..modeling.qllama import LlamaAttention, LlamaCrossAttention, LlamaDecoderLayer, LlamaModel
-from ..modeling.qllama_layers import split_heads
 from ..weights import is_hooked
 from .attention import Angles, Heads, attend, rotate
 from .base import FusedModule, contract
@@ -175,10 +174,9 @@ class FusedDecoderLayer(FusedModule):
         return add_normalize(update, hidden, None, next_norm)
 
     def _self_attend(self, normed: Tensor, mask: Any, angles: Angles, cache: Any) -> Tensor:
-        num_heads = self.self_attn.num_heads
-        qkv = self.product("qkv")(normed).chunk(3, dim=-1)
-        heads = rotate(Heads(*(split_heads(x, num_heads) for x in qkv)), angles, cache,
-                       self.layer_idx)  # fmt: skip
+        qkv = self.product("qkv")(normed).unflatten(-1, (3, self.self_attn.num_heads, -1))
+        heads = Heads(*qkv.permute(2, 0, 3, 1, 4).unbind())  # few views: a decoding step is short
+        heads = rotate(heads, angles, cache, self.layer_idx)
         return self.product("o")(attend(heads, mask).transpose(1, 2).flatten(2))
 
     def _cross_attend(

@@ -51,7 +51,7 @@ def beam_search(rows: Rows, ids: Tensor, logits: Tensor, rules: Rules) -> Tensor
         (N * num_return_sequences, L + new tokens).
     """
     search, prompt = _Search(ids, rules), int(rows.positions.min())
-    left = max(rules.config.max_length - ids.shape[1], 1)
+    left = rules.steps(ids)
     looks = steps_per_look(ids, rules)
     for step in range(1, left + 1):
         parents, tokens = search.extend(logits)

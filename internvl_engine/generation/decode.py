@@ -10,7 +10,7 @@ not serve goes on to the loop that transformers would have called.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -50,30 +50,51 @@ def decode(
     and packed rows sum in another order.
     """
     rules = Rules(logits_processor, stopping_criteria, generation_config, streamer)
-    new = generation_config.max_length - input_ids.shape[1]
+    found = read_prompts(model, input_ids, rules, model_kwargs)
+    if found is None:
+        return transformers_loop(model, input_ids, rules, model_kwargs)
+    rows = start(model, found.cache, found.mask, found.most, captures=rules.steps(input_ids) > 3)
+    found = found._replace(cache=None)  # its keys and values are the rows' now
+    loop = beam_search if generation_config.num_beams > 1 else sample
+    return loop(rows, input_ids, found.logits, rules)
+
+
+class Prompts(NamedTuple):
+    """Prompts that were read, and nothing decoded yet.
+
+    ids: (B, L), what processors and criteria see of them. logits: (B, V), of the next tokens.
+    cache: of T positions. mask: (B, T), 0 where a position is padding, or None where none is.
+    most: positions that a row may come to need.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    cache: Any
+    mask: Tensor | None
+    most: int
+
+
+def read_prompts(
+    model: Any, input_ids: Tensor, rules: Rules, model_kwargs: dict[str, Any]
+) -> Prompts | None:
+    """Reads prompts as transformers' loops do; None where the engine does not serve the call."""
     given = _cache_in(model_kwargs)
     past = 0 if given is None else given.get_seq_length()
-    longest = max(input_ids.shape[1], _length(model_kwargs), past) + new
-    if unsupported_call(generation_config) or unsupported_model(model, longest):
-        return _theirs(model, input_ids, rules, model_kwargs)
-    logits, cache, mask = prefill(model, input_ids, generation_config, model_kwargs)
-    if unsupported_cache(cache, cache.get_seq_length()):
-        # The cache holds the prompt: their loop would read it again.
-        raise AssertionError(unsupported_cache(cache, cache.get_seq_length()))
-    rows = start(model, cache, mask, cache.get_seq_length() + new, captures=new > 3)
-    loop = beam_search if generation_config.num_beams > 1 else sample
-    return loop(rows, input_ids, logits, rules)
+    new = rules.steps(input_ids)
+    most = max(input_ids.shape[1], _length(model_kwargs), past) + new
+    if unsupported_call(rules.config) or unsupported_model(model, most):
+        return None
+    if given is not None and unsupported_cache(given, past):
+        return None
+    logits, cache, mask = _prefill(model, input_ids, rules.config, model_kwargs)
+    reason = unsupported_cache(cache, cache.get_seq_length())
+    assert reason is None, reason
+    return Prompts(input_ids, logits, cache, mask, cache.get_seq_length() + new)
 
 
-def prefill(
+def _prefill(
     model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """Reads the prompts as transformers' loops do.
-
-    Returns:
-        Logits (B, V) of the next token, the cache of T positions, and the mask (B, T) of those that
-        are padding, None where none is.
-    """
     if hasattr(model, "_prefill"):  # transformers 5
         outputs = model._prefill(input_ids, config, model_kwargs)
     else:
@@ -88,7 +109,9 @@ def prefill(
     return outputs.logits[:, -1], cache, mask
 
 
-def _theirs(model: Any, input_ids: Tensor, rules: Rules, model_kwargs: dict[str, Any]) -> Any:
+def transformers_loop(
+    model: Any, input_ids: Tensor, rules: Rules, model_kwargs: dict[str, Any]
+) -> Any:
     """The loop that `generate` would have called."""
     beams = rules.config.num_beams > 1
     options = {} if beams else {"streamer": rules.streamer}

@@ -33,6 +33,10 @@ class Rules(NamedTuple):
         ends = any(hasattr(each, "eos_token_id") for each in self.criteria)
         return self.config._pad_token_tensor if ends else None
 
+    def steps(self, ids: Tensor) -> int:
+        """New tokens of every row, at most, behind ids (B, L)."""
+        return max(self.config.max_length - ids.shape[1], 1)
+
 
 def sample(rows: Rows, ids: Tensor, logits: Tensor, rules: Rules) -> Tensor:
     """Continues rows that have read their prompts.
@@ -46,9 +50,9 @@ def sample(rows: Rows, ids: Tensor, logits: Tensor, rules: Rules) -> Tensor:
     Returns:
         (B, L + new tokens), padded behind the end of a row where an id ends it.
     """
-    ends = _Ends(ids, rules)
+    ends = Ends(ids, rules)
     looks = steps_per_look(ids, rules)
-    left = max(rules.config.max_length - ids.shape[1], 1)
+    left = rules.steps(ids)
     for step in range(1, left + 1):
         chosen = choose(rules.processors(ids, wide(logits, ids)), bool(rules.config.do_sample))
         ids = torch.cat((ids, ends.padded(chosen)[:, None]), dim=1)
@@ -83,14 +87,18 @@ def choose(scores: Tensor, do_sample: bool) -> Tensor:
     return scores.argmax(-1)
 
 
-class _Ends:
-    """Which rows have ended, judged for every step in turn but not necessarily at once."""
+class Ends:
+    """Which rows have ended, judged for every step in turn but not necessarily at once.
+
+    alive: (B,) bool. lengths: (B,), the ids of each row up to its end.
+    """
 
     def __init__(self, ids: Tensor, rules: Rules) -> None:
         self.criteria, self.padding = rules.criteria, rules.padding
         if self.padding is not None:
             self.padding = self.padding.to(ids.device)
         self.alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.lengths = torch.full_like(self.alive, ids.shape[1], dtype=torch.int64)
         self.judged = ids.shape[1]
         self.all_ended = False
 
@@ -104,6 +112,7 @@ class _Ends:
         for column in range(self.judged, ids.shape[1]):
             if self.padding is not None:
                 ids[:, column] = ids[:, column].where(self.alive, self.padding)
+            self.lengths = self.lengths + self.alive
             self.alive = self.alive & ~self.criteria(ids[:, : column + 1], None)
             alive.append(self.alive.any())
         goes_on = torch.stack(alive).tolist()

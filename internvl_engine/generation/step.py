@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import CaptureError, Captured
+from ..capture import Captured, CaptureError
 from ..modeling.masks import AttentionMask, mask_of_lengths
 from ..modeling.qllama import LlamaForCausalLM
 from .storage import BLOCK, StaticCache, Storage
@@ -82,18 +82,24 @@ class Rows:
     ) -> None:  # fmt: skip
         self.model, self.storage, self.positions = model, storage, positions
         self.longest, self.most = longest, most
+        self.moves = torch.ones_like(positions)  # 0 in a row that nobody decodes
         self.replay = captures and is_capturable(model)
         self._capture()
 
     def advance(self, ids: Tensor) -> Tensor:
         """The next logits (B, V) after ids (B,), which every row appends."""
-        if self.longest >= self.storage.slots:
-            self.storage.grow(min(self.most, grown(self.longest)))
-            self._capture()
+        self.make_room(self.longest + 1, self.most)
         logits = self._run(ids[:, None], self.positions)
-        self.positions = self.positions + 1
+        self.positions = self.positions + self.moves
         self.longest += 1
         return logits
+
+    def make_room(self, length: int, most: int) -> None:
+        """Sees to slots for so many positions; `most` that a row may come to need."""
+        self.most = max(self.most, most, length)
+        if length > self.storage.slots:
+            self.storage.grow(min(self.most, grown(length)))
+            self._capture()
 
     def _capture(self) -> None:
         step = step_of(self.model, self.storage.tensor)

@@ -85,7 +85,7 @@ class StaticCache(Cache):
 
     def __init__(self, storage: Tensor, positions: Tensor) -> None:
         self.storage = storage
-        self.positions, self.lengths = positions, positions + 1
+        self.slots, self.lengths = positions[:, None], positions + 1
         layers = [StaticCacheLayer(self, index) for index in range(len(storage))]
         super().__init__(layers=layers)
 
@@ -99,8 +99,7 @@ class StaticCache(Cache):
             rotated q, and the keys and values of the layer, (B, H, S, D), all slots of them.
         """
         k_cache, v_cache = self.storage[layer_idx]
-        slots = self.positions[:, None]
-        q = kernels.rotary_append(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
+        q = kernels.rotary_append(q, k, v, cos, sin, positions, self.slots, k_cache, v_cache)
         return q, k_cache, v_cache
 
 
@@ -132,7 +131,7 @@ class StaticCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes (B, H, 1, D) states to the slots of the step; returns all slots."""
-        slots = self.cache.positions[:, None, None, None].expand_as(key_states)
+        slots = self.cache.slots[:, :, None, None].expand_as(key_states)
         keys, values = self.keys, self.values
         keys.scatter_(2, slots, key_states)
         values.scatter_(2, slots, value_states)

@@ -81,6 +81,8 @@ def unsupported_cache(cache: Any, length: int) -> str | None:
     layers = getattr(cache, "layers", None)
     if not layers or any(type(layer).__name__ not in CACHE_LAYERS for layer in layers):
         return f"its cache is a {type(cache).__name__}"
+    if length == 0:
+        return None
     first = layers[0].keys
     for layer in layers:
         for states in (layer.keys, layer.values):

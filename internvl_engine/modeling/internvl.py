@@ -28,6 +28,7 @@ from .masks import AttentionMask
 from .pooling import AttentionPoolingBlock
 from .prompting import align_left, copies_asked, lengths_in_new_tokens, prompt_inputs
 from .qllama import LlamaForCausalLM, LlamaModel
+from .shared_prefix import Continued, Prefixes, read_prefixes, text_states
 from .text_inputs import last_tokens
 from .vision import InternVisionModel
 
@@ -169,6 +170,7 @@ class InternVLModel(InternVLPreTrainedModel):
         attention_mask: Tensor | None = None,
         *,
         input_ids: Tensor | None = None,
+        before: Continued | None = None,
     ) -> Tensor:
         """Embeds texts by the state of their last token; not normalised.
 
@@ -179,6 +181,8 @@ class InternVLModel(InternVLPreTrainedModel):
                 padding. None takes ids > 0 and, as published, their count for the place of the
                 last.
             input_ids: the name that processors and transformers have for `text`.
+            before: what the texts begin with, where `text` is the rest of them, one token at
+                least; of `encode_prefixes`.
 
         Returns:
             (B, E).
@@ -188,7 +192,7 @@ class InternVLModel(InternVLPreTrainedModel):
             raise ValueError("encode_text: give ids, as text or as input_ids")
         eos = self.config.qllama_config.eos_token_id
         attention_mask, last = last_tokens(ids, attention_mask, eos)
-        features = self.get_text_features(input_ids=ids, attention_mask=attention_mask)
+        features: Any = self.get_text_features(ids, attention_mask, before=before)
         rows = torch.arange(features.shape[0], dtype=torch.int64, device=features.device)
         return features[rows, last.to(features.device)] @ self.text_projection
 
@@ -199,17 +203,24 @@ class InternVLModel(InternVLPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        before: Continued | None = None,
     ) -> Tensor | BaseModelOutputWithPast:
         """States (B, L, C) of QLLaMA run as a plain causal LLaMA over ids (B, L), after its last
-        norm."""
-        length = input_ids.shape[1]
-        outputs: Any = self._decoder.forward_train(
-            input_ids=input_ids,
-            attention_mask=AttentionMask("causal", length, length, padding=attention_mask),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        norm; the ids stand behind the prefixes `before`."""
+        outputs = text_states(
+            self._decoder, input_ids, attention_mask, before,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
         return outputs if return_dict else outputs.last_hidden_state
+
+    def encode_prefixes(self, ids: Tensor, attention_mask: Tensor) -> Prefixes:
+        """What texts begin with, run once for all of them: see `encode_text`.
+
+        Args:
+            ids: (G, P) of the beginnings, with BOS, padded on the right.
+            attention_mask: (G, P), 1 for tokens.
+        """
+        return read_prefixes(self._decoder, ids, attention_mask)
 
     def get_image_features(
         self,

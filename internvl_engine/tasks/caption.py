@@ -12,15 +12,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..embedding import Embedder, Outcome
-from ..embedding.batches import ImageBatch, checked_batch_size, image_batches
+from ..embedding.batches import checked_batch_size, image_batches
 from ..embedding.pictures import pictures
-from ..generation import KVCache
+from ..generation import generate as static_generate
 from ..processing.images import is_one_image
 from ..processing.text import CAPTION_PROMPT
-from .streaming import StopAtText, cut, stream_text
+from .caption_queue import CaptionQueue, prompt_cache, vision_states
+from .streaming import stream_text
 
 QUESTION = "Question: {} Answer:"
 
@@ -123,59 +123,13 @@ def _describe(
     processor, options = engine.processor.image_processor, {"keep_errors": keep}
     batches = image_batches(processor, images, batch_size, engine.dtype, **options)
 
-    def texts_of(batch: ImageBatch) -> Iterator[Outcome]:
-        if each and max(batch.numbers, default=0) >= len(prompts):
-            _check_count(max(batch.numbers) + 1, len(prompts))
-        asked = [prompts[number if each else 0] for number in batch.numbers]
-        rows = [(place, text) for place, texts in enumerate(asked) for text in texts]
-        states, found = _vision_states(engine, batch.pixels) if rows else None, []
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            places, words = [place for place, _ in part], [text for _, text in part]
-            found += _continue(engine, states, places, words, stop, settings)
-        made = iter(found)
-        yield from batch.broken
-        for number, texts in zip(batch.numbers, asked, strict=True):
-            yield Outcome(number, list(islice(made, len(texts))))
+    def asked(number: int) -> Sequence[str]:
+        if each and number >= len(prompts):
+            _check_count(number + 1, len(prompts))
+        return prompts[number if each else 0]
 
-    return (o for batch in batches for o in sorted(texts_of(batch), key=lambda o: o.number))
-
-
-@torch.inference_mode()
-def _vision_states(engine: Embedder, pixels: Tensor) -> Tensor:
-    """(batch, N, C_v) vision features."""
-    return engine.model.vision_model(pixel_values=pixels.to(engine.device))[0]
-
-
-@torch.inference_mode()
-def _continue(
-    engine: Embedder,
-    states: Any,
-    places: list[int],
-    prompts: Sequence[str],
-    stop: Sequence[str],
-    settings: dict[str, Any],
-) -> list[str]:
-    """The continuation of each prompt, after the vision features in its place."""
-    tokenizer = engine.processor.tokenizer
-    ids, mask = (t.to(engine.device) for t in tokenizer.encode_prompt(list(prompts)))
-    if stop:
-        settings = settings | {"stopping_criteria": [StopAtText(tokenizer, stop)]}
-    ids = engine.model.generate(
-        visual_features=states[places],
-        input_ids=ids,
-        attention_mask=mask,
-        past_key_values=_cache(engine, ids, settings),
-        **settings,
-    )
-    return [cut(text, stop).strip() for text in tokenizer.batch_decode(ids)]
-
-
-def _cache(engine: Embedder, ids: Tensor, settings: dict[str, Any]) -> KVCache:
-    """A cache for the queries, the prompts ids (B, L) and what is to come."""
-    config = engine.model.config
-    length = config.num_query_token + ids.shape[1] + settings["max_new_tokens"]
-    return KVCache(config.qllama_config, length)
+    queue = CaptionQueue(engine, batches, asked, stop, settings)
+    return queue.outcomes(batch_size)
 
 
 def _stream(
@@ -201,11 +155,12 @@ def _stream(
     @torch.inference_mode()  # in the thread that runs it
     def generate(**streaming: Any) -> None:
         pixels = engine.processor.image_processor(image, dtype=engine.dtype)
-        states = _vision_states(engine, pixels)
-        cache = _cache(engine, ids, settings)
-        engine.model.generate(
-            visual_features=states, input_ids=ids, past_key_values=cache, **settings, **streaming
-        )
+        states = vision_states(engine, pixels)
+        cache = prompt_cache(engine, ids, settings)
+        static_generate(
+            engine.model.generate, visual_features=states, input_ids=ids, past_key_values=cache,
+            **settings, **streaming,
+        )  # fmt: skip
 
     return stream_text(generate, tokenizer, stop)
 

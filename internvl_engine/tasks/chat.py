@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..generation import generate as static_generate
 from ..processing.chat_templates import PublishedTemplate
 from ..processing.images import is_one_image
 from ..processing.message_parts import Message, counted
@@ -109,7 +110,7 @@ def stream(engine: Any, work: Work) -> tuple[Iterator[str], list[Message]]:
 
     @torch.inference_mode()  # in the thread that runs it
     def generate(**streaming: Any) -> None:
-        engine.model.generate(**inputs, **settings, **streaming)
+        static_generate(engine.model.generate, **inputs, **settings, **streaming)
 
     prompts = engine.processor.prompts
     return stream_text(generate, prompts, prompts.stop_texts), row
@@ -130,7 +131,7 @@ def _answer(engine: Any, rows: Sequence[Sequence[Message]], work: Work) -> list[
     words = engine.processor.prompts
     if words.separator and words.stop_token_id is None:
         settings["stopping_criteria"] = [StopAtText(words, [words.separator])]
-    ids = engine.model.generate(**inputs, **settings)
+    ids = static_generate(engine.model.generate, **inputs, **settings)
     ends = settings.get("eos_token_id") or _ends_of(engine.model)
     return [words.answer(_up_to(row, ends)) for row in ids.tolist()]
 

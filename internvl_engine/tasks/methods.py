@@ -1,11 +1,13 @@
 """The tasks as methods of the engine: how they are called, and what they mean."""
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..embedding import Embedder, Mode, Outcome
 
 if TYPE_CHECKING:
+    from .classifier import Progress
     from .classify import Prediction, Template
 
 
@@ -20,7 +22,9 @@ class Tasks(Embedder):
         templates: "Template | Iterable[Template] | None" = None,
         mode: Mode = "c",
         top_k: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        cache: str | os.PathLike | bool = True,
+        progress: "Progress | None" = None,
     ) -> "list[list[Prediction]]":
         """Zero-shot classification: the labels of images with their probabilities.
 
@@ -33,7 +37,10 @@ class Tasks(Embedder):
                 "a photo of a {}.".
             mode: "c" or "g".
             top_k: how many labels of each image; None is all.
-            batch_size: images at a time.
+            batch_size: images at a time; None is what memory allows.
+            cache: the folder on disk where the labels' embeddings are kept, if they took long to
+                make; True is the user's (see tasks/classifier_files.py), False none.
+            progress: called with (prompts done, prompts in all) while labels are embedded.
 
         Returns:
             One list for each image, also for a single one: its labels as (label, probability), the
@@ -45,7 +52,7 @@ class Tasks(Embedder):
         """
         from .classify import classify
 
-        return classify(self, images, labels, templates, mode, top_k, batch_size)
+        return classify(self, images, labels, templates, mode, top_k, batch_size, cache, progress)
 
     def classify_each(
         self,
@@ -55,7 +62,9 @@ class Tasks(Embedder):
         templates: "Template | Iterable[Template] | None" = None,
         mode: Mode = "c",
         top_k: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        cache: str | os.PathLike | bool = True,
+        progress: "Progress | None" = None,
     ) -> Iterator[Outcome]:
         """As `classify`, one image after another, going on where an image cannot be used.
 
@@ -64,7 +73,9 @@ class Tasks(Embedder):
         """
         from .classify import classify_each
 
-        return classify_each(self, images, labels, templates, mode, top_k, batch_size)
+        return classify_each(
+            self, images, labels, templates, mode, top_k, batch_size, cache, progress
+        )
 
     def caption(
         self,

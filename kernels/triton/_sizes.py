@@ -25,3 +25,11 @@ def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    """The size of the L2 cache; next to nothing under the interpreter, so that small tests loop."""
+    if device.type == "cpu":
+        return 1 << 15
+    return torch.cuda.get_device_properties(device).L2_cache_size

@@ -35,6 +35,7 @@ CANDIDATES = [
     for num_warps in (2, 4, 8)
     for num_stages in (1, 2, 3)
 ]
+SPLIT_FROM = 512  # slots: up to here the second kernel costs as much as it saves
 
 
 @triton.jit(do_not_specialize=["H", "T", "plane", "keys_per_part"])
@@ -102,7 +103,9 @@ def decode_attention_triton(
         lambda c: decode_attention_triton(q, k_cache, v_cache, lengths, key_padding_mask, scale, c),
         q.get_device(),
     )  # fmt: skip
-    parts, keys_per_part = split_keys(T, config["BLOCK_N"], H, B * H, q.device)
+    parts, keys_per_part = 1, T
+    if T > SPLIT_FROM:
+        parts, keys_per_part = split_keys(T, config["BLOCK_N"], H, B * H, q.device)
     to, to_lse = (out, None) if parts == 1 else partial_outputs(out, parts)
     _decode_kernel[(B * H, parts)](
         q, k_cache, v_cache, contiguous(lengths), as_bytes(key_padding_mask),

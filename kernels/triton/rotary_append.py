@@ -72,8 +72,9 @@ def rotary_append_triton(
     q, k, v, positions = adjacent(q), adjacent(k), adjacent(v), positions.contiguous()
     _rotary_append_kernel[(batch * tokens, cdiv(max(heads, k.shape[1]), config["BLOCK_H"]))](
         q, k, v, y, k_cache, v_cache, cos.contiguous(), sin.contiguous(), positions,
-        slots.contiguous(), positions_stride(positions), slots_stride(slots), *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *y.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        slots.contiguous(), positions_stride(positions), slots_stride(slots), *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *y.stride()[:3], *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
         tokens, heads, k.shape[1], dim // 2, BLOCK_D=power_of_2(dim // 2), **config,
     )  # fmt: skip
     return y
@@ -88,7 +89,8 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
         _rotary_append_kernel,
         {f"{x}_ptr": "*bf16" for x in (*tensors, "cos", "sin")}
         | {f"{x}_{stride}": "i32:16" for x in tensors for stride in STRIDES}
-        | {"positions_ptr": "*i64", "slots_ptr": "*i64", "positions_stride": "i32", "slots_stride": "i32"}
+        | {"positions_ptr": "*i64", "slots_ptr": "*i64"}
+        | {"positions_stride": "i32", "slots_stride": "i32"}
         | {"num_tokens": "i32", "q_heads": "i32:16", "k_heads": "i32:16", "HALF": "i32:16"}
         | {"BLOCK_D": 64},
         DEFAULTS[architecture],

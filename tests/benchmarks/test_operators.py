@@ -64,6 +64,8 @@ COUNTS = {
     # x, weight, bias, residual, y
     "linear vision fc1, 9 rows": (2 * (576 + 96 * 64 + 96 + 2 * 9 * 96), 2 * 9 * 96 * 64),
     "linear QLLaMA gate_up, 1 rows": (2 * (64 + 128 * 64 + 64), 2 * 128 * 64),
+    "rms_norm_quant vision, int8": (3 * 576 + 2 * 64 + 4 * 9, 0),  # x, q; weight; scales
+    "gelu_quant QLLaMA, int8": (2 * 320 + 160 + 4 * 5, 0),
     # one byte a weight, four a scale
     "linear_fp8 vision fc1, 9 rows": (2 * (576 + 2 * 9 * 96) + 96 * 64 + 4 * 96, 2 * 9 * 96 * 64),
 }  # fmt: skip
@@ -94,6 +96,8 @@ RIVALS = {
     "decode_attention": {"SDPA, valid keys"},
     "linear": {"F.linear alone"},
     "linear_fp8": {"F.linear in 16 bits"},
+    "rms_norm_quant": {"rms_norm alone"},
+    "gelu_quant": {"the activation alone"},
     "pooling_attention": {"F.layer_norm, SDPA"},
     "qk_norm_attention": {"SDPA, no norms", "FlexAttention"},
 }

@@ -46,28 +46,41 @@ def test_matches_reference(shape, dtype, ragged, padded, device):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 2, 200, 128), (5, 4, 40, 24), (2, 1, 1, 16)])
+@pytest.mark.parametrize("shape", [(1, 2, 600, 128), (5, 4, 40, 24), (2, 1, 1, 16)])
 @pytest.mark.parametrize("padded", [True, False])
 def test_triton_interpreted(shape, dtype, padded):
-    """Batch 1 splits 200 slots into parts, of which some hold nothing; 20 heads take one part."""
+    """Batch 1 splits 600 slots into parts, of which some hold nothing; 20 heads take one part."""
     with backend_in_use("decode_attention", "triton"):
         check(*inputs(*shape, dtype), holes(shape[0], shape[2]) if padded else None)
 
 
 @interpreted
 def test_triton_interpreted_without_lengths():
-    q, k, v, _ = inputs(2, 2, 200, 64, torch.float16)
+    q, k, v, _ = inputs(2, 2, 520, 64, torch.float16)
     with backend_in_use("decode_attention", "triton"):
         check(q, torch.randn_like(k), torch.randn_like(v), None)
 
 
 @interpreted
 def test_a_part_of_the_cache_without_a_valid_key_weighs_nothing():
-    q, k, v, _ = inputs(1, 2, 256, 64, torch.float16, ragged=False)
-    for length in (1, 64, 65, 130):
+    q, k, v, _ = inputs(1, 2, 600, 64, torch.float16, ragged=False)
+    for length in (1, 64, 65, 330):
         lengths = torch.tensor([length])
         with backend_in_use("decode_attention", "triton"):
             check(q, k.nan_to_num(7.0), v.nan_to_num(7.0), lengths)
+
+
+@interpreted
+@pytest.mark.parametrize("slots, launches", [(512, 0), (513, 1)])
+def test_few_slots_are_not_split(slots, launches, monkeypatch):
+    """Up to 512 a second launch costs more than it saves."""
+    module = pytest.importorskip("internvl_engine.kernels.triton.decode_attention")
+    combined, combine = [], module.combine
+    monkeypatch.setattr(module, "combine", lambda *args: combined.append(combine(*args)))
+    q, k, v, lengths = inputs(1, 2, slots, 16, torch.float16, ragged=False)
+    with backend_in_use("decode_attention", "triton"):
+        check(q, k, v, lengths)
+    assert len(combined) == launches
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])

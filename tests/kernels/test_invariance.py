@@ -23,7 +23,7 @@ def cross(batch, device="cpu"):
 def decode(batch, device="cpu"):
     torch.manual_seed(0)
     q = torch.randn(3, 1, 1, 16, device=device)
-    k, v = (torch.randn(3, 1, 400, 16, device=device) for _ in range(2))
+    k, v = (torch.randn(3, 1, 600, 16, device=device) for _ in range(2))
     return kernels.decode_attention(q[:batch], k[:batch], v[:batch])[:1]
 
 

@@ -100,6 +100,27 @@ def test_triton_interpreted(tokens, heads, dim, norm, dtype, triton_small_tiles)
 
 
 @interpreted
+def test_triton_reads_as_many_images_at_a_time_as_the_cache_holds(triton_small_tiles, monkeypatch):
+    """The norms of two images, their attention, those of the next two: the last is one alone."""
+    module = pytest.importorskip("internvl_engine.kernels.triton.qk_norm_attention")
+    image = 3 * 9 * 2 * 16 * 4
+    monkeypatch.setattr(module, "cache_bytes", lambda device: 3 * image)
+    steps, statistics = [], module._statistics
+
+    def spy(qkv, rstd, eps, *images):
+        steps.append(images)
+        statistics(qkv, rstd, eps, *images)
+
+    monkeypatch.setattr(module, "_statistics", spy)
+    check(*inputs((5, 9, 2, 16)))
+    assert set(steps) == {(0, 2), (2, 2), (4, 1)}
+    steps.clear()
+    monkeypatch.setattr(module, "cache_bytes", lambda device: 1)
+    check(*inputs((2, 9, 2, 16)))
+    assert set(steps) == {(0, 1), (1, 1)}
+
+
+@interpreted
 def test_triton_interpreted_one_token(triton_small_tiles):
     """Its softmax is 1 whatever q and k are, so only v has a gradient."""
     qkv, *rest = inputs((3, 1, 2, 16))
