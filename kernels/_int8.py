@@ -67,6 +67,14 @@ def dequantize_int8(packed: Tensor, scales: Tensor, columns: int, dtype: torch.d
     return (q * scales[:, None]).to(dtype, copy=False)
 
 
+def rows_of_int8(packed: Tensor, features: int) -> Tensor:
+    """q (features, S * 4) row by row, in memory of its own."""
+    panels, steps = packed.shape[:2]
+    words = packed.contiguous().view(torch.int32).view(panels, steps, PANEL_ROWS)
+    words = words.transpose(1, 2).contiguous().view(panels * PANEL_ROWS, steps)
+    return words.view(torch.int8)[:features]
+
+
 def check_int8(operator: str, packed: Tensor, features: int, columns: int) -> None:
     """Raises ValueError where `packed` is not a weight (features, columns)."""
     shape = (-(-features // PANEL_ROWS), -(-columns // STEP_COLUMNS), PANEL_ROWS, STEP_COLUMNS)
