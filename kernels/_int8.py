@@ -73,15 +73,21 @@ def dequantize_int8(packed: Tensor, scales: Tensor, columns: int, dtype: torch.d
         ValueError: shapes that do not go together.
     """
     check_int8("dequantize_int8", packed, scales.shape[0], columns)
-    panels, steps = packed.shape[:2]
-    q = packed.transpose(1, 2).reshape(panels * PANEL_ROWS, steps * STEP_COLUMNS)
-    q = q[: scales.shape[0], :columns]
+    q = rows_of_int8(packed, scales.shape[0])[:, :columns]
     return (q * scales[:, None]).to(dtype, copy=False)
 
 
 def packed_shape(features: int, columns: int) -> tuple[int, int, int, int]:
     """(P, S, 32, 4) of a weight (features, columns)."""
     return -(-features // PANEL_ROWS), -(-columns // STEP_COLUMNS), PANEL_ROWS, STEP_COLUMNS
+
+
+def rows_of_int8(packed: Tensor, features: int) -> Tensor:
+    """q (features, S * 4) row by row, in memory of its own."""
+    panels, steps = packed.shape[:2]
+    words = packed.contiguous().view(torch.int32).view(panels, steps, PANEL_ROWS)
+    words = words.transpose(1, 2).contiguous().view(panels * PANEL_ROWS, steps)
+    return words.view(torch.int8)[:features]
 
 
 def check_int8(operator: str, packed: Tensor, features: int, columns: int) -> None:
