@@ -23,11 +23,10 @@ from torch import Tensor
 
 from internvl_engine.assets import nano_directory
 from internvl_engine.checkpoint.forms import rules_of
-from internvl_engine.checkpoint.placement import parse_size
 from internvl_engine.checkpoint.quantized import FIELD, stated
 from internvl_engine.checkpoint.quantizing import Quantizing
-from internvl_engine.checkpoint.saving import check_room
-from internvl_engine.checkpoint.writing import Planned, add_to_json, write_shards
+from internvl_engine.checkpoint.saving import write_weights
+from internvl_engine.checkpoint.writing import Planned, add_to_json
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.modeling import InternVL_G
 from internvl_engine.processing import InternVLProcessor
@@ -74,9 +73,7 @@ def write_random(
         rules,
         lambda name: _inner(name, shapes[name], rules[name], pieces),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    check_room(folder, files.planned)
-    write_shards(folder, files.planned, files.read, parse_size(max_shard_size), files.alignment)
+    write_weights(folder, files.planned, files.read, max_shard_size, files.alignment)
     config.architectures, config.dtype = [InternVL_G.__name__], WIDE
     config.save_pretrained(folder)
     if scheme is not None:
