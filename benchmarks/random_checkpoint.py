@@ -143,7 +143,7 @@ def _wide(name: str, shape: tuple[int, ...], pieces: int) -> Tensor:
 
 def _inner(name: str, shape: tuple[int, ...], rule: Rule, pieces: int) -> Mapping[str, Tensor]:
     """The inner tensors of a weight in a form."""
-    layout = KINDS[rule.form].layout(shape, **rule.options)
+    layout = KINDS[rule.form].inner_layout(shape, **rule.options)
     packed = _drawn(rule.form, name, layout["packed"][0]).clone()
     absent = -shape[0] % packed.shape[2]
     if absent:

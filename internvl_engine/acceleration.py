@@ -107,6 +107,7 @@ def accelerate(
     mode: str = "inference",
     *,
     quantize: str | Scheme | None = None,
+    only_faster: bool = True,
     compile: bool = False,
     strict: bool = False,
     check: bool = False,
@@ -128,6 +129,8 @@ def accelerate(
         quantize: "int8", "int4" or "fp8", or a Scheme: hold the large weights of Linears and
             embeddings, of modules that are not known too, in that many bits. They are frozen, and
             stay so in `train()`; see quantization.py.
+        only_faster: leave weights wide where their form is slower on this device, as fp8 on a
+            processor. False saves memory all the same.
         compile: also compile every fused layer with torch.compile (fullgraph, any batch size).
         strict: fail, and change nothing, where a known module would have to stay eager.
         check: compare the computations of known classes too, on random weights.
@@ -153,7 +156,9 @@ def accelerate(
         if scheme is not None:
             inside = [m for module, kind, entry in found if kind is not None and entry.fused
                       for m in module.modules()]  # fmt: skip
-            report.quantization = quantize_weights(model, scheme, fused=frozenset(map(id, inside)))
+            report.quantization = quantize_weights(
+                model, scheme, only_faster=only_faster, fused=frozenset(map(id, inside))
+            )
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):

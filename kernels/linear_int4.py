@@ -20,6 +20,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from . import _gemv
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int4 import PANEL_ROWS, dequantize_int4, group_of
 from ._invariance import is_batch_invariant
@@ -72,6 +73,15 @@ def linear_int4_native(
     return y
 
 
+def linear_int4_cuda(
+    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cuda/linear.cu, for 1 to 8 rows; x stays as it is."""
+    held = _gemv.weight_of((packed, scales), features, x.shape[-1])
+    return _gemv.linear_cuda(x, held, bias, epilogue, residual)
+
+
 def _linear_int4_fake(
     x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
     epilogue: str = "none", residual: Tensor | None = None,
@@ -122,7 +132,7 @@ _linear_int4 = define(
     reference=contiguous(linear_int4_reference),
     fake=_linear_int4_fake,
     cpu={"native": linear_int4_native},
-    cuda={"triton": triton_launcher("linear_int4")},
+    cuda={"triton": triton_launcher("linear_int4"), "cuda": linear_int4_cuda},
     backward=(_backward, _save),
 )
 

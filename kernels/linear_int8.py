@@ -15,6 +15,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from . import _gemv
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int8 import PANEL_ROWS, check_int8, dequantize_int8, rows_of_int8
 from ._invariance import is_batch_invariant
@@ -88,6 +89,15 @@ def linear_int8_int_mm(
     return apply_epilogue(y.view(*x.shape[:-1], features), epilogue, residual)
 
 
+def linear_int8_cuda(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cuda/linear.cu, for 1 to 8 rows; x stays as it is."""
+    held = _gemv.weight_of((packed, scales, sums), scales.shape[0], x.shape[-1])
+    return _gemv.linear_cuda(x, held, bias, epilogue, residual)
+
+
 def _linear_int8_fake(
     x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
     epilogue: str = "none", residual: Tensor | None = None,
@@ -139,7 +149,11 @@ _linear_int8 = define(
     reference=contiguous(linear_int8_reference),
     fake=_linear_int8_fake,
     cpu={"native": linear_int8_native},
-    cuda={"triton": triton_launcher("linear_int8"), "int_mm": linear_int8_int_mm},
+    cuda={
+        "triton": triton_launcher("linear_int8"),
+        "int_mm": linear_int8_int_mm,
+        "cuda": linear_int8_cuda,
+    },
     backward=(_backward, _save),
 )
 
