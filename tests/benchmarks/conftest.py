@@ -12,6 +12,7 @@ from internvl_engine.benchmarks import (
     bench_gelu_quant,
     bench_layer_norm,
     bench_linear,
+    bench_linear_int4,
     bench_pooling_attention,
     bench_qk_norm_attention,
     bench_rms_norm,
@@ -58,6 +59,7 @@ SMALL = {
         },
         "ROWS": {"vision": (9,), "QLLaMA": (1,), "cross": (5,)},
     },
+    bench_linear_int4: {"ROWS": (1,)},
 }  # fmt: skip
 
 
