@@ -6,7 +6,7 @@
 Weights of `nn.Linear` and `nn.Embedding` are quantized wherever they are, in known modules and in
 others: a product with one goes to the form's operator whoever calls it. One at a time, so that the
 model is never in memory twice. Tied weights are one weight in one form. A form that is slower than
-the wide weight on a device is not used there (SLOWER).
+the wide weight on a device is not used there (`slower_reason`).
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .checkpoint.parts import AbsentModule
 from .checkpoint.rereading import WideWeights
 from .fused import FusedModule
@@ -35,13 +36,6 @@ __all__ = [
     "scheme_of",
     "slower_reason",
 ]
-
-# (form, kind of device): why the form is slower there than wide weights. Measured by
-# benchmarks/bench_linear_<form>.py.
-SLOWER = {
-    ("fp8", "cpu"): "a processor does not multiply float8, and widens it at every call",
-    ("fp8", "mps"): "it has no float8",
-}
 
 
 @dataclass
@@ -205,11 +199,17 @@ def quantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def slower_reason(form: str, device: torch.device) -> str | None:
-    """Why a form is slower than wide weights on a device, or None where it is not."""
-    if form == "fp8" and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return None if capability >= (8, 9) else "this GPU has no units for float8"
-    return SLOWER.get((form, device.type))
+    """Why a form is slower than wide weights on a device, or None where it is not.
+
+    A form whose operator has a kernel there is not: benchmarks/bench_linear_<form>.py. Without one
+    the weight is widened at every call, as float8 on every processor.
+    """
+    names = kernels.backends(f"linear_{form}").get(device.type.upper(), ["reference"])
+    if names[0] == "reference":
+        return "there is no kernel for it, and it is widened at every call"
+    if form == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "this GPU has no units for float8"
+    return None
 
 
 @dataclass
