@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda
+from ._decoding import SQUARES
 from ._epilogue import EPILOGUES, output_shape
 from ._int4 import dequantize_int4, group_of
 from ._int8 import dequantize_int8
@@ -23,11 +24,10 @@ from ._library import address, native_cuda
 MAX_ROWS = 8
 WIDE, INT8, INT4 = range(3)  # as csrc/cuda/operators.h numbers the forms
 PAIRED_ROWS = 64  # a panel of gate and one of up
-SQUARES = 16  # of linear_squares, as reference.py has it
 
 
 class Norm(NamedTuple):
-    """The RMSNorm of x that is applied while x is read; see `reference.norm_linear`."""
+    """The RMSNorm of x that is applied while x is read; see `_decoding.norm_linear`."""
 
     weight: Tensor
     squares: Tensor | None
