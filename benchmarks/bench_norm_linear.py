@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ FORMS = {"wide": lambda w: (w,), "int8": kernels.quantize_int8, "int4": kernels.
 def cases(device: str) -> Iterator[Case]:
     """Reads the weight, and little else."""
     for label, (rows, features, epilogue) in SHAPES.items():
-        options = {"dtype": torch.bfloat16, "device": device}
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         x, norm_weight = torch.randn(rows, WIDTH, **options), torch.randn(WIDTH, **options)
         weight = torch.randn(features, WIDTH, **options) / WIDTH**0.5
         for form, parts, dense in in_forms(weight):
