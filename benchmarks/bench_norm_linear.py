@@ -1,6 +1,6 @@
 """What a decoding step multiplies with the norm of its states: gate and up, and the vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,11 @@ SHAPES = {
     "gate and up, 8 captions": (8, 22016, "swiglu"),
     "vocabulary, one caption": (1, 49954, "none"),
 }
-FORMS = {"wide": lambda w: (w,), "int8": kernels.quantize_int8, "int4": kernels.quantize_int4}
+FORMS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "wide": lambda w: (w,),
+    "int8": kernels.quantize_int8,
+    "int4": kernels.quantize_int4,
+}
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -53,9 +57,9 @@ def in_forms(weight: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor]]
         parts = make(weight)
         dense = weight
         if form == "int8":
-            dense = kernels.dequantize_int8(*parts[:2], columns, weight.dtype)
+            dense = kernels.dequantize_int8(parts[0], parts[1], columns, weight.dtype)
         elif form == "int4":
-            dense = kernels.dequantize_int4(*parts, rows, columns, weight.dtype)
+            dense = kernels.dequantize_int4(parts[0], parts[1], rows, columns, weight.dtype)
         yield form, parts, dense
 
 
