@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -18,15 +19,15 @@ SHAPES = {"one caption": 1, "8 captions": 8}
 def cases(device: str) -> Iterator[Case]:
     """Reads the weight, and little else."""
     for label, rows in SHAPES.items():
-        options = {"dtype": torch.bfloat16, "device": device}
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         x, norm_weight = torch.randn(rows, 1, WIDTH, **options), torch.randn(WIDTH, **options)
         weight = torch.randn(3 * WIDTH, WIDTH, **options) / WIDTH**0.5
         table = reference.rotary_table(SLOTS, DIM, 10000.0, x.dtype, torch.device(device))
         positions = torch.full((rows, 1), 140, dtype=torch.int64, device=device)
         cache = torch.zeros(2, rows, HEADS, SLOTS, DIM, **options)
-        rest = (HEADS, *table, positions, positions, *cache)
+        rest: tuple[Any, ...] = (HEADS, *table, positions, positions, *cache)
         for form, parts, dense in in_forms(weight):
-            norm = (norm_weight, squares_of(x), EPS)
+            norm: tuple[Any, ...] = (norm_weight, squares_of(x), EPS)
             eager = partial(composed, x, dense, norm_weight, *rest)
             providers = {
                 **ours("decode_qkv", partial(decode_qkv, x, parts, None, *rest, *norm)),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ SHAPES = {  # label: (rows, columns)
 def cases(device: str) -> Iterator[Case]:
     """Reads the weight, and little else."""
     for label, (rows, columns) in SHAPES.items():
-        options = {"dtype": torch.bfloat16, "device": device}
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         x, residual = torch.randn(rows, columns, **options), torch.randn(rows, WIDTH, **options)
         weight = torch.randn(WIDTH, columns, **options) / columns**0.5
         for form, parts, dense in in_forms(weight):

@@ -1,7 +1,8 @@
 """What a decoding step multiplies with the norm of its states: gate and up, and the vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,17 @@ SHAPES = {
     "gate and up, 8 captions": (8, 22016, "swiglu"),
     "vocabulary, one caption": (1, 49954, "none"),
 }
-FORMS = {"wide": lambda w: (w,), "int8": kernels.quantize_int8, "int4": kernels.quantize_int4}
+FORMS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "wide": lambda w: (w,),
+    "int8": kernels.quantize_int8,
+    "int4": kernels.quantize_int4,
+}
 
 
 def cases(device: str) -> Iterator[Case]:
     """Reads the weight, and little else."""
     for label, (rows, features, epilogue) in SHAPES.items():
-        options = {"dtype": torch.bfloat16, "device": device}
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         x, norm_weight = torch.randn(rows, WIDTH, **options), torch.randn(WIDTH, **options)
         weight = torch.randn(features, WIDTH, **options) / WIDTH**0.5
         for form, parts, dense in in_forms(weight):
@@ -52,9 +57,9 @@ def in_forms(weight: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor]]
         parts = make(weight)
         dense = weight
         if form == "int8":
-            dense = kernels.dequantize_int8(*parts[:2], columns, weight.dtype)
+            dense = kernels.dequantize_int8(parts[0], parts[1], columns, weight.dtype)
         elif form == "int4":
-            dense = kernels.dequantize_int4(*parts, rows, columns, weight.dtype)
+            dense = kernels.dequantize_int4(parts[0], parts[1], rows, columns, weight.dtype)
         yield form, parts, dense
 
 

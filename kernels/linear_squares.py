@@ -39,7 +39,9 @@ def linear_squares_cuda(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Calls csrc/cuda/linear.cu."""
     held = weight_of((weight, scales, sums), features, x.shape[-1])
-    return linear_cuda(x, held, bias, "none", residual, with_squares=True)  # type: ignore[return-value]
+    squares = x.new_empty((*x.shape[:-1], -(-features // SQUARES)), dtype=torch.float32)
+    y = linear_cuda(x, held, bias, "none", residual, squares=squares)
+    return y if y is NotImplemented else (y, squares)
 
 
 @contiguous
