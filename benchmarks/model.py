@@ -12,7 +12,7 @@ by full_size.py, in memory and seconds.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,48 @@ from internvl_engine.assets import nano_directory
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.modeling import InternVL_G
 
+from . import quantized, text
 from .cases import Case, Provider, rival
 from .encoder import counted
 from .quantized import ERRORS
+from .report import Suites
 
 SIZES = ("nano", "layer")
 BATCHES = {"cpu": (1, 4), "cuda": (1, 64)}
 RESOLUTIONS = (364, 448)  # beside the model's own 224
+
+
+def suites(
+    only: Sequence[str] = (), size: str = "layer", dtype: torch.dtype = torch.bfloat16,
+    schemes: tuple[str, ...] = ("int8", "int4"), compiles: bool = True,
+) -> Suites:  # fmt: skip
+    """The parts in `only`, all of the size where empty.
+
+    Args:
+        size: one of SIZES; single layers and long texts are measured at real width only.
+        schemes: of `accelerate(quantize=)`, beside the wide weights.
+        compiles: torch.compile among the rivals.
+
+    Raises:
+        ValueError: there is no such part or size.
+    """
+
+    def images(device: str) -> Iterator[Case]:
+        forms = Forms(built(size, dtype, device), schemes)
+        resolutions = RESOLUTIONS if size == "layer" else ()
+        yield from encode(forms, BATCHES[device], compiles, resolutions)
+
+    parts: dict[str, Callable[[str], Iterator[Case]]] = {"encode": images}
+    if size == "layer":
+        parts["text"] = lambda device: text.cases(device, dtypes=(dtype,))
+        parts["layers"] = lambda device: quantized.cases(device, dtype, schemes, compiles)
+    elif size != "nano":
+        raise ValueError(f"bench: --size must be one of {', '.join(SIZES)} or 14b, got {size!r}")
+    if unknown := set(only) - set(parts):
+        raise ValueError(
+            f"bench: no {', '.join(sorted(unknown))} at size {size}; there are {', '.join(parts)}"
+        )
+    return {name: parts[name] for name in only or parts}
 
 
 class Forms:
@@ -100,16 +135,10 @@ def _encoding(forms: Forms, name: str, mode: str, batch: int, side: int, compile
 
 
 def built(size: str, dtype: torch.dtype, device: str) -> InternVL_G:
-    """The eager model of a size.
-
-    Raises:
-        ValueError: there is no such size.
-    """
+    """The eager model of one of SIZES."""
     if size == "nano":
         model = InternVL_G.from_pretrained(nano_directory(), dtype=dtype)
         return model.to(device).eval().requires_grad_(False)
-    if size != "layer":
-        raise ValueError(f"bench: --size must be one of {', '.join(SIZES)} or 14b, got {size!r}")
     config = InternVLConfig()
     config.vision_config.num_hidden_layers = 1
     config.qllama_config.num_hidden_layers = 2

@@ -24,17 +24,19 @@ from .encoder import Towers, counted, random_state
 from .layers import spread
 from .quantized_rivals import INT4_ERROR, INT8_ERROR, int4, int8
 
+ROWS = (1, 8)
 ERRORS = {"int8": INT8_ERROR, "int4": INT4_ERROR, "fp8": INT8_ERROR}
 
 
-def suites(
-    dtype: torch.dtype = torch.bfloat16, images: int = 4, rows: tuple[int, ...] = (1, 8)
-) -> dict[str, Any]:
-    """By name, what gives the cases on a device."""
-    return {
-        "vision_int8": lambda device: iter([vision(device, images, dtype=dtype)]),
-        "decode_int4": lambda device: decode(device, rows, dtype=dtype),
-    }
+def cases(
+    device: str, dtype: torch.dtype = torch.bfloat16,
+    schemes: tuple[str, ...] = ("int8", "int4"), compiles: bool = True, images: int = 4,
+) -> Iterator[Case]:  # fmt: skip
+    """A layer of the vision tower for `images` images, and one of QLLaMA for each of ROWS."""
+    # In int4 the vision tower's weights are int8 too.
+    towers = tuple(scheme for scheme in schemes if scheme != "int4") or ("int8",)
+    yield vision(device, images, None, compiles, dtype, towers)
+    yield from decode(device, ROWS, None, dtype, schemes)
 
 
 def vision(

@@ -87,16 +87,15 @@ def register_autograd(
     into.impl(overload._opname, run, "Autograd", with_keyset=True)
 
 
-def refuse_gradients(into: library.Library, overload: torch._ops.OpOverload) -> None:
-    """For an operator that writes to its inputs: an error where a gradient would be asked for."""
+def refuse_gradients(into: library.Library, overload: torch._ops.OpOverload, through: str) -> None:
+    """For an operator without a gradient: an error where one would be asked for."""
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
     redispatch, any_requires_grad = overload.redispatch, torch._C._any_requires_grad
 
     def run(keyset, *args):
         if any_requires_grad(*args) and torch.is_grad_enabled():
             raise ValueError(
-                f"{overload._opname}: there is no gradient through what it writes to; use "
-                "torch.no_grad"
+                f"{overload._opname}: there is no gradient through {through}; use torch.no_grad"
             )
         if forward_ad._current_level >= 0:
             _refuse_tangents(overload, args)

@@ -9,6 +9,8 @@
 #include <string>
 #include <type_traits>
 
+#include "instructions.cuh"
+
 namespace internvl::cuda {
 
 // As many elements as one 16-byte load of T brings.
@@ -48,14 +50,6 @@ __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
 #pragma unroll
     for (int i = 0; i < M; ++i) to[start + i] = to_float(pack.values[i]);
   }
-}
-
-// nvcc 13.0 splits the store of a struct into words in rotary.cu, so the instruction is spelled out.
-__device__ __forceinline__ void store_16_bytes(const void* from, void* to) {
-  const uint4 bits = *static_cast<const uint4*>(from);
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
-               : "memory");
 }
 
 template <int N, typename T>

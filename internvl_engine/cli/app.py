@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import chat, images, machine, search
+from . import bench, chat, images, machine, search
 
 app = typer.Typer(
     help="InternVL-14B on fused kernels: classify, describe, question and find images.",
@@ -36,3 +36,4 @@ images.register(app)
 chat.register(app)
 search.register(app)
 machine.register(app)
+bench.register(app)

@@ -1,9 +1,7 @@
-"""Commands on this machine and on checkpoints: demo, doctor, verify, convert, bench."""
+"""Commands on this machine and on checkpoints: demo, doctor, verify, convert."""
 
-import contextlib
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,10 +9,7 @@ from .console import Json, check_writable, command, notice, print_json, print_ta
 from .model import Device
 
 if TYPE_CHECKING:
-    from ..benchmarks.report import Suites
     from .demo import Demo
-
-bench = typer.Typer(help="Time this machine.", no_args_is_help=True)
 
 
 def register_demo(app: typer.Typer) -> None:
@@ -26,9 +21,6 @@ def register(app: typer.Typer) -> None:
     """Adds the others."""
     for function in (doctor, verify, convert):
         command(app)(function)
-    for benchmark in (kernels, layers, encoder, chat):
-        command(bench)(benchmark)
-    app.add_typer(bench, name="bench")
 
 
 def demo(
@@ -125,6 +117,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="Directory, weight file or hub id.")],
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="[default: as stored]")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="int8, int4 or fp8: large weights in that form, to be mapped as it is."),
+    ] = None,
     parts: Annotated[
         str | None,
         typer.Option(
@@ -139,124 +135,19 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint again: another dtype or layout, fewer parts, LoRA merged, safetensors."""
+    """Write a checkpoint again: another dtype or layout, fewer parts, LoRA merged, quantized."""
     from ..conversion import convert as rewrite
 
-    files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora, layout=layout)
+    files = rewrite(
+        source, target, dtype=dtype, quantize=quantize, parts=parts, merge_lora=merge_lora,
+        layout=layout,
+    )  # fmt: skip
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
         print_json({"source": source, "target": str(target), "files": sizes})
         return
     rows = [(path, f"{path.stat().st_size:,}") for path in files]
     print_table(("file", "bytes"), rows)
-
-
-class BenchOptions(NamedTuple):
-    """How long to measure, and where the results go."""
-
-    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Samples of each, at least.")] = 10
-    quick: Annotated[bool, typer.Option("--quick", help="Few samples: does everything run?")] = (
-        False
-    )
-    cpu_time: Annotated[
-        bool,
-        typer.Option("--cpu-time", help="Processor time of one thread: for a busy machine."),
-    ] = False
-    json: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the rows to this file; - prints them."),
-    ] = None
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="DIR", help="Draw pictures here.")
-    ] = None
-    compare: Annotated[
-        Path | None,
-        typer.Option("--compare", metavar="FILE", help="Say what got slower than in this result."),
-    ] = None
-
-    def run(self, suites: "Suites") -> None:
-        """Measures, prints and stores; exit code 1 where a benchmark failed."""
-        from ..benchmarks.report import measure
-        from ..benchmarks.timing import Effort
-
-        effort = (
-            Effort(30.0, 3, self.cpu_time)
-            if self.quick
-            else Effort(300.0, self.rounds, self.cpu_time)
-        )
-        printed = self.json == Path("-")
-        if self.json is not None and not printed:
-            check_writable(self.json, "--json")
-        with contextlib.redirect_stdout(sys.stderr if printed else sys.stdout):
-            report = measure(
-                suites, effort=effort, json_file=None if printed else self.json, plot=self.plot,
-                compare=self.compare,
-            )  # fmt: skip
-        if printed:
-            print_json(report.document())
-        if report.failed:
-            notice(f"{len(report.failed)} of the benchmarks failed")
-            raise typer.Exit(1)
-
-
-USUAL = BenchOptions()
-
-
-def kernels(
-    operators: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None,
-    options: BenchOptions = USUAL,
-) -> None:
-    """Every operator against its rivals on this machine."""
-    from ..benchmarks.kernels import suites
-
-    options.run(suites(operators or ()))
-
-
-def layers(
-    which: Annotated[
-        list[str] | None, typer.Argument(help="vision, vision_300m, qllama, decoder; all.")
-    ] = None,
-    images: Annotated[int, typer.Option("--images", min=1, help="In a batch.")] = 4,
-    options: BenchOptions = USUAL,
-) -> None:
-    """One layer of each tower at real width, against transformers', compiled and bare products."""
-    from ..benchmarks.layers import suites
-
-    options.run(suites(which or (), images))
-
-
-def encoder(
-    images: Annotated[
-        list[int] | None,
-        typer.Option("--images", min=1, help="Batch sizes; 1 and 64, on a CPU 1 and 4."),
-    ] = None,
-    depth: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Depth; 48, on a CPU 2.")
-    ] = None,
-    compiles: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Time torch.compile, too.")
-    ] = True,
-    options: BenchOptions = USUAL,
-) -> None:
-    """InternViT-6B with random weights, from images to features, against its rivals."""
-    from ..benchmarks.encoder import cases
-
-    options.run({"encoder": lambda device: cases(device, images or (), depth, compiles=compiles)})
-
-
-def chat(
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "bfloat16",
-    tiles: Annotated[int, typer.Option("--tiles", min=1, help="Of an image.")] = 5,
-    options: BenchOptions = USUAL,
-) -> None:
-    """A chat model of InternVL3-1B's shape with random weights, against transformers' own."""
-    import torch
-
-    from ..benchmarks.chat import cases
-
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"bench: --dtype must be float32 or bfloat16, got {dtype!r}")
-    options.run({"chat": lambda device: cases(device, getattr(torch, dtype), tiles=tiles)})
 
 
 def _percent(share: float) -> str:

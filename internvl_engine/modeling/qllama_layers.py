@@ -253,9 +253,7 @@ class LlamaRotaryEmbedding(nn.Module):
         end = past + hidden.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, end, dtype=torch.int64, device=hidden.device)[None]
-        elif (
-            not bounded and position_ids.device.type == "cpu"
-        ):  # on a GPU the look would stop the stream
+        elif not bounded and position_ids.device.type == "cpu":  # on a GPU it stops the stream
             end = max(end, int(position_ids.max()) + 1 if position_ids.numel() else 0)
         return position_ids, self.table(end, hidden.dtype, hidden.device)
 

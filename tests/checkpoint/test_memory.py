@@ -12,6 +12,7 @@ from published_layout import write_sparse, write_sparse_shards
 
 from internvl_engine.checkpoint.writing import Planned, write_shards
 from internvl_engine.configuration import InternVLConfig
+from internvl_engine.conversion import convert
 from internvl_engine.modeling import InternVL_G
 
 from golden_vectors import GOLDEN
@@ -52,7 +53,7 @@ def run(folder, arguments):
     after = anonymous()
     done.set()
     watcher.join()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
     return {"kept": after - before, "peak": max(peak, after) - before, "weights": weights}
 
 cases = json.loads(sys.argv[1])
@@ -81,7 +82,14 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, checkpoint, full_size_shapes):
+def quantized(tmp_path_factory, checkpoint):
+    folder = tmp_path_factory.mktemp("quantized")
+    convert(checkpoint, folder, quantize="int8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, checkpoint, quantized, full_size_shapes):
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     huge = tmp_path_factory.mktemp("huge")
@@ -92,6 +100,9 @@ def measured(tmp_path_factory, checkpoint, full_size_shapes):
         "larger than memory": (huge, {"dtype": "bfloat16"}),
         "converted part": (checkpoint, {"dtype": "float32", "parts": "text"}),
         "converted": (checkpoint, {"dtype": "float32"}),
+        "stored in 8 bits": (quantized, {"dtype": "bfloat16"}),
+        "into 8 bits": (checkpoint, {"dtype": "bfloat16", "quantize": "int8"}),
+        "into 4 bits": (checkpoint, {"dtype": "float32", "quantize": "int4"}),
     }
     command = [sys.executable, "-c", MEASURE, json.dumps([(str(f), a) for f, a in cases.values()])]
     # A fixed threshold: glibc would keep freed weights for later cases otherwise.
@@ -125,6 +136,21 @@ def test_parts_hold_only_themselves(measured):
     memory = measured["converted part"]
     assert 200e6 < memory["weights"] < 300e6
     assert 0.9 * memory["weights"] < memory["kept"] <= memory["peak"]
+    assert memory["peak"] <= 1.05 * memory["weights"]
+
+
+def test_quantized_weights_stay_in_their_files(measured):
+    memory = measured["stored in 8 bits"]
+    assert 160e6 < memory["weights"] < 200e6
+    assert memory["peak"] < 0.05 * memory["weights"]
+
+
+@pytest.mark.parametrize("form, least", [("into 8 bits", 160e6), ("into 4 bits", 100e6)])
+def test_weights_that_are_quantized_on_the_way_are_never_wide_together(measured, form, least):
+    memory = measured[form]
+    assert least < memory["weights"] < 200e6
+    # What stays wide is mapped where it is stored in the dtype asked for: a tenth of this model.
+    assert 0.85 * memory["weights"] < memory["kept"] <= memory["peak"]
     assert memory["peak"] <= 1.05 * memory["weights"]
 
 
