@@ -24,7 +24,7 @@ from . import _gemv
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int4 import PANEL_ROWS, dequantize_int4, group_of
 from ._invariance import is_batch_invariant
-from ._library import NATIVE_TYPES, address, contiguous, define, native
+from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
 from ._rows import as_rows
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
@@ -132,7 +132,7 @@ _linear_int4 = define(
     reference=contiguous(linear_int4_reference),
     fake=_linear_int4_fake,
     cpu={"native": linear_int4_native},
-    cuda={"cuda": linear_int4_cuda},
+    cuda={"triton": triton_launcher("linear_int4"), "cuda": linear_int4_cuda},
     backward=(_backward, _save),
 )
 

@@ -75,6 +75,10 @@ def examples() -> dict[str, tuple]:
         "rms_norm_quant": (x, weight[0], 1e-6, torch.int8),
         "gelu_quant": (x, torch.int8, "gelu"),
         "linear_fp8": (x, *quantized, bias, "gelu", torch.randn(3, 6)),
+        "linear_fp8_rows": (
+            *kernels.gelu_quant(x, epilogue="none"), *quantized, torch.float32, bias, "gelu",
+            torch.randn(3, 6),
+        ),
         "linear_fp8_backward": (torch.randn(3, 6), x, *quantized, bias, "none", [True, True]),
         "pooling_attention": (torch.randn(2, 4, 16), torch.randn(2, 9, 16), 1e-5),
     }  # fmt: skip

@@ -28,14 +28,13 @@ struct Dense {
   void pack(int64_t, int64_t first, int64_t rows, uint32_t* tile, char*) const {
     pack_tile(x, first, rows, cols, tile);
   }
-  const Word* read(int64_t panel, int64_t from, int64_t, char*) const {
+  const Word* read(int64_t panel, int, int64_t from, int64_t, char*) const {
     return weights + (panel * steps + from) * kPanel;
   }
   const char* address(int64_t panel, int64_t from) const {
-    return reinterpret_cast<const char*>(read(panel, from, 0, nullptr));
+    return reinterpret_cast<const char*>(read(panel, 0, from, 0, nullptr));
   }
   static int64_t bytes(int64_t steps) { return steps * kPanel * sizeof(Word); }
-  static int64_t stride(int64_t) { return 0; }
   float* settle(float* sums, int64_t, int64_t, int64_t) const { return sums; }
 };
 

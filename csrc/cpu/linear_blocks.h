@@ -12,9 +12,10 @@
 // A Form has
 //   typedef ... Product          Step<Product> multiplies
 //   kRows                        rows of a panel, a multiple of kPanel
-//   kInPlace                     whether Step's words are what lies in memory, else read() widens them
+//   kInPlace                     whether Step's words are what lies in memory; else read() widens them,
+//                                and multiply_few() multiplies a panel by up to kFewRows rows of x
 //   pack(row, first, rows, tile, scratch)  packs rows `first` of x on, row `row` on of those at hand
-//   read(panel, from, steps, scratch)      the words of a panel's steps: (kRows / kPanel, stride(steps))
+//   read(panel, part, from, steps, scratch)  the words of steps of kPanel rows, part `part` of a panel
 //   address(panel, from)                   where they lie, to ask for them in time
 //   bytes(steps)                           that they take there
 //   settle(sums, panel, row, rows)         makes the finished product of sums, in their place
@@ -88,9 +89,12 @@ void multiply_panel(const LinearPlan& plan, const Form& form, int64_t block, con
   const int64_t steps = smaller(plan.chain, plan.steps - from);
   const int64_t first_tile = plan.blocks.start(block), first_row = plan.tiles.start(first_tile);
   const int64_t rows = plan.tiles.start(first_tile + plan.blocks.size(block)) - first_row;
-  const auto* words = form.read(panel, from, steps, scratch);
+  if constexpr (!Form::kInPlace)
+    if (rows <= Form::kFewRows)
+      return form.multiply_few(x + first_row * plan.steps + from * rows, rows, panel, sums, from, steps);
   const char *soon = next, *end = next + form.bytes(steps);
   for (int part = 0; part < Form::kRows / kPanel; ++part) {
+    const auto* words = form.read(panel, part, from, steps, scratch);
     for (int64_t t = first_tile; t < first_tile + plan.blocks.size(block); ++t) {
       const int64_t row = plan.tiles.start(t), count = plan.tiles.size(t);
       const uint32_t* tile = x + row * plan.steps + from * count;
@@ -104,7 +108,6 @@ void multiply_panel(const LinearPlan& plan, const Form& form, int64_t block, con
       }
     }
     sums += rows * kPanel;
-    words += Form::stride(steps);
   }
 }
 

@@ -56,14 +56,13 @@ struct Int8Form {
     const Rows<const Int8> from{reinterpret_cast<const Int8*>(bytes), rows, 0, stride};
     pack_tile(from, 0, rows, weight.steps() * kInt8Columns, tile);
   }
-  const Word* read(int64_t panel, int64_t from, int64_t, char*) const {
+  const Word* read(int64_t panel, int, int64_t from, int64_t, char*) const {
     return reinterpret_cast<const Word*>(weight.step(panel, from));
   }
   const char* address(int64_t panel, int64_t from) const {
     return reinterpret_cast<const char*>(weight.step(panel, from));
   }
   static int64_t bytes(int64_t steps) { return steps * kPanel * sizeof(Word); }
-  static int64_t stride(int64_t) { return 0; }
 
   // Of the sums of bytes: (sum - 128 * the weights' sum) * the scale of x, the products of what was
   // taken out of the row, and then the scale of the weights.
@@ -92,49 +91,116 @@ struct Int8Form {
 
 #else
 
+// Byte i of each word at the top of it, the rest 0: 2**24 times its value.
+template <int I>
+inline IntVec top_byte(IntVec words) {
+#ifdef __AVX2__
+  constexpr auto kPlaces = [](int word) { return static_cast<int>((word + I) * 0x1000000u | 0x808080u); };
+#endif
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_set4_epi32(kPlaces(12), kPlaces(8), kPlaces(4), kPlaces(0));
+  return (IntVec)_mm512_maskz_shuffle_epi8(~0ull, (__m512i)words, places);
+#elif defined(__AVX2__)
+  const __m256i places = _mm256_setr_epi32(kPlaces(0), kPlaces(4), kPlaces(8), kPlaces(12), kPlaces(0),
+                                           kPlaces(4), kPlaces(8), kPlaces(12));
+  return (IntVec)_mm256_shuffle_epi8((__m256i)words, places);
+#else
+  return (IntVec)(((Bits)words << (24 - 8 * I)) & 0xff000000u);
+#endif
+}
+
 template <typename T>
 struct Int8Form {
   typedef float Product;
   static constexpr int kRows = kInt8Rows;
   static constexpr bool kInPlace = false;
   static constexpr int64_t kLongestChain = 256;
+  static constexpr int64_t kAhead = 3072;  // bytes: what memory delivers in its latency
 
   Rows<const T> x;
   Int8Panels weight;
 
   Int8Form(Rows<const T> x, const Int8Weight& weight, void*) : x(x), weight{weight} {}
-  static int64_t scratch(int64_t) { return kLongestChain * kInt8Rows * sizeof(float); }
+  static int64_t scratch(int64_t) { return kLongestChain * kPanel * sizeof(float); }
   static int64_t shared(int64_t) { return 0; }
 
   void pack(int64_t, int64_t first, int64_t rows, uint32_t* tile, char*) const {
     pack_tile(x, first, rows, weight.cols, tile);
+    auto* values = reinterpret_cast<float*>(tile);
+    for_each_vec(rows * weight.cols, [&](int64_t i, auto count) {
+      store(load(values + i, count) * 0x1p-24f, values + i, count);  // see top_byte()
+    });
   }
   const char* address(int64_t panel, int64_t from) const {
     return reinterpret_cast<const char*>(weight.step(panel, from / kInt8Columns));
   }
   static int64_t bytes(int64_t steps) { return steps * kInt8Rows; }
-  static int64_t stride(int64_t steps) { return parts_of(steps, kInt8Columns) * kInt8Columns * kPanel; }
 
-  // Columns [from, from + count) of a panel in fp32, kPanel rows after kPanel rows.
-  const float* read(int64_t panel, int64_t from, int64_t count, char* scratch) const {
-    constexpr int64_t kAhead = 3072;  // bytes
+  // Calls body(column, 2**24 * kWidth rows of it), four times a vector.
+  template <typename Body>
+  static void widen(const Int8* from, Body body) {
+    const IntVec words = load(reinterpret_cast<const int32_t*>(from));
+    body(0, __builtin_convertvector(top_byte<0>(words), Vec));
+    body(1, __builtin_convertvector(top_byte<1>(words), Vec));
+    body(2, __builtin_convertvector(top_byte<2>(words), Vec));
+    body(3, __builtin_convertvector(top_byte<3>(words), Vec));
+  }
+
+  // Columns [from, from + count) of kPanel rows of a panel: part `part` of it.
+  const float* read(int64_t panel, int part, int64_t from, int64_t count, char* scratch) const {
     const Int8* step = weight.step(panel, from / kInt8Columns);
     auto* const to = reinterpret_cast<float*>(scratch);
     for (int64_t column = 0; column < count; column += kInt8Columns) {
-      __builtin_prefetch(step + kAhead);
-      __builtin_prefetch(step + kAhead + 64);
-#pragma GCC unroll 8
-      for (int r = 0; r < kInt8Rows; r += kWidth, step += kWidth * kInt8Columns) {
-        const IntVec words = load(reinterpret_cast<const int32_t*>(step));
-        float* at = to + r / kPanel * stride(count) + column * kPanel + r % kPanel;
-#pragma GCC unroll 4
-        for (int i = 0; i < kInt8Columns; ++i) {
-          const IntVec q = (IntVec)((Bits)words << (24 - 8 * i)) >> 24;
-          store(__builtin_convertvector(q, Vec), at + i * kPanel);
-        }
-      }
+      if (part == 0) ask(step + kAhead);
+#pragma GCC unroll 2
+      for (int r = 0; r < kPanel; r += kWidth)
+        widen(step + (part * kPanel + r) * kInt8Columns, [&](int i, Vec v) __attribute__((always_inline)) {
+          store(v, to + (column + i) * kPanel + r);
+        });
+      step += kInt8Rows * kInt8Columns;
     }
     return to;
+  }
+  static void ask(const Int8* step) {
+    __builtin_prefetch(step);
+    __builtin_prefetch(step + 64);
+  }
+
+  // A whole panel by a tile of few rows, widened in registers; the same order of sums.
+  static constexpr int kFewRows = kWidth < 8 ? 1 : 3;
+  void multiply_few(const uint32_t* tile, int64_t rows, int64_t panel, float* sums, int64_t from,
+                    int64_t count) const {
+    const auto* values = reinterpret_cast<const float*>(tile);
+    if (rows == 1) multiply_rows<1>(values, panel, sums, from, count);
+    if (rows == 2) multiply_rows<2>(values, panel, sums, from, count);
+    if (rows == 3) multiply_rows<3>(values, panel, sums, from, count);
+  }
+  template <int ROWS>
+  void multiply_rows(const float* x, int64_t panel, float* sums, int64_t from, int64_t count) const {
+    constexpr int kVecs = kInt8Rows / kWidth;
+    Vec acc[ROWS][kVecs] = {};
+    const Int8* step = weight.step(panel, from / kInt8Columns);
+    const auto columns = [&](int64_t column, int wanted) __attribute__((always_inline)) {
+      ask(step + kAhead);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j)
+        widen(step + j * kWidth * kInt8Columns, [&](int i, Vec v) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+          for (int r = 0; r < ROWS; ++r)
+            if (i < wanted) acc[r][j] += x[(column + i) * ROWS + r] * v;
+        });
+      step += kInt8Rows * kInt8Columns;
+    };
+    int64_t column = 0;
+    for (; column + kInt8Columns <= count; column += kInt8Columns) columns(column, kInt8Columns);
+    if (column < count) columns(column, count - column);
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j)
+#pragma GCC unroll 3
+      for (int r = 0; r < ROWS; ++r) {
+        float* sum = sums + (j * kWidth / kPanel * ROWS + r) * kPanel + j * kWidth % kPanel;
+        store(from == 0 ? acc[r][j] : load(sum) + acc[r][j], sum);
+      }
   }
 
   // Sums of the weights' bytes times their scales.
