@@ -96,7 +96,9 @@ _LANGUAGE_LAYER = (
     r"|attention\.(wqkv|wo)\.|feed_forward\.w[123]\."
 )
 # Embeddings and heads: LLaMA's and its kin's, InternLM2's, GPT's.
-_VOCABULARY = r"embed_tokens|lm_head|tok_embeddings|word_embeddings|wte\.|^output\.|\.output\.weight"
+_VOCABULARY = (
+    r"embed_tokens|lm_head|tok_embeddings|word_embeddings|wte\.|^output\.|\.output\.weight"
+)
 SCHEMES = {
     "int8": Scheme("int8", (*_STAY_WIDE, Rule("", "int8"))),
     "int4": Scheme(

@@ -3,8 +3,8 @@
     nano        the embedded InternVL on its held-out handwriting: zero-shot classification by C and
                 G, retrieval, captions and answers
     nano-chat   the embedded chat model on held-out scenes: answers that are right to the letter
-    real width  C and G embeddings of images and those of texts by one layer of each tower of the
-                14B with random weights, in which a few channels are 1,000 times the others
+    real width  C and G embeddings of images, and states of texts, by one layer of each tower of
+                the 14B with random weights, in which a few channels are 1,000 times the others
                 (real_width.py)
 
 Wide are the same models in float32.
@@ -155,8 +155,9 @@ def nano_answers(model: Any, count: int | None = None) -> Answers:
     from ..processing import InternVLProcessor
 
     processor = InternVLProcessor.from_pretrained(nano_directory())
-    images, pairs = (found[:count] for found in held_out())
-    pixels = processor(images, dtype=model.dtype)["pixel_values"]
+    images, pairs = held_out()
+    pairs = pairs[:count]
+    pixels = processor(images[:count], dtype=model.dtype)["pixel_values"]
     shown = [(colour, digit) for colour in COLOURS for digit in DIGITS]
     words = [CAPTION.format(colour=colour, digit=digit) for colour, digit in shown]
     tokens = processor(text=words)
@@ -215,5 +216,5 @@ def _share(said: list, right: list) -> float:
 def _cosines(found: Tensor, wide: Tensor) -> tuple[float, float]:
     """The smallest cosine of a row of (B, E), and that of all without the mean of the rows."""
     alone = F.cosine_similarity(found, wide, dim=1).min()
-    apart = [(x - x.mean(0)).flatten() for x in (found, wide)]
-    return float(alone), float(F.cosine_similarity(*apart, dim=0))
+    ours, theirs = ((x - x.mean(0)).flatten() for x in (found, wide))
+    return float(alone), float(F.cosine_similarity(ours, theirs, dim=0))

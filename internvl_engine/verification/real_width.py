@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 OUTLIERS, FACTOR = 4, 1000.0  # channels of each tower, and their size, of the others'
 IMAGES, TEXTS = 4, 4
@@ -22,7 +22,9 @@ def embeddings_at_real_width(
         sizes: fields of InternVLConfig in place of the real ones.
 
     Returns:
-        "C" and "G" (IMAGES, E) and "text" (TEXTS, E).
+        "C" and "G" embeddings (IMAGES, E), and the states of QLLaMA over texts, "text" (tokens,
+        C): with one layer, what the last token of a text has of those before it is less than what
+        bfloat16 tells apart.
     """
     from ..configuration import InternVLConfig
     from ..modeling import InternVL_G
@@ -34,19 +36,19 @@ def embeddings_at_real_width(
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         parameter.data = _weights(name, parameter, generator)
-    model = _with_outliers(model, generator).eval().requires_grad_(False)
+    _make_outliers(model, generator)
+    model.eval().requires_grad_(False)
     size = config.vision_config.image_size
     pixels = torch.randn(IMAGES, 3, size, size, generator=generator, dtype=torch.float32,
                          device="cpu")  # fmt: skip
     ids = torch.randint(3, VOCABULARY, (TEXTS, 14), generator=generator, dtype=torch.int64,
                         device="cpu")  # fmt: skip
-    ids[:, -1] = config.qllama_config.eos_token_id
     model = prepare(model)
     pixels = pixels.to(model.dtype)
     return {
         "C": model.encode_image(pixels, "InternVL-C"),
         "G": model.encode_image(pixels, "InternVL-G"),
-        "text": model.encode_text(ids),
+        "text": model.get_text_features(ids, torch.ones_like(ids)).flatten(0, 1),
     }
 
 
@@ -69,7 +71,7 @@ def _weights(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return empty.zero_() if "bias" in name else empty.uniform_(0.5, 1.5, generator=generator)
 
 
-def _with_outliers(model: Any, generator: torch.Generator) -> nn.Module:
+def _make_outliers(model: Any, generator: torch.Generator) -> None:
     """Makes a few channels of what enters the towers large, the same for every token."""
     table = model.qllama.get_input_embeddings().weight
     positions = model.vision_model.embeddings.position_embedding
@@ -78,4 +80,3 @@ def _with_outliers(model: Any, generator: torch.Generator) -> nn.Module:
         signs = torch.randint(0, 2, (OUTLIERS,), generator=generator, dtype=torch.int64,
                               device="cpu")  # fmt: skip
         parameter.data[..., channels] = FACTOR * (2.0 * signs - 1)
-    return model

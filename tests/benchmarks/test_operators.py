@@ -64,6 +64,12 @@ COUNTS = {
     # x, weight, bias, residual, y
     "linear vision fc1, 9 rows": (2 * (576 + 96 * 64 + 96 + 2 * 9 * 96), 2 * 9 * 96 * 64),
     "linear QLLaMA gate_up, 1 rows": (2 * (64 + 128 * 64 + 64), 2 * 128 * 64),
+    # the weight: two bytes a value, or one and four a row, or a half and two a row and group
+    "norm_linear one, wide": (2 * 128 * 64, 0),
+    "norm_linear one, int8": (128 * 64 + 4 * 128, 0),
+    "norm_linear one, int4": (128 * 32 + 2 * 128, 0),
+    "linear_squares one, int4": (64 * 64 + 2 * 2 * 64, 0),
+    "decode_qkv one, wide": (2 * 192 * 64, 0),
     "rms_norm_quant vision, int8": (3 * 576 + 2 * 64 + 4 * 9, 0),  # x, q; weight; scales
     "gelu_quant QLLaMA, int8": (2 * 320 + 160 + 4 * 5, 0),
     # four bits a weight, two bytes a scale of each row and group; x and y
