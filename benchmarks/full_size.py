@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from internvl_engine import InternVL
+from internvl_engine.engine import InternVL
 
 from .random_checkpoint import write_random
 
+MODULE = "internvl_engine.benchmarks.full_size"
 NEW_TOKENS = 16
 STEP = 0.02  # seconds between two looks at the memory
 
@@ -130,7 +131,7 @@ def run(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         write_random(folder, quantize)
-    command = [sys.executable, "-m", __name__, str(folder), "--measure", "--dtype", dtype,
+    command = [sys.executable, "-m", MODULE, str(folder), "--measure", "--dtype", dtype,
                "--new-tokens", str(new_tokens)]  # fmt: skip
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedModule
-from .quantization import Quantization, Scheme, WeightEntry, scheme_of
+from .quantization import Quantization, Run, Scheme, WeightEntry, scheme_of
 from .quantization import quantize as quantize_weights
 from .recognition import LAYERS, LOOPS, Recognition, is_expected
 from .weights import has_own_forward
@@ -107,6 +107,8 @@ def accelerate(
     mode: str = "inference",
     *,
     quantize: str | Scheme | None = None,
+    only_faster: bool = True,
+    calibration: Run | Tensor | None = None,
     compile: bool = False,
     strict: bool = False,
     check: bool = False,
@@ -128,6 +130,10 @@ def accelerate(
         quantize: "int8", "int4" or "fp8", or a Scheme: hold the large weights of Linears and
             embeddings, of modules that are not known too, in that many bits. They are frozen, and
             stay so in `train()`; see quantization.py.
+        only_faster: leave weights wide where their form is slower on this device, as fp8 on a
+            processor. False saves memory all the same.
+        calibration: a function that runs the model on a few pictures and prompts, or pixel_values
+            (B, 3, height, width): int4 weights are rounded for what their layers are given then.
         compile: also compile every fused layer with torch.compile (fullgraph, any batch size).
         strict: fail, and change nothing, where a known module would have to stay eager.
         check: compare the computations of known classes too, on random weights.
@@ -153,7 +159,10 @@ def accelerate(
         if scheme is not None:
             inside = [m for module, kind, entry in found if kind is not None and entry.fused
                       for m in module.modules()]  # fmt: skip
-            report.quantization = quantize_weights(model, scheme, fused=frozenset(map(id, inside)))
+            report.quantization = quantize_weights(
+                model, scheme, only_faster=only_faster, calibration=calibration,
+                fused=frozenset(map(id, inside)),
+            )  # fmt: skip
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):

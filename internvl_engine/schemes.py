@@ -2,7 +2,8 @@
 
     int8    every large weight
     int4    the layers of a language model (QLLaMA's too) in 4 bits, everything else as int8
-    fp8     every large weight in eight-bit floating point, for GPUs that multiply it
+    fp8     eight-bit floating point, for GPUs that multiply it; embeddings and heads as int8,
+            which keeps four more bits where the largest of many logits decides
 
 Wide stay norms, biases, positions, tables of one or three dimensions, convolutions, and the
 attention poolers, which fold two weights into one query and are 0.6 % of the model.
@@ -94,6 +95,10 @@ _LANGUAGE_LAYER = (
     r"(self_attn|cross_attn)\.(q|k|v|o|qkv)_proj\.|mlp\.(gate|up|down|gate_up)_proj\."
     r"|attention\.(wqkv|wo)\.|feed_forward\.w[123]\."
 )
+# Embeddings and heads: LLaMA's and its kin's, InternLM2's, GPT's.
+_VOCABULARY = (
+    r"embed_tokens|lm_head|tok_embeddings|word_embeddings|wte\.|^output\.|\.output\.weight"
+)
 SCHEMES = {
     "int8": Scheme("int8", (*_STAY_WIDE, Rule("", "int8"))),
     "int4": Scheme(
@@ -101,7 +106,7 @@ SCHEMES = {
         (*_STAY_WIDE, Rule("vision|visual", "int8"), Rule(_LANGUAGE_LAYER, "int4"),
          Rule("", "int8")),
     ),
-    "fp8": Scheme("fp8", (*_STAY_WIDE, Rule("", "fp8"))),
+    "fp8": Scheme("fp8", (*_STAY_WIDE, Rule(_VOCABULARY, "int8"), Rule("", "fp8"))),
 }  # fmt: skip
 
 

@@ -4,6 +4,8 @@ They are backend "cuda": behind Triton until a measurement on a GPU says which i
 Nothing here has been measured yet; `prefer("rms_norm", "cuda")` chooses them.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,12 @@ def stream() -> int:
     As Triton's launcher asks for it: torch.cuda.current_stream() builds an object at every call.
     """
     return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+
+
+@cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU converts to float8_e4m3fn and multiplies it: NVIDIA's from 8.9 on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def aligned(*rows: Rows) -> bool:

@@ -33,6 +33,7 @@ from internvl_engine import reference
 
 from ._attention import (
     FLASH,
+    FLASH_BACKWARD,
     Attended,
     AttentionGradients,
     as_projected,
@@ -148,6 +149,20 @@ def _flash_backend(attend):
     return run
 
 
+def _flash_backward_backend(differentiate):
+    def run(grad, q, k, v, out, lse, mask, prefix, key_padding_mask, scale, interleave):
+        causal = mask == "causal" and q.shape == k.shape
+        if not (flash_serves(q) and key_padding_mask is None and (mask == "full" or causal)):
+            return NotImplemented
+        packed = (pack_queries(x, k, interleave) for x in (grad, q, out, lse.unsqueeze(-1)))
+        grad, rows, out, lse = packed
+        found = differentiate(grad, rows, k, v, out, lse.squeeze(-1).contiguous(), causal, scale)
+        dq = unpack_queries(found.q, q, k, interleave)
+        return gradients_as_projected((dq, found.k, found.v))
+
+    return run
+
+
 def _backward_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: str, prefix: int,
     key_padding_mask: Tensor | None, scale: float, interleave: bool,
@@ -198,7 +213,10 @@ _attention_backward = define(
         *(empty_output(x, False).out for x in (q, k, v))
     ),
     cpu={"bmm": attention_backward_bmm},
-    cuda={"triton": triton_launcher("attention", "attention_backward_triton")},
+    cuda={
+        "triton": triton_launcher("attention", "attention_backward_triton"),
+        **{name: _flash_backward_backend(run) for name, run in FLASH_BACKWARD.items()},
+    },
 )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from . import _gemv
 from ._epilogue import EPILOGUES, apply_epilogue, epilogue_backward, output_shape
 from ._invariance import is_batch_invariant
 from ._library import contiguous, define, triton_launcher
@@ -38,6 +39,15 @@ def linear_blas(
     if is_batch_invariant():  # it chooses its tiles by the number of rows
         return NotImplemented
     return apply_epilogue(F.linear(x, weight, bias), epilogue, residual)
+
+
+def linear_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cuda/linear.cu, for 1 to 8 rows."""
+    held = _gemv.weight_of((weight,), *weight.shape)
+    return _gemv.linear_cuda(x, held, bias, epilogue, residual)
 
 
 def linear_invariant(
@@ -130,7 +140,7 @@ _linear = define(
     fake=_linear_fake,
     cpu={"blas": linear_blas, "invariant": linear_invariant},
     # cuBLAS until a measurement on a GPU says otherwise: none was made yet.
-    cuda={"cublas": linear_blas, "triton": triton_launcher("linear")},
+    cuda={"cublas": linear_blas, "triton": triton_launcher("linear"), "cuda": linear_cuda},
     backward=(_backward, _save),
     lower_in_autocast=True,
 )

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from . import _gemv
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int4 import PANEL_ROWS, dequantize_int4, group_of
 from ._invariance import is_batch_invariant
-from ._library import NATIVE_TYPES, address, contiguous, define, native
+from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
 from ._rows import as_rows
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
@@ -70,6 +71,15 @@ def linear_int4_native(
         threads,
     )  # fmt: skip
     return y
+
+
+def linear_int4_cuda(
+    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cuda/linear.cu, for 1 to 8 rows; x stays as it is."""
+    held = _gemv.weight_of((packed, scales), features, x.shape[-1])
+    return _gemv.linear_cuda(x, held, bias, epilogue, residual)
 
 
 def _linear_int4_fake(
@@ -122,6 +132,7 @@ _linear_int4 = define(
     reference=contiguous(linear_int4_reference),
     fake=_linear_int4_fake,
     cpu={"native": linear_int4_native},
+    cuda={"triton": triton_launcher("linear_int4"), "cuda": linear_int4_cuda},
     backward=(_backward, _save),
 )
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from internvl_engine import reference
 
+from . import _gemv
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
-from ._int8 import PANEL_ROWS, check_int8, dequantize_int8
+from ._int8 import PANEL_ROWS, check_int8, dequantize_int8, rows_of_int8
 from ._invariance import is_batch_invariant
-from ._library import NATIVE_TYPES, address, contiguous, define, native
+from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
 from ._rows import as_rows
 from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
 
@@ -46,7 +47,7 @@ def linear_int8_native(
         y = linear_int8_native(x.float(), packed, scales, sums, wide, epilogue).to(x.dtype)
         return y if residual is None else residual + y
     features, columns = scales.shape[0], x.shape[-1]
-    if x.dtype not in NATIVE_TYPES or columns > MAX_COLUMNS:
+    if x.dtype not in NATIVE_TYPES or columns > MAX_COLUMNS or packed.numel() == 0:
         return NotImplemented
     if epilogue == "swiglu" and features % (2 * PANEL_ROWS):  # a panel has rows of gate and up
         y = linear_int8_native(x, packed, scales, sums, bias)
@@ -67,6 +68,34 @@ def linear_int8_native(
         columns, features, EPILOGUES.index(epilogue), workspace.data_ptr(), threads,
     )  # fmt: skip
     return y
+
+
+def linear_int8_int_mm(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Rows of x in 8 bits, then PyTorch's integer product: cuBLAS's, on a GPU.
+
+    By preference only: a channel of 1,000 times the usual size, as large models have, leaves the
+    other values of its row no bits. cuBLAS takes more than 16 rows, and multiples of 8.
+    """
+    features, channels = scales.shape[0], x.shape[-1]
+    if is_batch_invariant() or x.numel() <= 16 * channels or features % 8 or channels % 8:
+        return NotImplemented
+    q, q_scales = torch.ops.internvl.gelu_quant.default(x, torch.int8, "none")
+    product = torch._int_mm(q.view(-1, channels), rows_of_int8(packed, features).t())
+    y = product * q_scales.view(-1, 1) * scales
+    y = (y if bias is None else y + bias).to(x.dtype)
+    return apply_epilogue(y.view(*x.shape[:-1], features), epilogue, residual)
+
+
+def linear_int8_cuda(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
+    epilogue: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cuda/linear.cu, for 1 to 8 rows; x stays as it is."""
+    held = _gemv.weight_of((packed, scales, sums), scales.shape[0], x.shape[-1])
+    return _gemv.linear_cuda(x, held, bias, epilogue, residual)
 
 
 def _linear_int8_fake(
@@ -120,6 +149,11 @@ _linear_int8 = define(
     reference=contiguous(linear_int8_reference),
     fake=_linear_int8_fake,
     cpu={"native": linear_int8_native},
+    cuda={
+        "triton": triton_launcher("linear_int8"),
+        "int_mm": linear_int8_int_mm,
+        "cuda": linear_int8_cuda,
+    },
     backward=(_backward, _save),
 )
 

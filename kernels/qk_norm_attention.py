@@ -36,6 +36,8 @@ from internvl_engine import reference
 
 from ._attention import (
     FLASH,
+    FLASH_BACKWARD,
+    AttentionGradients,
     empty_output,
     flash_serves,
     log_sum_exp,
@@ -160,6 +162,14 @@ def qk_norm_attention_backward_bmm(
         return NotImplemented
     q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
     found = bmm_backward(grad.transpose(1, 2), q, k, v, None, scale)
+    return _through_norms(found, qkv, q_weight, k_weight, eps)
+
+
+def _through_norms(
+    found: AttentionGradients, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    eps: float,
+) -> QKNormGradients:  # fmt: skip
+    """The gradients of qkv and the weights from those of the normed q, k and of v."""
     d_qkv = torch.stack([x.transpose(1, 2) for x in found], dim=2)
     if q_weight is None or k_weight is None:
         return QKNormGradients(d_qkv, qkv.new_empty(0), qkv.new_empty(0))
@@ -171,6 +181,24 @@ def qk_norm_attention_backward_bmm(
         d_qkv[:, :, part] = d_part.view(qkv[:, :, part].shape)
         d_weights.append(d_weight)
     return QKNormGradients(d_qkv, *d_weights)
+
+
+def _flash_backward_backend(differentiate):
+    """Others' gradients, of q and k normed again: they know no norms.
+
+    The log-sum-exp may come from the folded form, which rounds q and k elsewhere; in large scores
+    that shows. Their own forward pass, which the same `prefer` chooses, is the one that fits.
+    """
+
+    def run(grad, qkv, q_weight, k_weight, out, lse, rstd, eps, scale):
+        if not flash_serves(qkv):
+            return NotImplemented
+        q, k, v = _normed_heads(qkv, q_weight, k_weight, eps)
+        grad, out = grad.transpose(1, 2), out.transpose(1, 2)
+        found = differentiate(grad, q, k, v, out, lse, False, scale)
+        return _through_norms(found, qkv, q_weight, k_weight, eps)
+
+    return run
 
 
 def _backward_reference(
@@ -231,7 +259,10 @@ _qk_norm_attention_backward = define(
         *(qkv.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight)),
     ),
     cpu={"bmm": qk_norm_attention_backward_bmm},
-    cuda={"triton": triton_launcher("qk_norm_attention", "qk_norm_attention_backward_triton")},
+    cuda={
+        "triton": triton_launcher("qk_norm_attention", "qk_norm_attention_backward_triton"),
+        **{name: _flash_backward_backend(run) for name, run in FLASH_BACKWARD.items()},
+    },
 )
 
 

@@ -26,11 +26,15 @@ from internvl_engine.kernels.triton import (
     add_rms_norm,
     attention,
     decode_attention,
+    gelu_quant,
     layer_norm,
     linear,
+    linear_int4,
+    linear_int8,
     pooling_attention,
     qk_norm_attention,
     rms_norm,
+    rms_norm_quant,
     rotary,
     rotary_append,
     swiglu,
@@ -95,6 +99,16 @@ def rows(batch: int, tokens: int, channels: int, features: int) -> None:
     y = empty(batch, tokens, features)
     linear.linear_triton(x, empty(features, channels), empty(features), "gelu", y)
     linear.linear_triton(x, empty(2 * features, channels), None, "swiglu")
+    bias, residual = empty(features), y
+    panels, groups = -(-features // 32), -(-channels // 64)
+    eight = torch.empty(panels, -(-channels // 4), 32, 4, dtype=torch.int8)
+    eight = (eight, torch.empty(features), torch.empty(features, dtype=torch.int32))
+    linear_int8.linear_int8_triton(x, *eight, bias, "gelu", residual)
+    four = torch.empty(panels, -(-channels // 8), 32, 4, dtype=torch.uint8)
+    four = (four, torch.empty(panels, groups, 32, dtype=torch.float16))
+    linear_int4.linear_int4_triton(x, *four, features, bias, "gelu", residual)
+    rms_norm_quant.rms_norm_quant_triton(x, weight, EPS, torch.int8)
+    gelu_quant.gelu_quant_triton(x, torch.int8)
     gate_up = empty(batch, tokens, 2 * features)
     swiglu.swiglu_triton(gate_up)
     swiglu.swiglu_backward_triton(y, gate_up)

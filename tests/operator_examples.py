@@ -4,6 +4,9 @@ import torch
 
 from internvl_engine import kernels, reference
 
+# Operators that write to their last two tensors and have no gradient.
+WRITE = ("decode_qkv", "rotary_append")
+
 
 def heads(batch: int = 2, tokens: int = 9) -> torch.Tensor:
     return torch.randn(batch, 2, tokens, 16)
@@ -47,6 +50,14 @@ def examples() -> dict[str, tuple]:
         "swiglu": (x,),
         "swiglu_backward": (x[:, :4], x),
         "rotary": (q, k, *table, positions),
+        "decode_qkv": (
+            x[:2, None], torch.randn(48, 8), None, None, None, weight[0], None, 1e-6, 1, *table,
+            positions[:, :1], positions[0, :1], heads()[:, :1], heads()[:, :1],
+        ),
+        "norm_linear": (
+            x, weight, None, None, 6, bias, "gelu", weight[0], x.square().sum(1, True), 1e-6,
+        ),
+        "linear_squares": (x, weight, None, None, 6, bias, torch.randn(3, 6)),
         "rotary_append": (q, k, k, *table, positions, positions[0], heads(), heads()),
         "linear": (x, weight, bias, "gelu", torch.randn(3, 6)),
         "linear_backward": (torch.randn(3, 6), x, weight, bias, "none", [True, True, True]),
@@ -64,6 +75,10 @@ def examples() -> dict[str, tuple]:
         "rms_norm_quant": (x, weight[0], 1e-6, torch.int8),
         "gelu_quant": (x, torch.int8, "gelu"),
         "linear_fp8": (x, *quantized, bias, "gelu", torch.randn(3, 6)),
+        "linear_fp8_rows": (
+            *kernels.gelu_quant(x, epilogue="none"), *quantized, torch.float32, bias, "gelu",
+            torch.randn(3, 6),
+        ),
         "linear_fp8_backward": (torch.randn(3, 6), x, *quantized, bias, "none", [True, True]),
         "pooling_attention": (torch.randn(2, 4, 16), torch.randn(2, 9, 16), 1e-5),
     }  # fmt: skip

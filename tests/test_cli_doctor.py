@@ -45,7 +45,9 @@ def test_doctor(run, monkeypatch):
     assert f"dtype=auto on cpu is {found['dtype_auto']['cpu']}: the processor" in out
 
 
-@pytest.mark.parametrize("gigabytes, message", [(22, "parts='all' with quantize='int8'"), (500, None)])
+@pytest.mark.parametrize(
+    "gigabytes, message", [(22, "parts='all' with quantize='int8'"), (500, None)]
+)
 def test_what_does_not_fit_says_what_would(run, monkeypatch, gigabytes, message):
     memory = {"total": gigabytes * 10**9, "available": gigabytes * 10**9}
     monkeypatch.setattr(doctor, "memory", lambda: memory)

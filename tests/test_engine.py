@@ -1,5 +1,7 @@
 """The façade: embeddings are the model's, whatever the grouping; parts say what they lack."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -262,9 +264,24 @@ def test_a_generator_is_an_iterable_like_any_other(engine):
 
 
 def test_weights_that_do_not_fit_stay_mapped(monkeypatch):
+    whole = InternVL.nano(dtype="bfloat16")
+    monkeypatch.setattr("internvl_engine.engine.weights.memory", lambda: {"available": 100_000})
+    with pytest.warns(UserWarning, match="0.0 GB of weights stay mapped .* only 0.0 GB of memory"):
+        engine = InternVL.nano(dtype="bfloat16")
+    # Fused, and with the weights of the file: none is packed or merged.
+    assert engine.report.replaced == whole.report.replaced
+    assert all(type(p) is torch.nn.Parameter for p in engine.model.parameters())
+    hooked = [bool(layer._forward_hooks) for layer in engine.model.vision_model.encoder.layers]
+    assert any(hooked)
+    for mode in "cg":
+        actual, expected = (e.encode_image(pictures(2), mode) for e in (engine, whole))
+        torch.testing.assert_close(actual, expected, atol=0.02, rtol=0)  # of bfloat16
+    captions = [each.caption(pictures(2), max_new_tokens=6) for each in (engine, whole)]
+    assert captions[0] == captions[1]
+
+
+def test_weights_that_are_in_memory_are_packed_whatever_is_left(monkeypatch):
     monkeypatch.setattr("internvl_engine.engine.weights.memory", lambda: {"available": 1000})
-    with pytest.warns(UserWarning, match="stay mapped and eager, because only 0.0 GB"):
-        engine = InternVL.nano()
-    assert engine.report is None
-    monkeypatch.undo()
-    assert InternVL.nano().report.replaced
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert InternVL.nano(dtype="float32").report.replaced

@@ -11,8 +11,9 @@ FORMS = {  # name: in int8, int4 and fp8
     "qllama.model.layers.0.self_attn.q_proj.weight": ("int8", "int4", "fp8"),
     "qllama.model.layers.4.cross_attn.v_proj.weight": ("int8", "int4", "fp8"),
     "qllama.model.layers.31.mlp.down_proj.weight": ("int8", "int4", "fp8"),
-    "qllama.model.embed_tokens.weight": ("int8", "int8", "fp8"),
-    "qllama.lm_head.weight": ("int8", "int8", "fp8"),
+    "qllama.model.embed_tokens.weight": ("int8", "int8", "int8"),
+    "qllama.lm_head.weight": ("int8", "int8", "int8"),
+    "language_model.output.weight": ("int8", "int8", "int8"),  # InternLM2's head
     "language_model.model.layers.3.mlp.gate_up_proj.weight": ("int8", "int4", "fp8"),
     "language_model.model.layers.3.self_attn.qkv_proj.weight": ("int8", "int4", "fp8"),
     "language_model.model.layers.3.attention.wqkv.weight": ("int8", "int4", "fp8"),

@@ -19,6 +19,7 @@ struct Dense {
   typedef T Product;
   typedef typename Step<T>::Word Word;
   static constexpr int kRows = kPanel;
+  static constexpr int64_t kBlockTiles = kTilesInL2;
   static constexpr bool kInPlace = true;
 
   Rows<const T> x;
@@ -28,20 +29,19 @@ struct Dense {
   void pack(int64_t, int64_t first, int64_t rows, uint32_t* tile, char*) const {
     pack_tile(x, first, rows, cols, tile);
   }
-  const Word* read(int64_t panel, int64_t from, int64_t, char*) const {
+  const Word* read(int64_t panel, int, int64_t from, int64_t, char*) const {
     return weights + (panel * steps + from) * kPanel;
   }
   const char* address(int64_t panel, int64_t from) const {
-    return reinterpret_cast<const char*>(read(panel, from, 0, nullptr));
+    return reinterpret_cast<const char*>(read(panel, 0, from, 0, nullptr));
   }
   static int64_t bytes(int64_t steps) { return steps * kPanel * sizeof(Word); }
-  static int64_t stride(int64_t) { return 0; }
   float* settle(float* sums, int64_t, int64_t, int64_t) const { return sums; }
 };
 
 template <typename T>
 LinearMemory linear_memory(void* at, int64_t rows, int64_t cols, int threads) {
-  return {at, rows, parts_of(cols, Step<T>::kDepth), 0, threads};
+  return {at, rows, parts_of(cols, Step<T>::kDepth), Dense<T>::kBlockTiles, 0, threads};
 }
 
 // Bytes of scratch memory that linear() needs.

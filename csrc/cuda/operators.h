@@ -50,7 +50,7 @@ struct GemvWeight {
   int group;
 };
 
-enum class Epilogue { none, gelu, swiglu, gelu_tanh, gelu_quick };  // as kernels/_cuda.py numbers them
+enum class Epilogue { none, gelu, swiglu, gelu_tanh, gelu_quick };  // as kernels/_gemv.py numbers them
 
 // y = residual + epilogue(x' w^T + bias); bias, residual and squares may be null, squares gets
 // (rows of x, ceil(columns of y / 16)) sums of y * y. dtype is not 0. With swiglu, int8 and int4 need

@@ -33,6 +33,7 @@ _PUBLIC = {  # name: the module that defines it
     "replaced_weights": "writing",
     "resolve_dtype": "dtypes",
     "save_chat": "saving",
+    "save_forms": "saving_forms",
 }
 if TYPE_CHECKING:
     from .contents import Contents as Contents
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .pretrained import load_pretrained as load_pretrained
     from .saving import Origin as Origin
     from .saving import save_chat as save_chat
+    from .saving_forms import save_forms as save_forms
     from .writing import replaced_weights as replaced_weights
 
 __all__ = list(_PUBLIC)

@@ -40,14 +40,16 @@ def fill(
     kept: dict[str, Tensor] = {}
     for name in track(plan.names, progress):
         device, storage = placement.of(name)
-        tensor = plan.read(name, dtype)
-        if scheme is not None:
-            if storage == DISK:
-                raise ValueError(
-                    f"{name} goes to disk, and quantize= leaves nothing there: write a quantized "
-                    "checkpoint with `internvl convert --quantize`, and load that"
-                )
-            tensor = quantize(rule_of(scheme, model, name, tuple(tensor.shape)), tensor)
+        rule = None if scheme is None else rule_of(scheme, model, name, plan.entry(name).shape)
+        if rule is None:
+            tensor = plan.read(name, dtype)
+        else:
+            tensor = quantize(rule, plan.read(name), dtype)
+        if storage == DISK and rule is not None:
+            raise ValueError(
+                f"{name} goes to disk, and quantize= leaves nothing there: write a quantized "
+                "checkpoint with `internvl convert --quantize`, and load that"
+            )
         if storage is None:
             _assign(model, name, tensor.to(device))
         elif storage == DISK and not plan.is_mapped(name, dtype):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..schemes import Rule, Scheme
@@ -16,6 +17,8 @@ from .names import LORA, canonical
 from .registry import forms
 from .writing import Planned
 
+PANEL = 32  # rows, of which multiples are ranges of every inner tensor
+RANGE = 1 << 20  # values that are quantized together
 PACKED = "packed"  # the inner tensor that has the name of the weight
 _INNER = re.compile(r"^(?P<owner>.*\.weight)\.(?P<inner>\w+)$")
 
@@ -53,9 +56,25 @@ def rules_of(scheme: Scheme, model: nn.Module, weights: Iterable[Planned]) -> di
     return found
 
 
-def quantize(rule: Rule | None, weight: Tensor) -> Tensor:
-    """A weight in the form of a rule."""
-    return weight if rule is None else forms().KINDS[rule.form].quantize(weight, **rule.options)
+def quantize(rule: Rule, weight: Tensor, dtype: torch.dtype) -> Any:
+    """A weight in the form of a rule, a range of rows at a time: temporaries stay small.
+
+    Args:
+        weight: (F, C), wide.
+        dtype: that it will compute in.
+    """
+    kind = forms().KINDS[rule.form]
+    shape = tuple(weight.shape)
+    inner = {
+        name: torch.empty(size, dtype=own, device=weight.device)
+        for name, (size, own) in kind.inner_layout(shape, **rule.options).items()
+    }
+    filled = dict.fromkeys(inner, 0)
+    for rows in weight.split(max(RANGE // shape[1] // PANEL, 1) * PANEL):
+        for name, part in kind.quantize(rows, **rule.options).inner_tensors().items():
+            inner[name].narrow(0, filled[name], len(part)).copy_(part)
+            filled[name] += len(part)
+    return forms().assemble(inner, shape, dtype)
 
 
 def stored_name(weight: str, inner: str) -> str:

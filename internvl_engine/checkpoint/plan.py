@@ -97,8 +97,8 @@ class Plan:
         """The stored tensor of a weight, by its name in the model."""
         return self.contents.entry(self.names[name])
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A weight by its name in the model; mapped where it is stored in that dtype."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A weight by its name in the model; mapped where it is stored in that dtype, or None."""
         return self.reader.read(self.names[name], dtype)
 
     def is_mapped(self, name: str, dtype: torch.dtype) -> bool:

@@ -8,7 +8,6 @@ are beside each other too.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -41,7 +40,7 @@ class Quantizing:
         self._made: dict[str, Tensor] = {}
         of_name = {each.name: each for each in planned}
         layouts = {
-            name: forms().KINDS[rule.form].layout(of_name[name].shape, **rule.options)
+            name: forms().KINDS[rule.form].inner_layout(of_name[name].shape, **rule.options)
             for name, rule in rules.items()
         }
         groups = {run[0]: run for run in neighbours(n for n in of_name if n in rules)}
@@ -74,5 +73,5 @@ class Quantizing:
         return self._made.pop(name)
 
     def _quantized(self, name: str) -> Mapping[str, Tensor]:
-        weight: Any = quantize(self.rules[name], self._read(name))
-        return weight.inner()
+        weight = self._read(name)
+        return quantize(self.rules[name], weight, weight.dtype).inner_tensors()

@@ -19,11 +19,11 @@ Layout = Mapping[str, "tuple[tuple[int, ...], torch.dtype]"]
 class Kind(Protocol):
     """One form of a weight (F, C)."""
 
-    def layout(self, shape: tuple[int, ...], **options: Any) -> Layout:
+    def inner_layout(self, shape: tuple[int, ...], **options: Any) -> Layout:
         """The shapes and dtypes of the inner tensors, the packed one first."""
 
     def quantize(self, weight: "Tensor", **options: Any) -> Any:
-        """A weight in this form; `inner()` of it are its inner tensors by name."""
+        """A weight in this form; `inner_tensors()` of it are its inner tensors by name."""
 
 
 class Forms(Protocol):

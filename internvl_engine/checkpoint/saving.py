@@ -11,14 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ..schemes import Rule
 from . import ties
-from .arranging import OF_TRANSFORMERS, PUBLISHED, Weights, arrange
+from .arranging import OF_TRANSFORMERS, PUBLISHED, Weights, arrange, arrange_quantized
 from .contents import Contents
 from .errors import CheckpointError, listed
 from .families import CHAT
 from .files import read_json
+from .held import held_parts, held_rules, held_scheme, plain
 from .layouts import TRANSFORMERS
 from .placement import parse_size
+from .quantized import FIELD, stated
+from .quantizing import Quantizing
 from .rewriting import Read
 from .writing import ALIGNMENT, Planned, replaced_weights, write_shards, write_text
 
@@ -70,6 +74,7 @@ def save_chat(
     *,
     layout: str | None = None,
     max_shard_size: int | str = "5GB",
+    quantized: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
     is_main_process: bool = True,
     **options: Any,
@@ -84,6 +89,8 @@ def save_chat(
             (InternVLForConditionalGeneration), which holds whole models only; None is the one that
             the model came from.
         max_shard_size: bytes or "5GB".
+        quantized: write quantized weights as they are held, in the published layout, for
+            `from_pretrained` to map; False writes their values in the dtype that they compute in.
         state_dict: the model's, in place of its own, as a trainer gathers it.
         is_main_process: others write nothing.
         options: of transformers' `save_pretrained`; those that would change what is written are
@@ -100,12 +107,21 @@ def save_chat(
     if not is_main_process:
         return []
     origin, folder = getattr(model, "origin", None), Path(folder)
-    layout = chosen_layout(layout, origin, model.config)
     state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
-    arranged = arrange(_config_now(model), _of_state(model, state), layout)
+    config, weights = _config_now(model), _of_state(model, state)
+    rules: dict[str, Rule] = {}
+    if quantized:
+        arranged = arrange_quantized(config, weights, layout)
+        rules = held_rules(model, state, arranged.targets)
+        settings = stated(held_scheme(model, state, rules), arranged.values["torch_dtype"])
+        arranged.values[FIELD] = settings
+    else:
+        arranged = arrange(config, weights, chosen_layout(layout, origin, model.config))
+    layout = arranged.layout
     arranged.values.update(remote_code(origin, layout))
+    files = Quantizing(arranged.planned, arranged.read, rules, lambda name: held_parts(state[name]))
     written = write_checkpoint(
-        folder, arranged.values, arranged.planned, arranged.read, max_shard_size
+        folder, arranged.values, files.planned, files.read, max_shard_size, files.alignment
     )
     generation = getattr(model.language_model, "generation_config", None)
     if layout == OF_TRANSFORMERS and generation is not None:
@@ -143,14 +159,9 @@ def _of_state(model: Any, state: Mapping[str, Tensor]) -> Weights:
         if each.head in state and _is_one(state[each.head], state[each.embedding])
     }
 
-    def read(name: str) -> Tensor:
-        tensor = state[name].detach()
-        # A packed weight is a subclass; its copy is plain.
-        return (tensor if type(tensor) is Tensor else tensor.clone()).cpu()
-
     kept = {name: tensor for name, tensor in state.items() if name not in tied}
     planned = tuple(Planned(name, tuple(t.shape), t.dtype) for name, t in kept.items())
-    return Weights(planned, read, tied)
+    return Weights(planned, lambda name: plain(state[name]), tied)
 
 
 def _is_one(head: Tensor, embedding: Tensor) -> bool:
@@ -178,6 +189,22 @@ def write_checkpoint(
     Raises:
         CheckpointError: the folder has no room.
     """
+    written = write_weights(folder, planned, read, max_shard_size, alignment)
+    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    return [*written, folder / "config.json"]
+
+
+def write_weights(
+    folder: Path,
+    planned: list[Planned],
+    read: Read,
+    max_shard_size: int | str,
+    alignment: int = ALIGNMENT,
+) -> list[Path]:
+    """Writes weights in place of those that a folder has; it is made where it is not there.
+
+    Args, Raises: as `write_checkpoint`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, planned)
     with replaced_weights(folder):
@@ -185,8 +212,7 @@ def write_checkpoint(
     for path in folder.iterdir():  # shards of an earlier, longer checkpoint
         if _SHARD.fullmatch(path.name) and path not in written:
             path.unlink()
-    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
-    return [*written, folder / "config.json"]
+    return written
 
 
 def check_room(folder: Path, planned: list[Planned]) -> None:

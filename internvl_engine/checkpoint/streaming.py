@@ -52,8 +52,8 @@ class Stream:
         self.nbytes = sum(sizes[name] for name in self.streamed)
         self._reader: ThreadPoolExecutor | None = None
         streamed = [block for name, block in order if name not in kept]
-        for block, following in zip(streamed, [*streamed[1:], None], strict=True):
-            hook = _Hook(self, following)
+        for place, block in enumerate(streamed):
+            hook = _Hook(self, streamed[place + 1] if place + 1 < len(streamed) else None)
             block.register_forward_pre_hook(hook.before)
             block.register_forward_hook(hook.after, always_call=True)
 

@@ -117,6 +117,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="Directory, weight file or hub id.")],
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="[default: as stored]")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="int8, int4 or fp8: large weights in that form, to be mapped as it is."),
+    ] = None,
     parts: Annotated[
         str | None,
         typer.Option(
@@ -131,10 +135,13 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint again: another dtype or layout, fewer parts, LoRA merged, safetensors."""
+    """Write a checkpoint again: another dtype or layout, fewer parts, LoRA merged, quantized."""
     from ..conversion import convert as rewrite
 
-    files = rewrite(source, target, dtype=dtype, parts=parts, merge_lora=merge_lora, layout=layout)
+    files = rewrite(
+        source, target, dtype=dtype, quantize=quantize, parts=parts, merge_lora=merge_lora,
+        layout=layout,
+    )  # fmt: skip
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
         print_json({"source": source, "target": str(target), "files": sizes})

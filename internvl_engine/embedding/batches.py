@@ -1,21 +1,19 @@
-"""Batches of images for the vision tower, streamed and prepared ahead."""
+"""Batches of images for the vision tower, decoded by threads ahead of the device."""
 
-import operator
-import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..processing import InternVLImageProcessor
+from .ahead import map_ahead, num_threads
+from .batch_size import BatchSize, checked_batch_size
 from .pictures import pictures
+from .pixels import PixelTable
 
-DECODING_THREADS = min(8, os.cpu_count() or 1)
-LARGEST = 2**31 - 1  # a batch of everything
+DECODING_THREADS = num_threads()
 
 
 class Outcome(NamedTuple):
@@ -44,75 +42,90 @@ class ImageBatch(NamedTuple):
 def image_batches(
     processor: InternVLImageProcessor,
     images: Any,
-    batch_size: int,
+    batch_size: int | BatchSize,
     dtype: torch.dtype,
     *,
     keep_errors: bool = False,
+    pinned: bool = False,
 ) -> Iterator[ImageBatch]:
-    """Pixel values of images that may be endless, the next batch prepared during the present one.
+    """Pixel values of images that may be endless; the next batch is decoded during the present one.
 
     Args:
         processor: makes the pixels.
-        images: one image, or any iterable of images; it is read in the caller's thread. Each is
-            taken as it is when it is read.
-        batch_size: of every batch but the last.
+        images: one image, or any iterable of images; it is read in the caller's thread, at most a
+            batch further than the batches that were taken. Each image is taken as it is when it is
+            read.
+        batch_size: of every batch but the last. A BatchSize may shrink between two batches.
         dtype: of the pixels.
         keep_errors: images that cannot be used are left out of the pixels and named in the batch.
+        pinned: in memory that a GPU copies from while the CPU goes on.
 
     Raises:
         ValueError: batch_size is below 1; and without `keep_errors` what the processor raises, with
             the number that the image has in `images`.
     """
-    batch_size = checked_batch_size(batch_size)
-    sources = pictures(images)
-    prepare = _sound_batch if keep_errors else _batch
-    prepared: deque[Future[ImageBatch]] = deque()
-    count = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="images") as pool:
-        while chunk := list(islice(sources, batch_size)):
-            prepared.append(pool.submit(prepare, processor, chunk, count, dtype))
-            count += len(chunk)
-            if len(prepared) > 1:
-                yield prepared.popleft().result()
-        while prepared:
-            yield prepared.popleft().result()
+    if not isinstance(batch_size, BatchSize):
+        batch_size = BatchSize(checked_batch_size(batch_size))
+    return _batches(processor, images, batch_size, dtype, keep_errors, pinned)
 
 
-def checked_batch_size(batch_size: Any) -> int:
-    """A batch size as a number; raises ValueError where it is none of 1 or more."""
-    if batch_size is None:
-        return 32
+def pixel_batches(pixel_values: Tensor, size: int, limit: BatchSize) -> Iterator[ImageBatch]:
+    """Pixel values that are given, in batches.
+
+    Raises:
+        ValueError: they are not (B, 3, size, size) and floating point.
+    """
+    if pixel_values.shape[1:] != (3, size, size) or not pixel_values.is_floating_point():
+        raise ValueError(
+            f"encode_image: pixel_values must be normalised values (B, 3, {size}, {size}), got "
+            f"{pixel_values.dtype} {tuple(pixel_values.shape)}"
+        )
+    return _split(pixel_values, limit)
+
+
+def _split(pixel_values: Tensor, limit: BatchSize) -> Iterator[ImageBatch]:
+    start = 0
+    while start < len(pixel_values):
+        pixels = pixel_values[start : start + limit.size]
+        yield ImageBatch(pixels, list(range(start, start + len(pixels))), [])
+        start += len(pixels)
+
+
+def _batches(
+    processor: InternVLImageProcessor, images: Any, limit: BatchSize, dtype: torch.dtype,
+    keep_errors: bool, pinned: bool,
+) -> Iterator[ImageBatch]:  # fmt: skip
+    table = PixelTable(processor, dtype)
+    prepare = partial(_decoded, processor, table, keep_errors)
+    outcomes = map_ahead(prepare, pictures(images), lambda: limit.size, DECODING_THREADS)
+    batch: list[Outcome] = []
     try:
-        size = operator.index(batch_size)
-    except TypeError:
-        size = 0
-    if size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}")
-    return min(size, LARGEST)
+        for outcome in outcomes:
+            batch.append(outcome)
+            if len(batch) >= limit.size:
+                yield _batch(batch, table, processor.size, pinned)
+                batch = []
+        if batch:
+            yield _batch(batch, table, processor.size, pinned)
+    finally:
+        outcomes.close()  # type: ignore[attr-defined]  # now, not when it is collected
 
 
-def _batch(
-    processor: InternVLImageProcessor, chunk: Sequence[Any], first: int, dtype: torch.dtype
-) -> ImageBatch:
-    pixels = processor(chunk, dtype=dtype, workers=DECODING_THREADS, first=first)
-    return ImageBatch(pixels, list(range(first, first + len(chunk))), [])
-
-
-def _sound_batch(
-    processor: InternVLImageProcessor, chunk: Sequence[Any], first: int, dtype: torch.dtype
-) -> ImageBatch:
-    """The same without the images that cannot be used."""
+def _decoded(
+    processor: InternVLImageProcessor, table: PixelTable, keep_errors: bool, number: int, image: Any
+) -> Outcome:
+    """The bits of the values of one image, in a thread."""
     try:
-        return _batch(processor, chunk, first, dtype)
-    except (OSError, ValueError, TypeError):  # one of them at least: each by itself
-        pass
-    pixels: list[Tensor] = []
-    numbers: list[int] = []
-    broken: list[Outcome] = []
-    for number, source in enumerate(chunk, first):
-        try:
-            pixels.append(processor([source], dtype=dtype, first=number))
-            numbers.append(number)
-        except (OSError, ValueError, TypeError) as error:
-            broken.append(Outcome(number, error=error))
-    return ImageBatch(torch.cat(pixels) if pixels else processor([], dtype=dtype), numbers, broken)
+        square = processor.squares([image], first=number)[0].numpy()
+    except (OSError, ValueError, TypeError) as error:
+        if not keep_errors:
+            raise
+        return Outcome(number, error=error)
+    return Outcome(number, table.look_up(square))
+
+
+def _batch(outcomes: list[Outcome], table: PixelTable, size: int, pinned: bool) -> ImageBatch:
+    sound = [outcome for outcome in outcomes if outcome.error is None]
+    pixels = table.batch([outcome.value for outcome in sound], size, pinned)
+    broken = [outcome for outcome in outcomes if outcome.error is not None]
+    return ImageBatch(pixels, [outcome.number for outcome in sound], broken)

@@ -4,6 +4,8 @@ B images, T texts, E = 768 width of the embeddings
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -11,8 +13,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..processing.text import EMBEDDING_PREFIX, MAX_LENGTH
-from .batches import Outcome, checked_batch_size, image_batches
+from .batch_size import batch_size_of
+from .batches import ImageBatch, Outcome, image_batches, pixel_batches
+from .captured import CapturedEncode
 from .fingerprint import fingerprint
+from .passes import Upload, embed_batches, within_memory
 from .texts import embed_rows
 
 if TYPE_CHECKING:
@@ -73,6 +78,18 @@ class Embedder:
         self.parts = parts
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.remembered: dict[Hashable, Tensor] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What serves this object in this process: no copy of the engine takes it along."""
+        self.captured, self.upload = CapturedEncode(self.model), Upload()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {n: v for n, v in vars(self).items() if n not in ("captured", "upload")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._prepare()
 
     def remember(self, key: Hashable, value: Tensor) -> None:
         """Keeps what was computed of texts under a key that says all that it depends on."""
@@ -109,7 +126,7 @@ class Embedder:
         mode: Literal["c", "g", "both"] = "c",
         *,
         pixel_values: Tensor | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         normalize: bool = True,
         progress: Callable[[int], object] | None = None,
     ) -> Any:
@@ -121,7 +138,8 @@ class Embedder:
                 they are needed.
             mode: "c" (pooled vision features), "g" (with the queries' reading of them), or "both".
             pixel_values: (B, 3, S, S) in place of images: floating point, normalised already.
-            batch_size: images at a time.
+            batch_size: images at a time; None is what free memory allows. It is halved for the rest
+                of the call where memory runs out.
             normalize: unit length; otherwise as the model gives them.
             progress: called with the number of images after every batch.
 
@@ -133,19 +151,21 @@ class Embedder:
             ValueError: unknown mode, parts that were not loaded, an image that cannot be used or
                 whose embedding is not finite.
         """
+        from ..modeling.internvl import unit
+
         kinds = self.check_mode(mode)
-        pixels = self._pixels(images, pixel_values, batch_size)
         width = self.model.config.clip_embed_dim
         empty = torch.empty(kinds, 0, width, dtype=torch.float32, device=self.device)
         found, count = [empty], 0
-        for batch in pixels:
-            found.append(self._embed_pixels(batch, mode, normalize))
-            if not bool(found[-1].isfinite().all()):
-                row = count + int(found[-1].isfinite().all(-1).all(0).logical_not().nonzero()[0])
-                raise ValueError(f"encode_image: image {row}: {not_finite(self)}")
-            count += len(batch)
-            if progress is not None:
-                progress(len(batch))
+        with closing(self._passes(images, pixel_values, batch_size, mode)) as passes:
+            for batch, rows in passes:
+                if not bool(rows.isfinite().all()):
+                    row = count + int(rows.isfinite().all(-1).all(0).logical_not().nonzero()[0])
+                    raise ValueError(f"encode_image: image {row}: {not_finite(self)}")
+                found.append(unit(rows) if normalize else rows)
+                count += len(batch.numbers)
+                if progress is not None:
+                    progress(len(batch.numbers))
         embeddings = torch.cat(found, dim=1)  # ordinary tensors again, out of inference mode
         return ImageEmbeddings(*embeddings) if mode == "both" else embeddings[0]
 
@@ -154,7 +174,7 @@ class Embedder:
         images: Any,
         mode: Literal["c", "g", "both"] = "c",
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         normalize: bool = True,
     ) -> Iterator[Outcome]:
         """Embeds images one after another, and goes on where one cannot be used.
@@ -166,18 +186,22 @@ class Embedder:
             For every image, in order, (number, value, error): its embedding (E,), or
             ImageEmbeddings of two for "both"; or why there is none.
         """
+        from ..modeling.internvl import unit
+
         self.check_mode(mode)
-        processor, options = self.processor.image_processor, {"keep_errors": True}
-        for batch in image_batches(processor, images, batch_size, self.dtype, **options):
-            outcomes = list(batch.broken)
-            if batch.numbers:
-                found = self._embed_pixels(batch.pixels, mode, normalize).clone()
-                finite = found.isfinite().all(-1).all(0).tolist()
-                for number, rows, sound in zip(batch.numbers, found.unbind(1), finite, strict=True):
-                    value = ImageEmbeddings(*rows) if mode == "both" else rows[0]
-                    error = None if sound else ValueError(f"image {number}: {not_finite(self)}")
-                    outcomes.append(Outcome(number, value if sound else None, error))
-            yield from sorted(outcomes, key=lambda outcome: outcome.number)
+        with closing(self._passes(images, None, batch_size, mode, keep_errors=True)) as passes:
+            for batch, rows in passes:
+                outcomes = list(batch.broken)
+                if rows is not None:
+                    finite = rows.isfinite().all(-1).all(0).tolist()
+                    rows = (unit(rows) if normalize else rows).clone()
+                    for number, row, sound in zip(
+                        batch.numbers, rows.unbind(1), finite, strict=True
+                    ):
+                        value = ImageEmbeddings(*row) if mode == "both" else row[0]
+                        error = None if sound else ValueError(f"image {number}: {not_finite(self)}")
+                        outcomes.append(Outcome(number, value if sound else None, error))
+                yield from sorted(outcomes, key=lambda outcome: outcome.number)
 
     def check_mode(self, mode: str) -> int:
         """How many embeddings a mode gives for an image; ValueError where it is none, or cannot."""
@@ -187,41 +211,45 @@ class Embedder:
             self.require(f"{kind.upper()} embeddings of images")
         return 2 if mode == "both" else 1
 
-    def _pixels(self, images: Any, pixel_values: Any, batch_size: int) -> Iterator[Tensor]:
-        """Pixel values of images, or those that are given, in batches."""
+    def _passes(
+        self, images: Any, pixel_values: Any, batch_size: Any, mode: str, keep_errors: bool = False
+    ) -> Iterator[tuple[ImageBatch, Any]]:
+        """Batches of images, or of pixel values that are given, with their embeddings."""
+        processor, device = self.processor.image_processor, self.device
+        limit = batch_size_of(batch_size, self.model, device, processor.size)
         if (images is None) == (pixel_values is None):
             raise ValueError("encode_image: give either images or pixel_values")
+        if isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point():
+            raise ValueError("encode_image: pass values that are normalised as pixel_values=")
         if pixel_values is None:
-            processor = self.processor.image_processor
-            if isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point():
-                raise ValueError("encode_image: pass values that are normalised as pixel_values=")
-            return (b.pixels for b in image_batches(processor, images, batch_size, self.dtype))
-        size = self.processor.image_processor.size
-        if pixel_values.shape[1:] != (3, size, size) or not pixel_values.is_floating_point():
-            raise ValueError(
-                f"encode_image: pixel_values must be normalised values (B, 3, {size}, {size}), got "
-                f"{pixel_values.dtype} {tuple(pixel_values.shape)}"
+            batches = image_batches(
+                processor, images, limit, self.dtype, keep_errors=keep_errors,
+                pinned=device.type == "cuda",
+            )  # fmt: skip
+        else:
+            batches = pixel_batches(pixel_values, processor.size, limit)
+
+        def embed(pixels: Tensor) -> Tensor:
+            return within_memory(
+                partial(self._embed_pixels, mode=mode), pixels, limit, self._release
             )
-        return iter(pixel_values.split(checked_batch_size(batch_size)) if len(pixel_values) else ())
+
+        return embed_batches(batches, embed, device)
 
     @torch.inference_mode()
-    def _embed_pixels(self, pixels: Tensor, mode: str, normalize: bool) -> Tensor:
-        """C, or G, or both: (1 or 2, B, E) float32 on the engine's device."""
-        from ..modeling.internvl import unit
-
+    def _embed_pixels(self, pixels: Tensor, mode: str) -> Tensor:
+        """C, or G, or both: (1 or 2, B, E) float32 on the engine's device; not normalised."""
         if len(pixels) > 1 and kernels.is_batch_invariant():  # PyTorch's own products are not
-            rows = [self._embed_pixels(row, mode, normalize) for row in pixels.split(1)]
+            rows = [self._embed_pixels(row, mode) for row in pixels.split(1)]
             return torch.cat(rows, dim=1)
-        model, pixels = self.model, pixels.to(self.device, self.dtype)
-        if mode == "c":
-            found = [model.clip_projector(model.vision_model(pixel_values=pixels)[0])]
-        else:
-            states, queries = model.get_image_features(pixels)
-            c = model.clip_projector(states)
-            g = model.g_embedding(c, queries)
-            found = [c, g] if mode == "both" else [g]
-        embeddings = torch.stack(found).float().to(self.device)
-        return unit(embeddings) if normalize else embeddings
+        pixels = self.upload(pixels, self.device, self.dtype)
+        return self.captured(pixels, mode).to(self.device)
+
+    def _release(self) -> None:
+        """Gives back memory that is kept for speed."""
+        self.captured.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def encode_text(
         self,

@@ -19,6 +19,7 @@ from .weights import accelerated, passed_as_bytes
 if TYPE_CHECKING:
     from ..modeling.chat import VisionLanguageModel
     from ..processing import VisionLanguageProcessor
+    from ..schemes import Scheme
 
 OF_PROCESSOR = ("template", "chat_template", "system_message", "max_tiles", "min_tiles", "dynamic",
                 "use_thumbnail", "pad2square")  # fmt: skip
@@ -66,6 +67,7 @@ class InternVLChat:
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        quantize: "str | Scheme | None" = None,
         accelerate: bool = True,
         processor: "VisionLanguageProcessor | None" = None,
         **options: Any,
@@ -76,6 +78,9 @@ class InternVLChat:
             source: a directory, or a hub id "owner/name".
             dtype: of the weights; "auto" is bfloat16 where the device computes in it, else float32.
             device: None is the GPU where there is one, else the CPU.
+            quantize: "int8", "int4" or "fp8": hold the large weights in that form; they are
+                quantized one at a time while they are read. A checkpoint that `internvl convert
+                --quantize` wrote needs no word: it is mapped as it is, in seconds.
             accelerate: swap eager modules for fused ones.
             processor: in place of the one beside the weights.
             options: `template`, `chat_template`, `system_message`, `max_tiles` and other settings
@@ -101,7 +106,9 @@ class InternVLChat:
             processor = VisionLanguageProcessor.from_pretrained(place, **found)
         if device is None and options.get("device_map") is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = VisionLanguageModel.from_pretrained(source, dtype=dtype, device=device, **options)
+        model = VisionLanguageModel.from_pretrained(
+            source, dtype=dtype, device=device, quantize=quantize, **options
+        )
         name = str(folder.resolve()) if folder.exists() else os.fspath(source)
         return cls(model, processor, name=name, accelerate=accelerate)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..index import FolderIndex, Hit
     from ..modeling.internvl import InternVLModel
     from ..processing import InternVLProcessor
+    from ..schemes import Scheme
 
 
 class InternVL(Tasks):
@@ -64,6 +65,7 @@ class InternVL(Tasks):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         parts: str | None = None,
+        quantize: "str | Scheme | None" = None,
         accelerate: bool = True,
         processor: "InternVLProcessor | None" = None,
         **options: Any,
@@ -76,6 +78,9 @@ class InternVL(Tasks):
             device: None is the GPU where there is one, else the CPU.
             parts: what to read and hold: "all", "c" or "g" (embeddings of images and texts),
                 "image" or "text" (one tower), "caption"; None is what the checkpoint has.
+            quantize: "int8", "int4" or "fp8": hold the large weights in that form; they are
+                quantized one at a time while they are read. A checkpoint that `internvl convert
+                --quantize` wrote needs no word: it is mapped as it is, in seconds.
             accelerate: swap eager modules for fused ones.
             processor: in place of the one beside the weights.
             options: further ones of `InternVLModel.from_pretrained`: device_map, revision ...
@@ -96,7 +101,7 @@ class InternVL(Tasks):
         if device is None and options.get("device_map") is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = InternVLModel.from_pretrained(
-            source, dtype=dtype, device=device, parts=parts, **options
+            source, dtype=dtype, device=device, parts=parts, quantize=quantize, **options
         )
         if given is None:  # force_image_size, or a position table of another size
             processor.image_processor.size = model.config.image_size

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import Placement, load_pretrained, replaced_weights
+from ..checkpoint import Placement, load_pretrained, replaced_weights, save_forms
+from ..checkpoint.held import is_quantized
 from ..configuration import InternVLConfig
 
 
@@ -68,10 +69,23 @@ class InternVLPreTrainedModel(PreTrainedModel):
         """Loads a checkpoint; see `internvl_engine.checkpoint.load_pretrained`."""
         return load_pretrained(cls, pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *, quantized: bool = False, **kwargs: Any
+    ) -> None:
         """As transformers', which leaves the index of an earlier save in shards beside one file.
 
-        Who reads the folder could not tell which of the two is the model.
+        Who reads the folder could not tell which of the two is the model. Weights that are held in
+        fewer bits are written one at a time.
+
+        Args:
+            save_directory: made where it is not there.
+            quantized: write quantized weights as they are held, for `from_pretrained` to map; False
+                writes their values in the dtype that they compute in.
+            kwargs: of transformers' `save_pretrained`; where weights are quantized max_shard_size.
         """
+        if quantized or any(map(is_quantized, self.parameters())):
+            shards = {k: v for k, v in kwargs.items() if k == "max_shard_size"}
+            save_forms(self, save_directory, quantized=quantized, **shards)
+            return
         with replaced_weights(save_directory):
             super().save_pretrained(save_directory, **kwargs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, hub_options
+from ..checkpoint.entries import Quantized
 from ..checkpoint.errors import listed
 from ..checkpoint.files import read_json, size_of
 from ..checkpoint.fill import track
@@ -144,7 +145,11 @@ def _check_values(report: Report, plan: Plan, progress: bool | None) -> None:
     infinite, empty = [], []
     for name in track(plan.names, progress):
         entry = plan.entry(name)
-        bad, zero = _inspect(entry.read())
+        weight: Any = entry.read()
+        # Of a quantized weight what it is made of: as few values, and none is made.
+        quantized = isinstance(entry, Quantized)
+        looks = [*map(_inspect, weight.inner_tensors().values() if quantized else (weight,))]
+        bad, zero = sum(count for count, _ in looks), looks[0][1]
         if bad:
             infinite.append(f"{entry} ({bad:,} values)")
         if zero and name.endswith(".weight") and len(entry.shape) > 1 and ".lora_B." not in name:
@@ -157,6 +162,8 @@ def _inspect(tensor: Tensor) -> tuple[int, bool]:
     """How many values are not finite, and whether all are zero; in chunks, as memory is short."""
     bad, zero = 0, True
     for chunk in tensor.reshape(-1).split(CHUNK):
+        if chunk.dtype == torch.float8_e4m3fn:  # of which PyTorch compares nothing
+            chunk = chunk.float()
         bad += int((~torch.isfinite(chunk)).sum())
         zero = zero and not bool(chunk.any())
     return bad, zero

@@ -14,10 +14,13 @@ from .._rows import as_rows
 from ._cross_compile import Case
 from ._norm import (
     CANDIDATES,
+    CANDIDATES_BACKWARD,
     DEFAULTS,
     MAX_COLS,
     PROGRAMS_PER_PROCESSOR,
     TILE,
+    backward_defaults,
+    backward_tile,
     differentiate,
     normalise,
 )
@@ -61,8 +64,9 @@ def _add_norm_backward_kernel(
     num_rows, grad_inner, grad_outer_stride, grad_inner_stride,
     passed_inner, passed_outer_stride, passed_inner_stride, x_inner, x_outer_stride, x_inner_stride,
     C, eps, CENTRED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program differentiates every num_programs-th tile of BLOCK_R rows.
+    """One program differentiates every num_programs-th tile of BLOCK_R rows, STAGES in flight.
 
     r (residual_out), dx and dresidual are (rows, C), contiguous. partial: (vectors, programs, C)
     fp32, each program's shares of dweight, where CENTRED dbias, and with a scale dscale, summed
@@ -79,7 +83,8 @@ def _add_norm_backward_kernel(
         scale = tl.load(scale_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
         dscale = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         dscale_lost = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile_index in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
+    tiles = tl.cdiv(num_rows, BLOCK_R)
+    for tile_index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         rows = tile_index * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         mask = (rows < num_rows) & (cols < C)
         dense = rows.to(tl.int64) * C
@@ -88,6 +93,9 @@ def _add_norm_backward_kernel(
         grad = tl.load(grad_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
         start = row_offsets(rows, passed_inner, passed_outer_stride, passed_inner_stride)
         passed = tl.load(passed_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            start = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride)
+            x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
 
         dr, normed = differentiate(
             r, grad, weight, mask, C, eps, CENTRED, r_ptr.dtype.element_ty
@@ -99,8 +107,6 @@ def _add_norm_backward_kernel(
         if CENTRED:
             dbias, dbias_lost = add_exactly(dbias, dbias_lost, grad)
         if scale_ptr is not None:
-            start = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride)
-            x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
             dx = (dresidual * scale).to(dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + dense + cols, dx, mask=mask)
             dscale, dscale_lost = add_exactly(dscale, dscale_lost, dresidual * x)
@@ -157,6 +163,7 @@ def add_norm_backward_triton(
     dresidual = empty_rows(x, x.dtype)
     dx, dscale = x.new_empty(0), x.new_empty(0)
     norms = 2 if centred else 1
+    vectors = norms + (scale is not None)
     if scale is not None:
         dx, dscale = torch.empty_like(dresidual), torch.zeros_like(scale)
     if dresidual.numel() == 0:
@@ -164,14 +171,14 @@ def add_norm_backward_triton(
     inputs = (operator, grad, grad_residual, x, residual_out, scale, weight, eps, centred)
     num_rows = dresidual.numel() // C
     config = config or launch_config(
-        f"{operator}_backward", (C, x.dtype, scale is None, size_class(num_rows)), DEFAULTS,
-        CANDIDATES,
+        f"{operator}_backward", (C, x.dtype, scale is None, size_class(num_rows)),
+        backward_defaults(C, vectors), CANDIDATES_BACKWARD,
         lambda config: add_norm_backward_triton(*inputs, config), x.get_device(),
     )  # fmt: skip
-    blocks = tile(C, TILE)
+    blocks = backward_tile(C, vectors)
     tiles = cdiv(num_rows, blocks["BLOCK_R"])
     programs = persistent_programs(x.device, tiles, PROGRAMS_PER_PROCESSOR)
-    shares = (norms + (scale is not None), programs, C)
+    shares = (vectors, programs, C)
     partial = torch.empty(shares, dtype=torch.float32, device=x.device)
     grads, passed, x_rows = as_rows(grad), as_rows(grad_residual), as_rows(x)
     _add_norm_backward_kernel[(programs,)](
@@ -214,4 +221,7 @@ def add_norm_cases(
             **shared, **rows("grad"), **rows("passed"), "grad_ptr": "*bf16", "passed_ptr": "*bf16",
             "r_ptr": "*bf16", "dx_ptr": scale, "dresidual_ptr": "*bf16", "partial_ptr": "*fp32",
         }  # fmt: skip
+        vectors = 1 + centred + has_scale
+        config = backward_defaults(C, vectors)[architecture]
+        backward |= backward_tile(C, vectors)
         yield Case(operator, f"backward {name}", _add_norm_backward_kernel, backward, config)

@@ -33,9 +33,23 @@ DEFAULTS: dict[str, Config] = {
     "gfx942": {"num_warps": 8},
 }
 CANDIDATES: list[Config] = [{"num_warps": warps} for warps in (2, 4, 8, 16)]
+# Backward, with the loads of the next rows under way, in shared memory, while one is reduced; a row
+# in 16 warps is 8 values a thread.
+DEFAULTS_BACKWARD: dict[str, Config] = {
+    "sm80": {"num_warps": 16, "STAGES": 2},
+    "sm90": {"num_warps": 16, "STAGES": 3},
+    "sm100": {"num_warps": 16, "STAGES": 2},
+    "gfx942": {"num_warps": 8, "STAGES": 1},
+}
+DEFAULTS_BACKWARD_LARGE: dict[str, Config] = {  # of which 16 warps cannot hold one in registers
+    name: {"num_warps": 8, "STAGES": 1} for name in DEFAULTS_BACKWARD
+}
+CANDIDATES_BACKWARD: list[Config] = [
+    {"num_warps": warps, "STAGES": stages} for warps in (4, 8, 16) for stages in (1, 2, 3)
+]
 MAX_COLS = 32768  # beyond, a row no longer fits the registers; the next backend serves
 TILE = 4096  # values a program holds at once
-PROGRAMS_PER_PROCESSOR = 4  # backward: 32 warps, enough loads in flight; 4 rows of dweight each
+PROGRAMS_PER_PROCESSOR = 2  # backward: as many as are resident, each with a row of dweight
 
 
 @triton.jit
@@ -89,8 +103,9 @@ def _norm_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, num_rows,
     grad_inner, grad_outer_stride, grad_inner_stride, x_inner, x_outer_stride, x_inner_stride,
     C, eps, CENTRED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program differentiates every num_programs-th tile of BLOCK_R rows.
+    """One program differentiates every num_programs-th tile of BLOCK_R rows, STAGES in flight.
 
     dx: (rows, C), contiguous. partial: (1, programs, C) fp32, each program's share of dweight, or
     (2, programs, C) with that of dbias; summed in a fixed order, so the result is the same on every
@@ -103,7 +118,8 @@ def _norm_backward_kernel(
     if CENTRED:
         dbias = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         dbias_lost = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile_index in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
+    tiles = tl.cdiv(num_rows, BLOCK_R)
+    for tile_index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         rows = tile_index * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         mask = (rows < num_rows) & (cols < C)
         start = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride)
@@ -170,11 +186,12 @@ def norm_backward_triton(
         return dx, *(torch.zeros_like(weight) for _ in range(vectors))
     rows = dx.numel() // C
     config = config or launch_config(
-        f"{operator}_backward", (C, x.dtype, size_class(rows)), DEFAULTS, CANDIDATES,
+        f"{operator}_backward", (C, x.dtype, size_class(rows)), backward_defaults(C, vectors),
+        CANDIDATES_BACKWARD,
         lambda config: norm_backward_triton(operator, grad, x, weight, eps, centred, config),
         x.get_device(),
     )  # fmt: skip
-    grad_rows, x_rows, blocks = as_rows(grad), as_rows(x), tile(C, TILE)
+    grad_rows, x_rows, blocks = as_rows(grad), as_rows(x), backward_tile(C, vectors)
     programs = persistent_programs(x.device, cdiv(rows, blocks["BLOCK_R"]), PROGRAMS_PER_PROCESSOR)
     partial = torch.empty((vectors, programs, C), dtype=torch.float32, device=x.device)
     _norm_backward_kernel[(programs,)](
@@ -182,6 +199,19 @@ def norm_backward_triton(
         C, eps, CENTRED=centred, **blocks, **config,
     )  # fmt: skip
     return dx, *(total.to(weight.dtype, copy=True) for total in partial.sum(1))
+
+
+def backward_tile(C: int, vectors: int) -> dict[str, int]:
+    """The blocks of a kernel that sums the gradients of so many vectors: less of them, of three."""
+    return tile(C, TILE if vectors < 3 else TILE // 2)
+
+
+def backward_defaults(C: int, vectors: int) -> dict[str, Config]:
+    """Its configurations."""
+    blocks = backward_tile(C, vectors)
+    values = blocks["BLOCK_R"] * blocks["BLOCK_C"]
+    large = values > TILE or vectors * values > 2 * TILE
+    return DEFAULTS_BACKWARD_LARGE if large else DEFAULTS_BACKWARD
 
 
 def norm_cases(operator: str, widths: tuple[int, ...], architecture: str) -> Iterator[Case]:
@@ -201,4 +231,7 @@ def norm_cases(operator: str, widths: tuple[int, ...], architecture: str) -> Ite
         backward = {
             **shared, **grad, "grad_ptr": "*bf16", "dx_ptr": "*bf16", "partial_ptr": "*fp32",
         }  # fmt: skip
+        vectors = 2 if centred else 1
+        config = backward_defaults(C, vectors)[architecture]
+        backward |= backward_tile(C, vectors)
         yield Case(operator, f"backward C={C} bf16", _norm_backward_kernel, backward, config)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._cuda import has_fp8
 from ._sizes import power_of_2
 from ._tuning import ARCHITECTURES, Config
 
@@ -25,14 +26,10 @@ def defaults(cols: int) -> dict[str, Config]:
 
 
 def serves(x: torch.Tensor, cols: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take x, rows of `cols` values after the activation, to this dtype.
-
-    Before compute capability 8.9 Triton knows no float8_e4m3fn.
-    """
+    """Whether the kernels take x, rows of `cols` values after the activation, to this dtype."""
     if x.dtype == torch.float64 or cols > MAX_COLS or dtype not in KINDS:
         return False
-    has_fp8 = x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) >= (8, 9)
-    return dtype == torch.int8 or (has_fp8 and torch.version.hip is None)
+    return dtype == torch.int8 or x.device.type == "cpu" or has_fp8(x.device)
 
 
 def block(cols: int) -> int:

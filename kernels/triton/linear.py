@@ -106,6 +106,43 @@ def _product_tile(
     return product, up
 
 
+@triton.jit
+def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a tile: down a group of GROUP_M tiles, then to the next column, so that the
+    weights of a column are read once for a group."""
+    first_m = index // (GROUP_M * tiles_n) * GROUP_M
+    group = min(tiles_m - first_m, GROUP_M)
+    return first_m + index % (GROUP_M * tiles_n) % group, index % (GROUP_M * tiles_n) // group
+
+
+@triton.jit
+def store_tile(
+    y, up, bias_ptr, residual_ptr, y_ptr, rows, features, M, F, residual_inner,
+    residual_outer_stride, residual_inner_stride, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation and residual of a finished tile, fp32, of y (M, F), contiguous.
+
+    up: the product with the second half of the weight, for SwiGLU. bias_ptr and residual_ptr may be
+    None.
+    """
+    in_width = features < F
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + features, mask=in_width, other=0.0).to(tl.float32)[None, :]
+    y = activate(y, EPILOGUE)
+    if EPILOGUE == SWIGLU:
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + F + features, mask=in_width, other=0.0)
+            up += bias.to(tl.float32)[None, :]
+        y = y * tl.sigmoid(y) * up
+    mask = (rows < M)[:, None] & in_width[None, :]
+    if residual_ptr is not None:
+        starts = row_offsets(rows, residual_inner, residual_outer_stride, residual_inner_stride)
+        offsets = starts[:, None] + features[None, :]
+        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    offsets = rows.to(tl.int64)[:, None] * F + features[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M", "x_inner", "residual_inner"])
 def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, M, F, C,
@@ -121,11 +158,7 @@ def _linear_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(F, BLOCK_N)
     up_ptr = weight_ptr + tl.cast(F, tl.int64) * C  # F = 1 is no tensor but a constant
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        # Down a group of GROUP_M tiles, then to the next column: their weights are read once.
-        first_m = index // (GROUP_M * tiles_n) * GROUP_M
-        group = min(tiles_m - first_m, GROUP_M)
-        tile_m = first_m + index % (GROUP_M * tiles_n) % group
-        tile_n = index % (GROUP_M * tiles_n) // group
+        tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP_M)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         features = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # Beyond the edge the last row is computed again and not stored: no mask in the loop.
@@ -135,23 +168,10 @@ def _linear_kernel(
             x_ptr, weight_ptr, up_ptr, x_starts, weight_starts, C, EPILOGUE == SWIGLU,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-
-        in_width = features < F
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + features, mask=in_width, other=0.0).to(tl.float32)[None, :]
-        y = activate(y, EPILOGUE)
-        if EPILOGUE == SWIGLU:
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + F + features, mask=in_width, other=0.0)
-                up += bias.to(tl.float32)[None, :]
-            y = y * tl.sigmoid(y) * up
-        mask = (rows < M)[:, None] & in_width[None, :]
-        if residual_ptr is not None:
-            starts = row_offsets(rows, residual_inner, residual_outer_stride, residual_inner_stride)
-            offsets = starts[:, None] + features[None, :]
-            y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets = rows.to(tl.int64)[:, None] * F + features[None, :]
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        store_tile(
+            y, up, bias_ptr, residual_ptr, y_ptr, rows, features, M, F, residual_inner,
+            residual_outer_stride, residual_inner_stride, EPILOGUE,
+        )  # fmt: skip
 
 
 def _defaults(few: bool, dtype: torch.dtype, epilogue: str) -> dict[str, Config]:
@@ -214,5 +234,5 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
         # wgmma and tcgen05 start at 64 rows; 16 rows take mma.sync, which the check does not know.
         yield Case(
             "linear", f"{name} bf16", _linear_kernel, arguments, defaults[architecture],
-            matrix=defaults is not DEFAULTS_FEW,
+            matrix=defaults is not DEFAULTS_FEW, fp32=(DEFAULTS_FP32[architecture], {}),
         )  # fmt: skip

@@ -60,11 +60,11 @@ def test_the_bytes_of_forms_are_those_of_their_layouts(scheme):
         rule = rule_of(scheme_of(scheme), model, name, shape)
         expected = 2 * math.prod(shape)
         if rule is not None:
-            layout = KINDS[rule.form].layout(shape, **rule.options)
+            layout = KINDS[rule.form].inner_layout(shape, **rule.options)
             expected = sum(math.prod(size) * dtype.itemsize for size, dtype in layout.values())
         assert quantized_nbytes(scheme, name, shape) == expected, name
     assert quantized_by_parts(shapes)[scheme] == QUANTIZED_14B[scheme]
-    odd = KINDS["int4"].layout((50, 70), group=64)
+    odd = KINDS["int4"].inner_layout((50, 70), group=64)
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in odd.values())
     assert quantized_nbytes("int4", "model.layers.0.mlp.up_proj.weight", (50, 70)) == size
 

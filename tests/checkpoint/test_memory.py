@@ -100,7 +100,7 @@ def measured(tmp_path_factory, checkpoint, quantized, full_size_shapes):
         "larger than memory": (huge, {"dtype": "bfloat16"}),
         "converted part": (checkpoint, {"dtype": "float32", "parts": "text"}),
         "converted": (checkpoint, {"dtype": "float32"}),
-        "stored in 8 bits": (quantized, {"dtype": "float32"}),
+        "stored in 8 bits": (quantized, {"dtype": "bfloat16"}),
         "into 8 bits": (checkpoint, {"dtype": "bfloat16", "quantize": "int8"}),
         "into 4 bits": (checkpoint, {"dtype": "float32", "quantize": "int4"}),
     }
@@ -140,7 +140,6 @@ def test_parts_hold_only_themselves(measured):
 
 
 def test_quantized_weights_stay_in_their_files(measured):
-    """Beside them, norms and biases are cast."""
     memory = measured["stored in 8 bits"]
     assert 160e6 < memory["weights"] < 200e6
     assert memory["peak"] < 0.05 * memory["weights"]
@@ -150,7 +149,8 @@ def test_quantized_weights_stay_in_their_files(measured):
 def test_weights_that_are_quantized_on_the_way_are_never_wide_together(measured, form, least):
     memory = measured[form]
     assert least < memory["weights"] < 200e6
-    assert 0.9 * memory["weights"] < memory["kept"] <= memory["peak"]
+    # What stays wide is mapped where it is stored in the dtype asked for: a tenth of this model.
+    assert 0.85 * memory["weights"] < memory["kept"] <= memory["peak"]
     assert memory["peak"] <= 1.05 * memory["weights"]
 
 

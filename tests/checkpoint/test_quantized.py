@@ -9,6 +9,7 @@ from published_layout import write_published
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from internvl_engine.acceleration import accelerate
 from internvl_engine.assets import nano_directory
 from internvl_engine.checkpoint import CheckpointError, load_language_model
 from internvl_engine.checkpoint.files import open_weights
@@ -16,7 +17,7 @@ from internvl_engine.configuration import InternVLConfig
 from internvl_engine.conversion import convert
 from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G
 from internvl_engine.modeling.chat import VisionLanguageModel
-from internvl_engine.schemes import SCHEMES, Scheme
+from internvl_engine.schemes import SCHEMES, Rule, Scheme
 from internvl_engine.weights import Int4Tensor, Int8Tensor, QuantizedTensor
 
 from golden_vectors import load_golden
@@ -72,8 +73,8 @@ def assert_same_forms(ours, theirs):
     for name, weight in ours.items():
         assert type(weight) is type(theirs[name]), name
         if isinstance(weight, QuantizedTensor):
-            for inner, tensor in weight.inner().items():
-                other = theirs[name].inner()[inner]
+            for inner, tensor in weight.inner_tensors().items():
+                other = theirs[name].inner_tensors()[inner]
                 assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)), name
         else:
             assert torch.equal(weight, theirs[name]), name
@@ -296,3 +297,58 @@ def test_a_stored_form_is_read_from_disk_by_blocks(stored):
     pixels = torch.randn(1, 3, 28, 28, **bf16)
     with torch.no_grad():
         assert torch.equal(model.encode_image(pixels), expected.encode_image(pixels))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saving_as_held(stored, tmp_path, form):
+    """The same bits, whether a model was loaded so or quantized since, fused or not."""
+    model = InternVL_G.from_pretrained(stored / form, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "a", quantized=True)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (stored / form / WEIGHTS).read_bytes()
+    wide = InternVL_G.from_pretrained(nano_directory(), dtype=torch.bfloat16)
+    report = accelerate(wide, quantize=form)
+    if report.weights and form != "fp8":  # which a processor is not given
+        wide.save_pretrained(tmp_path / "b", quantized=True)
+        again = InternVL_G.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+        assert_same_forms(again, model)
+        found = json.loads((tmp_path / "b" / CONFIG).read_text())["quantization_config"]
+        assert found["scheme"] == form
+
+
+def test_saving_wide(stored, tmp_path):
+    """Values in the dtype that they compute in; what is loaded again asks for no quantization."""
+    model = InternVL_G.from_pretrained(stored / "int8", **FP32)
+    model.save_pretrained(tmp_path / "a", max_shard_size="500KB")
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    again = InternVL_G.from_pretrained(tmp_path / "a", **FP32)
+    assert not quantized(again)
+    for name, weight in model.named_parameters():
+        values = weight.dense() if isinstance(weight, QuantizedTensor) else weight
+        assert torch.equal(again.get_parameter(name), values), name
+    with pytest.raises(CheckpointError, match="quantized=True, but no weight of this InternVL_G"):
+        again.save_pretrained(tmp_path / "b", quantized=True)
+
+
+def test_a_scheme_of_ones_own_is_kept_by_name(tmp_path):
+    rules = (Rule("fc1", "int4", group=128), Rule("lm_head", "int8"))
+    model = InternVL_G.from_pretrained(nano_directory(), quantize=Scheme("mine", rules))
+    forms = {(p.FORM, *p.options.values()) for p in quantized(model).values()}
+    assert forms == {("int4", 64), ("int8",)}  # one group of 64 columns, or of 128
+    model.save_pretrained(tmp_path / "a", quantized=True)
+    again = InternVL_G.from_pretrained(tmp_path / "a")
+    assert_same_forms(again, model)
+    convert(nano_directory(), tmp_path / "b", quantize=Scheme("mine", rules))
+    assert_same_forms(InternVL_G.from_pretrained(tmp_path / "b"), model)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["internlm2_300m_dynamic", "qwen3_300m_tied", "hf_qwen2_6b"])
+def test_saving_chats(tmp_path, case):
+    source = folder_of(tmp_path / "a", case)
+    model = VisionLanguageModel.from_pretrained(source, quantize=TINY["int8"], **FP32)
+    model.save_pretrained(tmp_path / "b", quantized=True)
+    assert_same_forms(VisionLanguageModel.from_pretrained(tmp_path / "b", **FP32), model)
+    model.save_pretrained(tmp_path / "c")  # in the layout that it came in
+    again = VisionLanguageModel.from_pretrained(tmp_path / "c", **FP32)
+    name = "vision_model.encoder.layers.0.attn.qkv.weight"
+    assert torch.equal(again.get_parameter(name), model.get_parameter(name).dense())

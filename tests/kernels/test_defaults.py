@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_examples import examples, has_packed_weight
+from operator_examples import WRITE, examples, has_packed_weight
 
 from internvl_engine import kernels
 
@@ -40,7 +40,7 @@ def as_leaves(operator, dtype) -> list:
     for x in examples()[operator]:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             x = x.to(dtype) if x.dtype == torch.float32 and not has_packed_weight(operator) else x
-            x = x.detach().clone().requires_grad_(operator != "rotary_append")
+            x = x.detach().clone().requires_grad_(operator not in WRITE)
         found.append(x)
     return found
 
@@ -48,7 +48,7 @@ def as_leaves(operator, dtype) -> list:
 def outputs(operator, arguments) -> list[torch.Tensor]:
     """What it returns, the gradients of the first of that, and what it wrote to."""
     call = getattr(torch.ops.internvl, operator).default
-    if operator == "rotary_append":
+    if operator in WRITE:
         arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
         return [call(*arguments), *arguments[-2:]]
     leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]

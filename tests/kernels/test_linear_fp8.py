@@ -2,7 +2,17 @@ import pytest
 import torch
 
 from internvl_engine import reference
-from internvl_engine.kernels import dequantize_fp8, linear, linear_fp8, quantize_fp8
+from internvl_engine.kernels import (
+    _cuda,
+    batch_invariant,
+    dequantize_fp8,
+    gelu_quant,
+    linear,
+    linear_fp8,
+    linear_fp8_rows,
+    quantize_fp8,
+)
+from internvl_engine.kernels.linear_fp8 import linear_fp8_scaled_mm
 
 from numerics import assert_as_accurate_as_eager
 
@@ -99,6 +109,117 @@ def test_compiles():
         lambda x: linear_fp8(x, packed, scales, bias, "gelu"), fullgraph=True, backend="eager"
     )
     assert torch.equal(run(x), linear_fp8(x, packed, scales, bias, "gelu"))
+
+
+def emulated_scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=False):
+    """What torch._scaled_mm computes, with the layouts that it insists on."""
+    assert a.is_contiguous() and b.t().is_contiguous() and use_fast_accum
+    assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
+    y = a.float() @ b.float() * scale_a * scale_b
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+@pytest.fixture
+def gpu_with_fp8(monkeypatch):
+    """What the launchers ask of a GPU, and its product."""
+    monkeypatch.setattr(_cuda, "has_fp8", lambda device: True)
+    monkeypatch.setattr(torch, "_scaled_mm", emulated_scaled_mm)
+
+
+def rounding_of_rows(x, packed, scales):
+    """The error that rows of x in fp8 may make in each product, by the sizes of its terms."""
+    return (x.double().abs() @ (packed.double() * scales[:, None].double()).abs().t()) / 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_scaled_mm_is_the_product_of_quantized_rows(epilogue, dtype, gpu_with_fp8):
+    x, (packed, scales), bias = inputs(32, 48, dtype)
+    residual = torch.randn(2, 5, 16 if epilogue == "swiglu" else 32).to(dtype).transpose(0, 1)
+    residual = residual.contiguous().transpose(0, 1)  # in another order of memory
+    arguments = (packed, scales, bias, epilogue, residual)
+    y = linear_fp8_scaled_mm(x, *arguments)
+    assert y.dtype == dtype and y.is_contiguous()
+    q, q_scales = reference.quantize_rows(x, torch.float8_e4m3fn)
+    exact = reference.linear_fp8_rows(q.double(), q_scales.double(), packed.double(),
+                                      scales.double(), torch.float64, bias.double(), epilogue,
+                                      residual.double())  # fmt: skip
+    # The product is rounded to bfloat16, then what eager rounds: 8 bits of mantissa, twice.
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7 * exact.abs().max())
+    plain = linear_fp8_scaled_mm(x, packed, scales)
+    error = (plain.double() - widened(x.double(), packed, scales)).abs()
+    assert (error <= rounding_of_rows(x, packed, scales) * 1.1).all()
+
+
+def test_scaled_mm_serves_what_its_units_take(gpu_with_fp8, monkeypatch):
+    for features, channels, rows in ((24, 32, (3,)), (32, 24, (3,)), (32, 32, (0,))):
+        x, quantized, _ = inputs(features, channels, torch.bfloat16, rows)
+        assert linear_fp8_scaled_mm(x, *quantized) is NotImplemented
+    x, quantized, _ = inputs(32, 32)
+    with batch_invariant():
+        assert linear_fp8_scaled_mm(x, *quantized) is NotImplemented
+    monkeypatch.setattr(_cuda, "has_fp8", lambda device: False)
+    assert linear_fp8_scaled_mm(x, *quantized) is NotImplemented
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pytorch_accepts_what_scaled_mm_is_given(dtype, monkeypatch):
+    """Its own checks of shapes, strides and dtypes, of tensors without values."""
+    monkeypatch.setattr(_cuda, "has_fp8", lambda device: True)
+    # As if on a GPU: elsewhere the checks are left out.
+    monkeypatch.setattr("torch._meta_registrations.device_hint", lambda tensor: "cuda")
+    x = torch.empty(2, 5, 4, 48, dtype=dtype, device="meta")[:, :, 1]
+    packed = torch.empty(32, 48, dtype=torch.float8_e4m3fn, device="meta")
+    scales = torch.empty(32, device="meta")
+    bias = torch.empty(32, dtype=dtype, device="meta")
+    y = linear_fp8_scaled_mm(x, packed, scales, bias, "gelu")
+    assert (y.shape, y.dtype) == ((2, 5, 32), dtype)
+    with pytest.raises(RuntimeError):  # so they do run
+        torch._scaled_mm(packed, packed.t().contiguous(), scales[:, None], scales[None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_quantized_already(dtype):
+    x, (packed, scales), bias = inputs(6, 8, dtype)
+    residual = torch.randn(2, 5, 6).to(dtype)
+    q, q_scales = gelu_quant(x)
+    y = linear_fp8_rows(q, q_scales, packed, scales, dtype, bias, "gelu", residual)
+    rounded = q.float() * q_scales[..., None]
+    assert y.dtype == dtype
+    torch.testing.assert_close(
+        y.float(),
+        widened(rounded, packed, scales, bias.float(), "gelu", residual.float()).to(dtype).float(),
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.zeros(3, 8)}, "q must be float8_e4m3fn"),
+        ({"q_scales": torch.ones(2)}, r"q_scales float32 \(\.\.\.\)"),
+        ({"scales": torch.ones(8)}, "scales must be float32"),
+        ({"bias": torch.zeros(5)}, r"bias must be torch.float32 of shape \(6,\)"),
+        ({"residual": torch.zeros(3, 6).half()}, "residual must be torch.float32"),
+        ({"epilogue": "relu"}, "epilogue must be in"),
+    ],
+)
+def test_says_what_does_not_fit_quantized_rows(change, message):
+    x, (packed, scales), _ = inputs(6, 8, torch.float32, (3,))
+    q, q_scales = gelu_quant(x, epilogue="none")
+    arguments = {"q": q, "q_scales": q_scales, "packed": packed, "scales": scales}
+    with pytest.raises(ValueError, match=message):
+        linear_fp8_rows(**{**arguments, "dtype": torch.float32, **change})
+
+
+def test_no_bit_of_a_row_depends_on_the_batch_with_the_switch():
+    x, quantized, bias = inputs(32, 64, torch.float32, (7,))
+    with batch_invariant():
+        whole = linear_fp8(x, *quantized, bias, "gelu")
+        for row in range(7):
+            assert torch.equal(
+                linear_fp8(x[row : row + 1], *quantized, bias, "gelu")[0], whole[row]
+            )
+    torch.testing.assert_close(whole, linear_fp8(x, *quantized, bias, "gelu"))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,13 @@ if torch.cuda.is_available():
     pytest.skip("mutants run interpreted", allow_module_level=True)
 
 from internvl_engine import reference
-from internvl_engine.kernels import _autograd
+from internvl_engine.kernels import (
+    _autograd,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+)
 
 from numerics import assert_as_accurate_as_eager
 
@@ -78,6 +84,31 @@ def check_add_rms_norm_backward(module):
     expected = _autograd.gradient(reference.add_rms_norm, (0, 1, 2, 3))
     actual = (dx, dresidual, dscale, dweight)
     assert_as_accurate_as_eager(actual, expected, *grads, x, residual, scale, weight, EPS)
+
+
+def check_linear_int8(module):
+    """SwiGLU of 35 columns: `up` begins inside of a panel."""
+    x, quantized = torch.randn(20, 70), quantize_int8(torch.randn(70, 70))
+    y = module.linear_int8_triton(x, *quantized, torch.ones(70), "swiglu")
+    weight = dequantize_int8(*quantized[:2], 70, torch.float32)
+    args = (x, weight, torch.ones(70), "swiglu")
+    assert_as_accurate_as_eager(y, reference.linear, *args, slack=SLACK)
+
+
+def check_linear_int4(module):
+    x, quantized = torch.randn(20, 140), quantize_int4(torch.randn(70, 140))
+    y = module.linear_int4_triton(x, *quantized, 70, torch.ones(70), "swiglu")
+    weight = dequantize_int4(*quantized, 70, 140, torch.float32)
+    args = (x, weight, torch.ones(70), "swiglu")
+    assert_as_accurate_as_eager(y, reference.linear, *args, slack=SLACK)
+
+
+def check_rms_norm_quant(module):
+    x, weight = torch.randn(5, 40), torch.rand(40)
+    q, scales = module.rms_norm_quant_triton(x, weight, EPS, torch.int8)
+    wanted = reference.rms_norm(x, weight, EPS)
+    error = (q * scales[:, None] - wanted).abs() / scales[:, None]
+    assert error.max() <= 0.501, f"error of {error.max():.3f} steps"
 
 
 def layer_norm_inputs(*shapes):
@@ -248,7 +279,7 @@ MUTATIONS = {
         (check_rms_norm, ROUNDED, "(x * rstd).to(tl.float32) + 0.001"),
         (check_rms_norm, "x_inner, x_outer_stride, x_inner_stride)", "x_inner, x_outer_stride, C)"),
         (check_rms_norm_backward, "dnormed - normed * mean", "dnormed"),
-        (check_rms_norm_backward, "tl.num_programs(0)):", "tl.num_programs(0) + 1):"),
+        (check_rms_norm_backward, "tl.num_programs(0), num", "tl.num_programs(0) + 1, num"),
         (check_layer_norm, ", weight, bias)", ", weight, weight)"),
         (check_layer_norm_backward, "dx -= tl.sum(dnormed", "dx += 0 * tl.sum(dnormed"),
         (check_layer_norm_backward, DBIAS, DBIAS.replace("grad", "dx")),
@@ -276,6 +307,27 @@ MUTATIONS = {
     "linear": [
         (check_linear, "bias_ptr + F + features", "bias_ptr + features"),
         (check_linear, "index % (GROUP_M * tiles_n) // group", "index // group"),
+    ],
+    "linear_int8": [
+        (check_linear_int8, "scales_ptr + F + inside", "scales_ptr + inside"),
+        (check_linear_int8, "panel_starts(inside + F, S)", "panel_starts(inside, S)"),
+    ],
+    "linear_int4": [
+        (check_linear_int4, "packed >> 4", "packed & 15"),
+        (check_linear_int4, "x_ptrs + STEP_BYTES", "x_ptrs"),
+        (check_linear_int4, "k * BLOCK_K // GROUP * PANEL_ROWS", "0"),
+        (check_linear_int4, "_scale_starts(inside + F", "_scale_starts(inside"),
+    ],
+    "_panels": [
+        (check_linear_int8, "features % PANEL_ROWS * STEP", "features % 16 * STEP"),
+        (check_linear_int8, "columns % STEP_BYTES", "0"),
+    ],
+    "_quantize": [
+        (check_rms_norm_quant, "tl.div_rn(largest, LIMIT) * factor", "tl.div_rn(largest, LIMIT)"),
+        (check_rms_norm_quant, "(y + TO_NEAREST) - TO_NEAREST", "y"),
+    ],
+    "rms_norm_quant": [
+        (check_rms_norm_quant, "rsqrt(mean + eps)", "rsqrt(mean)"),
     ],
     "_attention_core": [
         (check_attention, "total = total * shrink + tl.sum", "total = total + tl.sum"),

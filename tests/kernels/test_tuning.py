@@ -123,6 +123,12 @@ def key_of(module: str, launch, monkeypatch) -> tuple:
 
 LAUNCHES = {
     "linear": lambda m, n: m.linear_triton(rows(n), rows(16)),
+    "linear_int8": lambda m, n: m.linear_int8_triton(rows(n), *kernels.quantize_int8(ones(16))),
+    "linear_int4": lambda m, n: m.linear_int4_triton(
+        rows(n), *kernels.quantize_int4(ones(16)), 16
+    ),
+    "rms_norm_quant": lambda m, n: m.rms_norm_quant_triton(rows(n), rows(1)[0], 1e-6, torch.int8),
+    "gelu_quant": lambda m, n: m.gelu_quant_triton(rows(n), torch.int8),
     "rms_norm": lambda m, n: m.rms_norm_triton(rows(n), rows(1)[0], 1e-6),
     "rms_norm backward": lambda m, n: m.rms_norm_backward_triton(
         rows(n), rows(n), rows(1)[0], 1e-6
@@ -150,11 +156,18 @@ LAUNCHES = {
         heads(n)[:, 0], heads(n)[:, 0], 1e-5
     ),
 }  # fmt: skip
-SHARED = {"rms_norm": "_norm", "add_rms_norm": "_add_norm"}
+SHARED = {
+    "rms_norm": "_norm", "add_rms_norm": "_add_norm",
+    "linear_int8": "_panels", "linear_int4": "_panels",
+}  # fmt: skip
 
 
 def rows(count: int) -> torch.Tensor:
     return torch.empty(count, 16)
+
+
+def ones(count: int) -> torch.Tensor:
+    return torch.ones(count, 16)
 
 
 def heads(batch: int) -> torch.Tensor:
@@ -206,6 +219,19 @@ def test_a_stored_configuration_that_the_kernel_no_longer_has_is_ignored(tmp_pat
     assert config() == DEFAULTS[_tuning.architecture(0)] | _tuning.OPTIONS
     with _tuning.tuning():
         assert config()["BLOCK"] == 128
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3])
+@pytest.mark.parametrize("cols", [16, 1024, 4096, 8192, 32768])
+def test_rows_in_flight_fit_the_shared_memory(cols, vectors):
+    """In the backward of norms: the stages before the last, of up to four inputs in float32."""
+    from internvl_engine.kernels.triton import _cross_compile, _norm
+
+    blocks = _norm.backward_tile(cols, vectors)
+    for architecture, config in _norm.backward_defaults(cols, vectors).items():
+        rows = (config["STAGES"] - 1) * blocks["BLOCK_R"]
+        needed = 4 * 4 * rows * blocks["BLOCK_C"]
+        assert needed <= _cross_compile.SHARED_LIMIT[architecture] - 4096  # and what is reduced
 
 
 @pytest.mark.gpu
