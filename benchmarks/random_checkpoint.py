@@ -23,11 +23,10 @@ from torch import Tensor
 
 from internvl_engine.assets import nano_directory
 from internvl_engine.checkpoint.forms import rules_of
-from internvl_engine.checkpoint.placement import parse_size
 from internvl_engine.checkpoint.quantized import FIELD, stated
 from internvl_engine.checkpoint.quantizing import Quantizing
-from internvl_engine.checkpoint.saving import check_room
-from internvl_engine.checkpoint.writing import Planned, add_to_json, write_shards
+from internvl_engine.checkpoint.saving import write_weights
+from internvl_engine.checkpoint.writing import Planned, add_to_json
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.modeling import InternVL_G
 from internvl_engine.processing import InternVLProcessor
@@ -74,9 +73,7 @@ def write_random(
         rules,
         lambda name: _inner(name, shapes[name], rules[name], pieces),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    check_room(folder, files.planned)
-    write_shards(folder, files.planned, files.read, parse_size(max_shard_size), files.alignment)
+    write_weights(folder, files.planned, files.read, max_shard_size, files.alignment)
     config.architectures, config.dtype = [InternVL_G.__name__], WIDE
     config.save_pretrained(folder)
     if scheme is not None:
@@ -113,12 +110,11 @@ def _block(kind: str) -> Tensor:
     return halves | (halves.roll(1) << 4)
 
 
-def _drawn(kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Values of the block for a weight, from a place that its name tells."""
-    block, count = _block(kind), math.prod(shape)
-    start = zlib.crc32(name.encode()) % BLOCK
-    rounds = -(-(start + count) // BLOCK)
-    return block.repeat(rounds)[start : start + count].view(shape)
+def _drawn(block: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Values of a block for a weight, from a place that its name tells."""
+    count = math.prod(shape)
+    rounds = block.roll(zlib.crc32(name.encode()) % BLOCK).repeat(-(-count // BLOCK))
+    return rounds[:count].view(shape)
 
 
 def _deviation(name: str, shape: tuple[int, ...]) -> float:
@@ -135,7 +131,7 @@ def _wide(name: str, shape: tuple[int, ...], pieces: int) -> Tensor:
     if len(shape) == 1:
         value = 1.0 if name.endswith("weight") else 0.0
         return torch.full(shape, value, dtype=WIDE, device="cpu")
-    weight = (_drawn("wide", name, shape) * _deviation(name, shape)).to(WIDE)
+    weight = _drawn((_block("wide") * _deviation(name, shape)).to(WIDE), name, shape)
     if name == HEAD:
         weight[pieces:] = 0
     return weight
@@ -144,7 +140,7 @@ def _wide(name: str, shape: tuple[int, ...], pieces: int) -> Tensor:
 def _inner(name: str, shape: tuple[int, ...], rule: Rule, pieces: int) -> Mapping[str, Tensor]:
     """The inner tensors of a weight in a form."""
     layout = KINDS[rule.form].inner_layout(shape, **rule.options)
-    packed = _drawn(rule.form, name, layout["packed"][0]).clone()
+    packed = _drawn(_block(rule.form), name, layout["packed"][0])
     absent = -shape[0] % packed.shape[2]
     if absent:
         packed[-1, :, -absent:] = 0 if rule.form == "int8" else 0x88  # the level 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedModule
-from .quantization import Quantization, Scheme, WeightEntry, scheme_of
+from .quantization import Quantization, Run, Scheme, WeightEntry, scheme_of
 from .quantization import quantize as quantize_weights
 from .recognition import LAYERS, LOOPS, Recognition, is_expected
 from .weights import has_own_forward
@@ -108,6 +108,7 @@ def accelerate(
     *,
     quantize: str | Scheme | None = None,
     only_faster: bool = True,
+    calibration: Run | Tensor | None = None,
     compile: bool = False,
     strict: bool = False,
     check: bool = False,
@@ -131,6 +132,8 @@ def accelerate(
             stay so in `train()`; see quantization.py.
         only_faster: leave weights wide where their form is slower on this device, as fp8 on a
             processor. False saves memory all the same.
+        calibration: a function that runs the model on a few pictures and prompts, or pixel_values
+            (B, 3, height, width): int4 weights are rounded for what their layers are given then.
         compile: also compile every fused layer with torch.compile (fullgraph, any batch size).
         strict: fail, and change nothing, where a known module would have to stay eager.
         check: compare the computations of known classes too, on random weights.
@@ -157,8 +160,9 @@ def accelerate(
             inside = [m for module, kind, entry in found if kind is not None and entry.fused
                       for m in module.modules()]  # fmt: skip
             report.quantization = quantize_weights(
-                model, scheme, only_faster=only_faster, fused=frozenset(map(id, inside))
-            )
+                model, scheme, only_faster=only_faster, calibration=calibration,
+                fused=frozenset(map(id, inside)),
+            )  # fmt: skip
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):

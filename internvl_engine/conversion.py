@@ -17,22 +17,21 @@ from .checkpoint.families import POSITIONS
 from .checkpoint.fill import track
 from .checkpoint.forms import rules_of
 from .checkpoint.locate import SUFFIXES, Source
-from .checkpoint.placement import parse_size
 from .checkpoint.plan import Plan
 from .checkpoint.pretrained import prepare, take_context_id
 from .checkpoint.quantized import FIELD, stated
 from .checkpoint.quantizing import Quantizing
 from .checkpoint.rewriting import Read
 from .checkpoint.saving import (
-    check_room,
     chosen_layout,
     copy_companions,
     layout_of,
     remote_code,
     write_checkpoint,
+    write_weights,
 )
 from .checkpoint.ties import heads
-from .checkpoint.writing import Planned, add_to_json, write_shards
+from .checkpoint.writing import Planned, add_to_json
 from .modeling.chat import VisionLanguageModel
 from .modeling.vision import interpolate_positions
 from .modeling.whole import whole_class
@@ -118,10 +117,8 @@ def convert(
         raise ValueError(f"layout={layout!r}: only chat models have several")
     rules = {} if scheme is None else rules_of(scheme, model, planned)
     files = Quantizing(planned, read, rules)
-    target.mkdir(parents=True, exist_ok=True)
-    check_room(target, files.planned)
-    size = parse_size(max_shard_size)
-    written = write_shards(target, files.planned, _shown(files, progress), size, files.alignment)
+    read_shown = _shown(files, progress)
+    written = write_weights(target, files.planned, read_shown, max_shard_size, files.alignment)
     model.config.architectures = [model_class.__name__]
     model.config.dtype = wanted or max(dtypes.values(), key=list(dtypes.values()).count)
     if plan.resize:

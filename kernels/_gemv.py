@@ -23,11 +23,10 @@ from ._library import address, native_cuda
 MAX_ROWS = 8
 WIDE, INT8, INT4 = range(3)  # as csrc/cuda/operators.h numbers the forms
 PAIRED_ROWS = 64  # a panel of gate and one of up
-SQUARES = 16  # of linear_squares, as reference.py has it
 
 
 class Norm(NamedTuple):
-    """The RMSNorm of x that is applied while x is read; see `reference.norm_linear`."""
+    """The RMSNorm of x that is applied while x is read; see `_decoding.norm_linear`."""
 
     weight: Tensor
     squares: Tensor | None
@@ -50,7 +49,7 @@ class Weight(NamedTuple):
         if self.form == INT8:
             return dequantize_int8(self.parts[0], self.parts[1], self.columns, dtype)
         if self.form == INT4:
-            return dequantize_int4(*self.parts[:2], self.features, self.columns, dtype)
+            return dequantize_int4(self.parts[0], self.parts[1], self.features, self.columns, dtype)
         return self.parts[0]
 
     def product(
@@ -69,7 +68,7 @@ class Weight(NamedTuple):
     def pointer(self) -> tuple[int, int, int, int, int, int]:
         """As csrc/cuda takes it."""
         scales = 0 if self.form == WIDE else self.parts[1].data_ptr()
-        group = group_of(*self.parts[:2], self.columns) if self.form == INT4 else 0
+        group = group_of(self.parts[0], self.parts[1], self.columns) if self.form == INT4 else 0
         data = self.parts[0].data_ptr()
         return self.form, data, self.features, self.columns, scales, group
 
@@ -81,9 +80,9 @@ def weight_of(parts: Sequence[Tensor | None], features: int, columns: int) -> We
 
 def linear_cuda(
     x: Tensor, weight: Weight, bias: Tensor | None, epilogue: str, residual: Tensor | None,
-    norm: Norm | None = None, with_squares: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Calls csrc/cuda/linear.cu; the result, and its sums of squares where they are wanted."""
+    norm: Norm | None = None, squares: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Calls csrc/cuda/linear.cu, which writes the sums of squares to `squares` if that is given."""
     rows = input_rows(x, weight, bias)
     if rows is None or (epilogue == "swiglu" and not _pairs(weight, residual)):
         return NotImplemented
@@ -91,15 +90,13 @@ def linear_cuda(
     onto = None if residual is None else residual.reshape(-1, y.shape[-1])
     if onto is not None and (onto.dtype != x.dtype or onto.stride(-1) != 1):
         return NotImplemented
-    shape = (*y.shape[:-1], -(-y.shape[-1] // SQUARES))
-    squares = x.new_empty(shape, dtype=torch.float32) if with_squares else None
     read = input_pointer(rows, norm)
     native_cuda.linear(
         _cuda.TYPES[x.dtype], read.numbers, read.eps, weight.pointer(), EPILOGUES.index(epilogue),
         address(bias), address(onto), 0 if onto is None else onto.stride(0), y.data_ptr(),
         address(squares), _cuda.stream(),
     )  # fmt: skip
-    return y if squares is None else (y, squares)
+    return y
 
 
 def _pairs(weight: Weight, residual: Tensor | None) -> bool:
@@ -160,7 +157,7 @@ def check_form(operator: str, x: Tensor, weight: Weight) -> None:
     else:
         fits = form == INT4 and len(weight.parts) == 2
         fits = fits and first.shape[0] == -(-weight.features // 32)
-        fits = fits and group_of(*weight.parts, weight.columns) > 0
+        fits = fits and group_of(first, weight.parts[1], weight.columns) > 0
     if not fits:
         raise ValueError(
             f"{operator}: a weight ({weight.features}, {weight.columns}) is (weight,) of {x.dtype},"

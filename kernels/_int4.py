@@ -26,6 +26,7 @@ from ._rounding import (
 PANEL_ROWS, STEP_COLUMNS = 32, 8
 GROUPS = (64, 128)
 ROUNDINGS = ("search", "nearest")
+SLICE = 32768  # values that are rounded together
 
 
 def quantize_int4(
@@ -65,12 +66,8 @@ def quantize_int4(
         values = weight.detach()[panel * PANEL_ROWS : (panel + 1) * PANEL_ROWS]
         missing = (0, -columns % group, 0, PANEL_ROWS - len(values))
         groups = F.pad(values.float(), missing).view(-1, group)
-        if rounding == "nearest":
-            steps = nearest_steps(groups)
-        else:
-            steps = searched_steps(groups, importance)
-        stored = steps.half()
-        levels = levels_of(groups, stored.float()).to(torch.int8).view(PANEL_ROWS, -1)
+        levels, stored = _rounded(groups, rounding, importance)
+        levels = levels.view(PANEL_ROWS, -1)
         packed[panel : panel + 1] = pack_int4(levels[:, : packed.shape[1] * STEP_COLUMNS])
         scales[panel] = stored.view(PANEL_ROWS, -1).t()
     return packed, _finite("quantize_int4", scales)
@@ -109,6 +106,28 @@ def quantize_int4_calibrated(
     levels = levels[:, : -(-columns // STEP_COLUMNS) * STEP_COLUMNS]
     scales = steps.unflatten(0, (-1, PANEL_ROWS)).transpose(1, 2).contiguous()
     return pack_int4(levels), _finite("quantize_int4_calibrated", scales)
+
+
+def _rounded(
+    groups: Tensor, rounding: str, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Levels int8 of groups (N, group) and their steps float16 (N, 1).
+
+    In slices that stay in cache, and that PyTorch leaves to one thread: waking others for each of
+    some thirty small operations costs more than they save.
+    """
+    levels = torch.empty_like(groups, dtype=torch.int8)
+    stored = groups.new_empty(len(groups), 1, dtype=torch.float16)
+    for first in range(0, len(groups), SLICE // groups.shape[1]):
+        some = slice(first, first + SLICE // groups.shape[1])
+        if rounding == "nearest":
+            steps = nearest_steps(groups[some])
+        else:
+            weights = None if importance is None else importance[some]
+            steps = searched_steps(groups[some], weights)
+        stored[some] = steps
+        levels[some] = levels_of(groups[some], stored[some].float())
+    return levels, stored
 
 
 def _check(function: str, weight: Tensor, group: int) -> None:

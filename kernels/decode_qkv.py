@@ -17,7 +17,7 @@ from torch import Tensor
 
 from internvl_engine import reference
 
-from . import _cuda
+from . import _cuda, _decoding
 from ._gemv import (
     PAIRED_ROWS,
     WIDE,
@@ -76,10 +76,10 @@ def _reference(
     norm_weight: Tensor | None, squares: Tensor | None, eps: float, heads: int, cos: Tensor,
     sin: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`reference.norm_linear`, and `reference.rotary_append` of its heads."""
+    """`_decoding.norm_linear`, and `reference.rotary_append` of its heads."""
     key_heads, dim = k_cache.shape[1], k_cache.shape[3]
     held = weight_of((weight, scales, sums), (heads + 2 * key_heads) * dim, x.shape[-1])
-    qkv = reference.norm_linear(x, held.dense(x.dtype), bias, "none", norm_weight, squares, eps)
+    qkv = _decoding.norm_linear(x, held.dense(x.dtype), bias, "none", norm_weight, squares, eps)
     q, k, v = split_heads(qkv, heads, key_heads, dim)
     rest = (cos, sin, positions, slots, k_cache, v_cache)
     return reference.rotary_append(q, k, v, *rest).contiguous()

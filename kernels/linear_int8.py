@@ -47,7 +47,7 @@ def linear_int8_native(
         y = linear_int8_native(x.float(), packed, scales, sums, wide, epilogue).to(x.dtype)
         return y if residual is None else residual + y
     features, columns = scales.shape[0], x.shape[-1]
-    if x.dtype not in NATIVE_TYPES or columns > MAX_COLUMNS:
+    if x.dtype not in NATIVE_TYPES or columns > MAX_COLUMNS or packed.numel() == 0:
         return NotImplemented
     if epilogue == "swiglu" and features % (2 * PANEL_ROWS):  # a panel has rows of gate and up
         y = linear_int8_native(x, packed, scales, sums, bias)

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from internvl_engine import reference
-
-from ._gemv import SQUARES, check_form, linear_cuda, weight_of
+from . import _decoding
+from ._decoding import SQUARES
+from ._gemv import check_form, linear_cuda, weight_of
 from ._library import contiguous, define
 from .linear import check_operands
 
@@ -30,7 +30,7 @@ def linear_squares_composed(
     """The operator of the weight's form, and then the squares."""
     held = weight_of((weight, scales, sums), features, x.shape[-1])
     y = held.product(x, bias, "none", residual)
-    return y, reference.sums_of_squares(y)
+    return y, _decoding.sums_of_squares(y)
 
 
 def linear_squares_cuda(
@@ -39,7 +39,9 @@ def linear_squares_cuda(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Calls csrc/cuda/linear.cu."""
     held = weight_of((weight, scales, sums), features, x.shape[-1])
-    return linear_cuda(x, held, bias, "none", residual, with_squares=True)  # type: ignore[return-value]
+    squares = x.new_empty((*x.shape[:-1], -(-features // SQUARES)), dtype=torch.float32)
+    y = linear_cuda(x, held, bias, "none", residual, squares=squares)
+    return y if y is NotImplemented else (y, squares)
 
 
 @contiguous
@@ -48,7 +50,7 @@ def _reference(
     bias: Tensor | None, residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dense = weight_of((weight, scales, sums), features, x.shape[-1]).dense(x.dtype)
-    return reference.linear_squares(x, dense, bias, residual)
+    return _decoding.linear_squares(x, dense, bias, residual)
 
 
 def _fake(

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from internvl_engine import reference
-
+from . import _decoding
 from ._epilogue import output_shape
 from ._gemv import Norm, check_form, check_norm, linear_cuda, weight_of
 from ._library import define
@@ -52,7 +51,7 @@ def _reference(
     eps: float,
 ) -> Tensor:  # fmt: skip
     dense = weight_of((weight, scales, sums), features, x.shape[-1]).dense(x.dtype)
-    return reference.norm_linear(x, dense, bias, epilogue, norm_weight, squares, eps)
+    return _decoding.norm_linear(x, dense, bias, epilogue, norm_weight, squares, eps)
 
 
 _norm_linear = define(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from internvl_engine import kernels, reference
+from internvl_engine import kernels
+from internvl_engine.kernels import _decoding
 
 FORMS = ("wide", "int8", "int4", "int4 of 128")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -29,4 +30,4 @@ def dense(form: str, parts: tuple[Tensor, ...], features: int, columns: int, dty
 
 def normed(x: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
     """(norm_weight, squares of x), as the operators take them."""
-    return norm_weight, reference.sums_of_squares(x)
+    return norm_weight, _decoding.sums_of_squares(x)

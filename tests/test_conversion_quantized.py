@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_engine import pictures
 
@@ -71,6 +72,20 @@ def test_verify_looks_into_forms(folders, tmp_path, name):
     save_file(state, tmp_path / WEIGHTS)
     report = verify(tmp_path)
     assert not report.ok and scales.removesuffix(".scales") in str(report)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_commands_quantize_while_they_load(folders, tmp_path, capsys, form):
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "one.png")
+
+    def described(*options):
+        with pytest.raises(SystemExit) as ended:
+            main(["caption", str(tmp_path / "one.png"), "--dtype", "float32", "--json", *options])
+        assert not ended.value.code
+        return json.loads(capsys.readouterr().out)["results"]
+
+    stored = described("--model", str(folders / "nano" / form))
+    assert described("--model", str(nano_directory()), "--quantize", form) == stored
 
 
 def test_a_scheme_that_there_is_not(tmp_path, capsys):

@@ -276,6 +276,8 @@ def test_weights_that_do_not_fit_stay_mapped(monkeypatch):
     for mode in "cg":
         actual, expected = (e.encode_image(pictures(2), mode) for e in (engine, whole))
         torch.testing.assert_close(actual, expected, atol=0.02, rtol=0)  # of bfloat16
+    captions = [each.caption(pictures(2), max_new_tokens=6) for each in (engine, whole)]
+    assert captions[0] == captions[1]
 
 
 def test_weights_that_are_in_memory_are_packed_whatever_is_left(monkeypatch):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from company import KINDS, eager, run
 from torch import nn
 
-from internvl_engine import VisionLanguageModel, accelerate
+from internvl_engine import VisionLanguageModel, accelerate, kernels
+from internvl_engine.embedding.fingerprint import fingerprint
 from internvl_engine.modeling import InternVL_G
 from internvl_engine.quantization import (
     Rule,
@@ -21,7 +22,7 @@ from internvl_engine.quantization import (
 from internvl_engine.weights import Int4Tensor, Int8Tensor, QuantizedTensor
 
 from chat_goldens import CHAT
-from models import model, pixels
+from models import VISION, model, pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SCHEMES = ("int8", "int4", "fp8")
@@ -273,7 +274,11 @@ def test_a_scheme_of_ones_own_and_forms_that_are_slower():
     report = quantize(built, "fp8")
     assert not held(built) and "fp8 is slower on cpu" in str(report)
     assert slower_reason("fp8", torch.device("cpu"))
-    assert slower_reason("int8", torch.device("cpu")) is None
+    assert "widened at every call" in slower_reason("int8", torch.device("mps"))
+    if "native" in kernels.backends("linear_int8")["CPU"]:
+        assert slower_reason("int8", torch.device("cpu")) is None
+        with kernels.prefer("linear_int8", "reference"):
+            assert "int8 is slower on cpu" in str(quantize(Odd(), "int8"))
     with pytest.raises(ValueError, match="quantize must be one of int8, int4, fp8 or a Scheme"):
         accelerate(built, quantize="int2")
 
@@ -324,3 +329,16 @@ def test_what_is_saved_is_wide(tmp_path):
     state = built.state_dict()
     assert all(torch.equal(t, state[name]) for name, t in again.state_dict().items())
     near(again.encode_text(IDS).float(), built.encode_text(IDS).float(), 0.1)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_embeddings_of_quantized_weights_are_known_to_be_others(exact):
+    """Tables of 128 rows and more are sampled, row by row of the form."""
+    found = []
+    for scheme in (None, *SCHEMES):
+        built = model(vision_config=VISION | {"intermediate_size": 1200})
+        if scheme is not None:
+            quantized(built, scheme)
+        found.append(fingerprint(built, exact=exact))
+        assert fingerprint(copy.deepcopy(built), exact=exact) == found[-1]
+    assert len({marks["text"] for marks in found}) == 4

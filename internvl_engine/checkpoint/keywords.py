@@ -20,8 +20,8 @@ IGNORED = frozenset({
     "_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "name_or_path",
 })  # fmt: skip
 _QUANTIZED = (
-    "weights are loaded in float32, float16 or bfloat16, not quantized; dtype='bfloat16' takes "
-    "least memory, and parts= loads less"
+    "weights are quantized by this package or not at all: quantize='int8' or 'int4' does it while "
+    "they are loaded"
 )
 REFUSED = {
     "load_in_8bit": _QUANTIZED,

@@ -189,6 +189,22 @@ def write_checkpoint(
     Raises:
         CheckpointError: the folder has no room.
     """
+    written = write_weights(folder, planned, read, max_shard_size, alignment)
+    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    return [*written, folder / "config.json"]
+
+
+def write_weights(
+    folder: Path,
+    planned: list[Planned],
+    read: Read,
+    max_shard_size: int | str,
+    alignment: int = ALIGNMENT,
+) -> list[Path]:
+    """Writes weights in place of those that a folder has; it is made where it is not there.
+
+    Args, Raises: as `write_checkpoint`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, planned)
     with replaced_weights(folder):
@@ -196,8 +212,7 @@ def write_checkpoint(
     for path in folder.iterdir():  # shards of an earlier, longer checkpoint
         if _SHARD.fullmatch(path.name) and path not in written:
             path.unlink()
-    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
-    return [*written, folder / "config.json"]
+    return written
 
 
 def check_room(folder: Path, planned: list[Planned]) -> None:

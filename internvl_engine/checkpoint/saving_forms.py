@@ -5,11 +5,10 @@ from typing import Any
 
 from .dtypes import dtype_name
 from .held import held_parts, held_rules, held_scheme, plain
-from .placement import parse_size
 from .quantized import FIELD, stated
 from .quantizing import Quantizing
-from .saving import check_room
-from .writing import Planned, add_to_json, replaced_weights, write_shards
+from .saving import write_weights
+from .writing import Planned, add_to_json
 
 
 def save_forms(
@@ -39,11 +38,7 @@ def save_forms(
         rules,
         lambda name: held_parts(state[name]),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    check_room(folder, files.planned)
-    size = parse_size(max_shard_size)
-    with replaced_weights(folder):
-        written = write_shards(folder, files.planned, files.read, size, files.alignment)
+    written = write_weights(folder, files.planned, files.read, max_shard_size, files.alignment)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if rules:

@@ -18,6 +18,12 @@ Mode = Annotated[str, typer.Option(help="c: vision tower alone; g: with QLLaMA's
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 
 
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="int8, int4 or fp8: hold large weights so; a checkpoint may already."),
+]
+
+
 class ModelOptions(NamedTuple):
     """Which model, and where."""
 
@@ -33,12 +39,15 @@ class ModelOptions(NamedTuple):
     ] = None
     device: Device = None
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto"
+    quantize: Quantize = None
 
     def load(self, parts: str) -> "InternVL":
         """The engine of a command, with only the parts that it needs."""
         from ..engine import InternVL
 
-        options: dict[str, Any] = {"device": self.device, "parts": parts}
+        options: dict[str, Any] = {
+            "device": self.device, "parts": parts, "quantize": self.quantize
+        }  # fmt: skip
         if self.model is None:
             notice(
                 f"no --model and no {VARIABLE}: using the embedded nano model, which knows nothing "
@@ -66,6 +75,7 @@ class ChatModelOptions(NamedTuple):
     ] = None
     device: Device = None
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto"
+    quantize: Quantize = None
 
     def load(self) -> "InternVLChat":
         """The engine of a command."""
@@ -78,8 +88,10 @@ class ChatModelOptions(NamedTuple):
             )
         if self.model is None or self.model == NANO_CHAT:  # a folder of that name is ./nano-chat
             dtype = {} if self.dtype == "auto" else {"dtype": self.dtype}
-            return InternVLChat.nano(device=self.device, **dtype)
-        return InternVLChat.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+            return InternVLChat.nano(device=self.device, quantize=self.quantize, **dtype)
+        return InternVLChat.from_pretrained(
+            self.model, dtype=self.dtype, device=self.device, quantize=self.quantize
+        )
 
 
 def check_mode(mode: str, *others: str) -> str:

@@ -142,7 +142,12 @@ def _samples(tensor: Tensor, as_held: bool = False) -> list[Tensor]:
             if not parts:
                 raise
     # Also a quantized weight of another package, without these operators: what it is made of.
-    return [sample for part in parts for sample in _samples(part, as_held)]
+    return [sample for part in parts for sample in _samples(_countable(part), as_held)]
+
+
+def _countable(part: Tensor) -> Tensor:
+    """An inner tensor; of float8, which PyTorch puts next to no other type, the bits."""
+    return part.view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part
 
 
 def _step(tensor: Tensor) -> int:

@@ -37,6 +37,13 @@ class Int4Tensor(QuantizedTensor):
     def _quantize(cls, weight: Tensor, group: int = 64) -> Any:  # type: ignore[override]
         return kernels.quantize_int4(weight, group)
 
+    @classmethod
+    def calibrated(cls, weight: Tensor, activations: Tensor, group: int = 64) -> "Int4Tensor":
+        """The values whose products with such activations (..., C) are nearest to the weight's."""
+        with torch.inference_mode(False), torch.no_grad():
+            inner = kernels.quantize_int4_calibrated(weight.detach(), activations, group)
+        return cls(*inner, weight.shape, weight.dtype)
+
     @property
     def options(self) -> dict[str, Any]:
         """The group, as the shape of the scales says."""

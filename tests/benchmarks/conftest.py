@@ -9,9 +9,13 @@ from internvl_engine.benchmarks import (
     bench_attention_with_mask,
     bench_cross_attention,
     bench_decode_attention,
+    bench_decode_qkv,
     bench_gelu_quant,
     bench_layer_norm,
     bench_linear,
+    bench_linear_int4,
+    bench_linear_squares,
+    bench_norm_linear,
     bench_pooling_attention,
     bench_qk_norm_attention,
     bench_rms_norm,
@@ -50,6 +54,9 @@ SMALL = {
     bench_decode_attention: {"SHAPES": {"one": (2, 17)}, "SLOTS": 24, **HEADS},
     bench_pooling_attention: {"SHAPES": {"one": (2, 9, 64)}, "HEADS": 3},
     bench_qk_norm_attention: {"SHAPES": {"cpu": {"one": (2, 17)}}, **HEADS},
+    bench_norm_linear: {"SHAPES": {"one": (2, 128, "swiglu")}, "WIDTH": 64},
+    bench_linear_squares: {"SHAPES": {"one": (2, 128)}, "WIDTH": 64},
+    bench_decode_qkv: {"SHAPES": {"one": 2}, "WIDTH": 64, "SLOTS": 150, **HEADS},
     bench_linear: {
         "LAYERS": {
             "vision fc1": ((64, 96), "gelu", True),
@@ -58,6 +65,7 @@ SMALL = {
         },
         "ROWS": {"vision": (9,), "QLLaMA": (1,), "cross": (5,)},
     },
+    bench_linear_int4: {"ROWS": (1,)},
 }  # fmt: skip
 
 

@@ -64,8 +64,16 @@ COUNTS = {
     # x, weight, bias, residual, y
     "linear vision fc1, 9 rows": (2 * (576 + 96 * 64 + 96 + 2 * 9 * 96), 2 * 9 * 96 * 64),
     "linear QLLaMA gate_up, 1 rows": (2 * (64 + 128 * 64 + 64), 2 * 128 * 64),
+    # the weight: two bytes a value, or one and four a row, or a half and two a row and group
+    "norm_linear one, wide": (2 * 128 * 64, 0),
+    "norm_linear one, int8": (128 * 64 + 4 * 128, 0),
+    "norm_linear one, int4": (128 * 32 + 2 * 128, 0),
+    "linear_squares one, int4": (64 * 64 + 2 * 2 * 64, 0),
+    "decode_qkv one, wide": (2 * 192 * 64, 0),
     "rms_norm_quant vision, int8": (3 * 576 + 2 * 64 + 4 * 9, 0),  # x, q; weight; scales
     "gelu_quant QLLaMA, int8": (2 * 320 + 160 + 4 * 5, 0),
+    # four bits a weight, two bytes a scale of each row and group; x and y
+    "linear_int4 QLLaMA gate_up, 1 rows": (128 * 64 // 2 + 2 * 128 + 2 * (64 + 64), 2 * 128 * 64),
     # one byte a weight, four a scale
     "linear_fp8 vision fc1, 9 rows": (2 * (576 + 2 * 9 * 96) + 96 * 64 + 4 * 96, 2 * 9 * 96 * 64),
 }  # fmt: skip
@@ -79,7 +87,14 @@ def test_bytes_and_operations_are_those_counted_by_hand():
 
 
 def test_operations_are_those_that_torch_counts():
-    timed = ("linear", "linear_fp8", "qk_norm_attention", "cross_attention", "decode_attention")
+    timed = (
+        "linear",
+        "linear_fp8",
+        "linear_int4",
+        "qk_norm_attention",
+        "cross_attention",
+        "decode_attention",
+    )
     some = [case for case in cases_of(*timed) if "backward" not in case.label]
     for case in some:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -96,6 +111,7 @@ RIVALS = {
     "decode_attention": {"SDPA, valid keys"},
     "linear": {"F.linear alone"},
     "linear_fp8": {"F.linear in 16 bits"},
+    "linear_int4": {"ours, wide", "PyTorch int4"},
     "rms_norm_quant": {"rms_norm alone"},
     "gelu_quant": {"the activation alone"},
     "pooling_attention": {"F.layer_norm, SDPA"},

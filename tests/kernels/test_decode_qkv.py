@@ -4,7 +4,7 @@ from gemv_cases import DTYPES, FORMS, dense, normed, weight_in
 from host_gpu import host_gpu, needs_compiler
 
 from internvl_engine import kernels, reference
-from internvl_engine.kernels import decode_qkv
+from internvl_engine.kernels import _decoding, decode_qkv
 from internvl_engine.kernels.decode_qkv import decode_qkv_cuda
 
 from numerics import assert_as_accurate_as_eager
@@ -38,7 +38,7 @@ def truth(form, parts, heads, dim):
         storage = storage.clone()
         features = (heads + 2 * storage.shape[2]) * dim
         weight = dense(form, parts, features, x.shape[-1], x.dtype)
-        qkv = reference.norm_linear(x, weight, bias, "none", norm_weight, squares, EPS)
+        qkv = _decoding.norm_linear(x, weight, bias, "none", norm_weight, squares, EPS)
         counts = (heads, storage.shape[2], storage.shape[2])
         q, k, v = qkv.unflatten(-1, (-1, dim)).transpose(1, 2).split(counts, dim=1)
         rest = (cos, sin, positions, slots, *storage)

@@ -3,8 +3,8 @@ import torch
 from gemv_cases import DTYPES, FORMS, dense, weight_in
 from host_gpu import host_gpu, needs_compiler
 
-from internvl_engine import kernels, reference
-from internvl_engine.kernels import linear_squares
+from internvl_engine import kernels
+from internvl_engine.kernels import _decoding, linear_squares
 from internvl_engine.kernels.linear_squares import linear_squares_cuda
 
 from numerics import assert_as_accurate_as_eager
@@ -22,7 +22,7 @@ def truth(form, parts, features):
 
     def run(x, bias, residual):
         weight = dense(form, parts, features, x.shape[-1], x.dtype)
-        return reference.linear_squares(x, weight, bias, residual)[0]
+        return _decoding.linear_squares(x, weight, bias, residual)[0]
 
     return run
 
@@ -40,7 +40,7 @@ def test_the_cuda_kernel_is_as_accurate_as_eager(form, dtype, shape):
             y, squares = run_cuda(x, parts, features, bias, onto)
         assert gpu.calls == 1
         assert_as_accurate_as_eager(y, truth(form, parts, features), x, bias, onto)
-        expected = reference.sums_of_squares(y)  # of what was stored
+        expected = _decoding.sums_of_squares(y)  # of what was stored
         torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0)  # 16 terms in fp32
 
 
@@ -61,7 +61,7 @@ def test_every_backend_of_the_cpu(backend):
     x, weight, residual = torch.randn(2, 3, 64), torch.randn(40, 64), torch.randn(2, 3, 40)
     with kernels.prefer("linear_squares", backend):
         found = linear_squares(x, (weight,), 40, None, residual)
-    torch.testing.assert_close(found, reference.linear_squares(x, weight, None, residual))
+    torch.testing.assert_close(found, _decoding.linear_squares(x, weight, None, residual))
     assert found[1].shape == (2, 3, 3)
     torch.testing.assert_close(found[1].sum(-1), found[0].square().sum(-1))
 

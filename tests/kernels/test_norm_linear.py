@@ -4,7 +4,7 @@ from gemv_cases import DTYPES, FORMS, dense, normed, weight_in
 from host_gpu import host_gpu, needs_compiler
 
 from internvl_engine import kernels, reference
-from internvl_engine.kernels import batch_invariant, norm_linear
+from internvl_engine.kernels import _decoding, batch_invariant, norm_linear
 from internvl_engine.kernels.linear import linear_cuda
 from internvl_engine.kernels.linear_int4 import linear_int4_cuda
 from internvl_engine.kernels.linear_int8 import linear_int8_cuda
@@ -35,7 +35,7 @@ def truth(form, parts, features):
 
     def run(x, bias, epilogue, norm_weight, squares):
         weight = dense(form, parts, features, x.shape[-1], x.dtype)
-        return reference.norm_linear(x, weight, bias, epilogue, norm_weight, squares, EPS)
+        return _decoding.norm_linear(x, weight, bias, epilogue, norm_weight, squares, EPS)
 
     return run
 

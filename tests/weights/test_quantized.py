@@ -20,9 +20,9 @@ from internvl_engine.weights import (
     quantized_entries,
 )
 
-# The largest error of a value, of its row's (its group's) largest one: half a step, but a whole one
-# at the end of int4's levels, -8 to 7; three bits behind fp8's leading one are 1 / 16.
-STEPS = {"int8": 0.5 / 127, "int4": 1 / 8, "fp8": 1 / 16}
+# The largest error of a value, of its row's (its group's) largest one: half a step; int4 clips at
+# 0.8 of it, and at 7 / 8 of that on the other side; three bits behind fp8's leading one are 1 / 16.
+STEPS = {"int8": 0.5 / 127, "int4": 0.3, "fp8": 1 / 16}
 OPTIONS = [("int8", {}), ("int4", {"group": 64}), ("int4", {"group": 128}), ("fp8", {})]
 SHAPE = (70, 200)  # no whole panels, steps or groups
 
