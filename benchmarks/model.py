@@ -23,7 +23,7 @@ from internvl_engine.assets import nano_directory
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.modeling import InternVL_G
 
-from . import quantized, text
+from . import decode, quantized, text
 from .cases import Case, Provider, rival
 from .encoder import counted
 from .quantized import ERRORS
@@ -54,7 +54,10 @@ def suites(
         resolutions = RESOLUTIONS if size == "layer" else ()
         yield from encode(forms, BATCHES[device], compiles, resolutions)
 
-    parts: dict[str, Callable[[str], Iterator[Case]]] = {"encode": images}
+    def captions(device: str) -> Iterator[Case]:
+        yield from decode.cases(Forms(built(size, dtype, device), schemes))
+
+    parts: dict[str, Callable[[str], Iterator[Case]]] = {"encode": images, "decode": captions}
     if size == "layer":
         parts["text"] = lambda device: text.cases(device, dtypes=(dtype,))
         parts["layers"] = lambda device: quantized.cases(device, dtype, schemes, compiles)
