@@ -110,7 +110,7 @@ class Forms:
             counts: images or tokens of a call.
         """
         providers = {
-            name: Provider(lambda model=model: run(model), error=self.errors.get(name))
+            name: Provider(partial(run, model), error=self.errors.get(name))
             for name, model in self.models.items()
         }
         providers["eager"] = Provider(lambda: run(self.eager))

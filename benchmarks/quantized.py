@@ -8,6 +8,7 @@ Speeds are related to ours with wide weights. A form's error is that of the laye
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def vision(
     }
     for scheme in schemes:
         around = _quantized(layer, scheme)
-        providers[f"ours, {scheme}"] = Provider(lambda of=around: of[0](x), error=ERRORS[scheme])
+        providers[f"ours, {scheme}"] = Provider(partial(around[0], x), error=ERRORS[scheme])
     if compiles:
         torch._dynamo.reset()
         compiled = torch.compile(towers.theirs.encoder, dynamic=False)
@@ -139,7 +140,7 @@ def _quantized(layer: nn.Module, scheme: str) -> nn.Sequential:
 
 def _case(
     operator: str, label: str, layer: nn.Module, x: Tensor, providers: dict[str, Provider],
-    baseline: str, **counts: int,
+    baseline: str, **counts: Any,
 ) -> Case:  # fmt: skip
     flops, out = counted(providers["eager"].run)
     traffic = sum(p.nbytes for p in layer.parameters()) + x.nbytes + out.nbytes
