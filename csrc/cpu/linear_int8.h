@@ -37,6 +37,7 @@ struct Int8Form {
   typedef Int8 Product;
   typedef Step<Int8>::Word Word;
   static constexpr int kRows = kInt8Rows;
+  static constexpr int64_t kBlockTiles = kTilesInL2;
   static constexpr bool kInPlace = true;
 
   Rows<const T> x;
@@ -113,6 +114,7 @@ template <typename T>
 struct Int8Form {
   typedef float Product;
   static constexpr int kRows = kInt8Rows;
+  static constexpr int64_t kBlockTiles = 2 * kTilesInL2;  // one chain of them: widening costs half
   static constexpr bool kInPlace = false;
   static constexpr int64_t kLongestChain = 256;
   static constexpr int64_t kAhead = 3072;  // bytes: what memory delivers in its latency
@@ -166,41 +168,58 @@ struct Int8Form {
     __builtin_prefetch(step + 64);
   }
 
-  // A whole panel by a tile of few rows, widened in registers; the same order of sums.
+  // A whole panel by a tile of few rows, widened in registers. The sums are those of multiply_tile, but
+  // two chains of one row run side by side: additions that wait for each other are half as fast.
   static constexpr int kFewRows = kWidth < 8 ? 1 : 3;
-  void multiply_few(const uint32_t* tile, int64_t rows, int64_t panel, float* sums, int64_t from,
-                    int64_t count) const {
-    const auto* values = reinterpret_cast<const float*>(tile);
-    if (rows == 1) multiply_rows<1>(values, panel, sums, from, count);
-    if (rows == 2) multiply_rows<2>(values, panel, sums, from, count);
-    if (rows == 3) multiply_rows<3>(values, panel, sums, from, count);
+  void multiply_few(const uint32_t* tile, int64_t rows, int64_t panel, float* sums) const {
+    const auto* x = reinterpret_cast<const float*>(tile);
+    const int64_t chain = Step<float>::chain(weight.cols);
+    for (int64_t from = 0; from < weight.cols;) {
+      const int64_t left = weight.cols - from;
+      const bool two = rows == 1 && left >= 2 * chain;
+      const auto multiply = two         ? &Int8Form::multiply_rows<1, 2>
+                            : rows == 1 ? &Int8Form::multiply_rows<1, 1>
+                            : rows == 2 ? &Int8Form::multiply_rows<2, 1>
+                                        : &Int8Form::multiply_rows<3, 1>;
+      (this->*multiply)(x + from * rows, panel, sums, from, smaller(chain, left));
+      from += two ? 2 * chain : chain;
+    }
   }
-  template <int ROWS>
+
+  // Columns [from, from + CHAINS * count) of the product, in CHAINS chains.
+  template <int ROWS, int CHAINS>
   void multiply_rows(const float* x, int64_t panel, float* sums, int64_t from, int64_t count) const {
     constexpr int kVecs = kInt8Rows / kWidth;
-    Vec acc[ROWS][kVecs] = {};
+    Vec acc[CHAINS][ROWS][kVecs] = {};
     const Int8* step = weight.step(panel, from / kInt8Columns);
     const auto columns = [&](int64_t column, int wanted) __attribute__((always_inline)) {
-      ask(step + kAhead);
+#pragma GCC unroll 2
+      for (int chain = 0; chain < CHAINS; ++chain) {
+        const Int8* weights = step + chain * count * kInt8Rows;
+        const float* values = x + (chain * count + column) * ROWS;
+        ask(weights + kAhead);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j)
-        widen(step + j * kWidth * kInt8Columns, [&](int i, Vec v) __attribute__((always_inline)) {
+        for (int j = 0; j < kVecs; ++j)
+          widen(weights + j * kWidth * kInt8Columns, [&](int i, Vec v) __attribute__((always_inline)) {
 #pragma GCC unroll 3
-          for (int r = 0; r < ROWS; ++r)
-            if (i < wanted) acc[r][j] += x[(column + i) * ROWS + r] * v;
-        });
+            for (int r = 0; r < ROWS; ++r)
+              if (i < wanted) acc[chain][r][j] += values[i * ROWS + r] * v;
+          });
+      }
       step += kInt8Rows * kInt8Columns;
     };
     int64_t column = 0;
     for (; column + kInt8Columns <= count; column += kInt8Columns) columns(column, kInt8Columns);
     if (column < count) columns(column, count - column);
+#pragma GCC unroll 2
+    for (int chain = 0; chain < CHAINS; ++chain)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j)
+      for (int j = 0; j < kVecs; ++j)
 #pragma GCC unroll 3
-      for (int r = 0; r < ROWS; ++r) {
-        float* sum = sums + (j * kWidth / kPanel * ROWS + r) * kPanel + j * kWidth % kPanel;
-        store(from == 0 ? acc[r][j] : load(sum) + acc[r][j], sum);
-      }
+        for (int r = 0; r < ROWS; ++r) {
+          float* sum = sums + (j * kWidth / kPanel * ROWS + r) * kPanel + j * kWidth % kPanel;
+          store(from + chain == 0 ? acc[chain][r][j] : load(sum) + acc[chain][r][j], sum);
+        }
   }
 
   // Sums of the weights' bytes times their scales.
@@ -222,7 +241,7 @@ template <typename T>
 LinearMemory int8_memory(void* at, int64_t rows, int64_t cols, int threads) {
   using Form = Int8Form<T>;
   const int64_t steps = parts_of(cols, Step<typename Form::Product>::kDepth);
-  return {at, rows, steps, Form::scratch(cols), threads};
+  return {at, rows, steps, Form::kBlockTiles, Form::scratch(cols), threads};
 }
 
 // Bytes of scratch memory that linear_int8() needs.
