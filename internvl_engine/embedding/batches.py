@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..processing import InternVLImageProcessor
-from ..processing.images import normalized
 from .ahead import map_ahead, num_threads
 from .batch_size import BatchSize, checked_batch_size
 from .pictures import pictures
+from .pixels import PixelTable
 
 DECODING_THREADS = num_threads()
 
@@ -95,45 +95,37 @@ def _batches(
     processor: InternVLImageProcessor, images: Any, limit: BatchSize, dtype: torch.dtype,
     keep_errors: bool, pinned: bool,
 ) -> Iterator[ImageBatch]:  # fmt: skip
-    prepare = partial(_squares, processor, keep_errors)
+    table = PixelTable(processor, dtype)
+    prepare = partial(_decoded, processor, table, keep_errors)
     outcomes = map_ahead(prepare, pictures(images), lambda: limit.size, DECODING_THREADS)
     batch: list[Outcome] = []
     try:
         for outcome in outcomes:
             batch.append(outcome)
             if len(batch) >= limit.size:
-                yield _batch(batch, processor, dtype, pinned)
+                yield _batch(batch, table, processor.size, pinned)
                 batch = []
         if batch:
-            yield _batch(batch, processor, dtype, pinned)
+            yield _batch(batch, table, processor.size, pinned)
     finally:
         outcomes.close()  # type: ignore[attr-defined]  # now, not when it is collected
 
 
-def _squares(
-    processor: InternVLImageProcessor, keep_errors: bool, number: int, image: Any
+def _decoded(
+    processor: InternVLImageProcessor, table: PixelTable, keep_errors: bool, number: int, image: Any
 ) -> Outcome:
-    """The (1, S, S, 3) uint8 pixels of one image, in a thread.
-
-    Nothing of PyTorch computes here: each thread would start a team of threads of its own.
-    """
+    """The bits of the values of one image, in a thread."""
     try:
-        return Outcome(number, processor.squares([image], first=number))
+        square = processor.squares([image], first=number)[0].numpy()
     except (OSError, ValueError, TypeError) as error:
         if not keep_errors:
             raise
         return Outcome(number, error=error)
+    return Outcome(number, table.look_up(square))
 
 
-def _batch(
-    outcomes: list[Outcome], processor: InternVLImageProcessor, dtype: torch.dtype, pinned: bool
-) -> ImageBatch:
-    rows = [outcome.value for outcome in outcomes if outcome.error is None]
-    squares = torch.cat(rows) if rows else processor.squares([])
-    pixels = normalized(squares, processor.mean, processor.std)
-    if pinned:  # PyTorch keeps such memory, and gives it out again when its copy is done
-        buffer = torch.empty(pixels.shape, dtype=dtype, device="cpu", pin_memory=True)
-        pixels = buffer.copy_(pixels)
-    numbers = [outcome.number for outcome in outcomes if outcome.error is None]
+def _batch(outcomes: list[Outcome], table: PixelTable, size: int, pinned: bool) -> ImageBatch:
+    sound = [outcome for outcome in outcomes if outcome.error is None]
+    pixels = table.batch([outcome.value for outcome in sound], size, pinned)
     broken = [outcome for outcome in outcomes if outcome.error is not None]
-    return ImageBatch(pixels.to(dtype), numbers, broken)
+    return ImageBatch(pixels, [outcome.number for outcome in sound], broken)

@@ -33,15 +33,15 @@ DEFAULTS: dict[str, Config] = {
     "gfx942": {"num_warps": 8},
 }
 CANDIDATES: list[Config] = [{"num_warps": warps} for warps in (2, 4, 8, 16)]
-# Backward, with the loads of the next row under way while one is reduced. A row in 16 warps is 8
-# values a thread, and RMSNorm's 64 registers let a second program on the multiprocessor.
+# Backward, with the loads of the next rows under way, in shared memory, while one is reduced; a row
+# in 16 warps is 8 values a thread.
 DEFAULTS_BACKWARD: dict[str, Config] = {
     "sm80": {"num_warps": 16, "STAGES": 2},
-    "sm90": {"num_warps": 16, "STAGES": 2},
+    "sm90": {"num_warps": 16, "STAGES": 3},
     "sm100": {"num_warps": 16, "STAGES": 2},
     "gfx942": {"num_warps": 8, "STAGES": 1},
 }
-DEFAULTS_BACKWARD_LARGE: dict[str, Config] = {  # 128 registers a thread would not be enough
+DEFAULTS_BACKWARD_LARGE: dict[str, Config] = {  # of which 16 warps cannot hold one in registers
     name: {"num_warps": 8, "STAGES": 1} for name in DEFAULTS_BACKWARD
 }
 CANDIDATES_BACKWARD: list[Config] = [
@@ -209,7 +209,8 @@ def backward_tile(C: int, vectors: int) -> dict[str, int]:
 def backward_defaults(C: int, vectors: int) -> dict[str, Config]:
     """Its configurations."""
     blocks = backward_tile(C, vectors)
-    large = vectors * blocks["BLOCK_R"] * blocks["BLOCK_C"] > 2 * TILE
+    values = blocks["BLOCK_R"] * blocks["BLOCK_C"]
+    large = values > TILE or vectors * values > 2 * TILE
     return DEFAULTS_BACKWARD_LARGE if large else DEFAULTS_BACKWARD
 
 

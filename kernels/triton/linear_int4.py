@@ -37,7 +37,7 @@ DEFAULTS_FEW: dict[str, Config] = {
     for architecture in ARCHITECTURES
 }
 DEFAULTS_FP32: dict[str, Config] = {
-    architecture: panel_config(32, 64, 32, 4, 2) for architecture in ARCHITECTURES
+    architecture: panel_config(32, 32, 32, 4, 2) for architecture in ARCHITECTURES
 }
 TABLES = (DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32)
 CANDIDATES: list[Config] = [
