@@ -157,12 +157,11 @@ def accelerate(
         )
     try:
         if scheme is not None:
-            inside = [m for module, kind, entry in found if kind is not None and entry.fused
-                      for m in module.modules()]  # fmt: skip
             report.quantization = quantize_weights(
                 model, scheme, only_faster=only_faster, calibration=calibration,
-                fused=frozenset(map(id, inside)),
+                fused=_inside(found),
             )  # fmt: skip
+            _warn_if_wide(report.quantization)
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):
@@ -184,6 +183,24 @@ def accelerate(
 
 
 Found = tuple[Any, type[FusedModule] | None, Entry]
+
+
+def _inside(found: list[Found]) -> frozenset[int]:
+    """The ids of all modules in those that are fused, or become so."""
+    modules = (module for module, kind, entry in found if kind is not None and entry.fused)
+    return frozenset(id(inner) for module in modules for inner in module.modules())
+
+
+def _warn_if_wide(quantization: Quantization) -> None:
+    """Says where nothing at all is in fewer bits, which nobody asks for."""
+    wide = Counter(quantization.wide.values())
+    if len(quantization.wide) == len(quantization.weights) and wide:
+        why = next((reason for reason in wide if "slower" in reason), wide.most_common(1)[0][0])
+        warnings.warn(
+            f"accelerate: with quantize={quantization.scheme.name!r} every weight stays wide here: "
+            f"{why}; only_faster=False quantizes all the same",
+            stacklevel=3,
+        )
 
 
 def _find(module: nn.Module, name: str, recognition: Recognition) -> Iterator[Found]:

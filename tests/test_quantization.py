@@ -273,6 +273,10 @@ def test_a_scheme_of_ones_own_and_forms_that_are_slower():
     built = Odd()
     report = quantize(built, "fp8")
     assert not held(built) and "fp8 is slower on cpu" in str(report)
+    with pytest.warns(
+        UserWarning, match="with quantize='fp8' every weight stays wide here: fp8 is"
+    ):
+        accelerate(built, quantize="fp8")
     assert slower_reason("fp8", torch.device("cpu"))
     assert "widened at every call" in slower_reason("int8", torch.device("mps"))
     if "native" in kernels.backends("linear_int8")["CPU"]:
