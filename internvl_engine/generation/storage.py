@@ -87,7 +87,8 @@ class StaticCache(Cache):
 
     def __init__(self, storage: Tensor, positions: Tensor) -> None:
         self.slots, self.lengths = positions[:, None], positions + 1
-        super().__init__(layers=[StaticCacheLayer(*layer, self.slots) for layer in storage])
+        layers = [StaticCacheLayer(keys, values, self.slots) for keys, values in storage]
+        super().__init__(layers=layers)
 
     def rotary_append(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
