@@ -89,7 +89,7 @@ class Rows:
     def advance(self, ids: Tensor) -> Tensor:
         """The next logits (B, V) after ids (B,), which every row appends."""
         self.make_room(self.longest + 1, self.most)
-        logits = self._run(ids[:, None], self.positions)
+        logits = self._run(ids[:, None].to(self.positions.device), self.positions)
         self.positions = self.positions + self.moves
         self.longest += 1
         return logits
@@ -141,5 +141,5 @@ def start(model: Any, cache: Any, mask: Tensor | None, most: int, captures: bool
     if mask is None:
         positions = torch.full((batch,), length, dtype=torch.int64, device=keys.device)
     else:
-        positions = (mask != 0).sum(1)
+        positions = (mask != 0).sum(1).to(keys.device)
     return Rows(model, storage, positions, length, most, captures)

@@ -164,7 +164,7 @@ FORWARD = {
         "sm80": _config(64, 32, 4, 2), "sm90": _config(64, 64, 4, 2),
         "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 32, 4, 1),
     },
-    "fp32": dict.fromkeys(ARCHITECTURES, _config(32, 16, 4, 2)),
+    "fp32": dict.fromkeys(ARCHITECTURES, _config(16, 16, 4, 2)),
 }  # fmt: skip
 QUERIES = {
     "wide": {
