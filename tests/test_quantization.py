@@ -95,6 +95,7 @@ def test_the_report_says_what_and_why():
     assert "it is not the weight of a Linear or an embedding" in text
     again = accelerate(built, quantize="int8")
     assert {e.reason for e in again.weights if e.form == "int4"} == {"already quantized"}
+    assert "quantized already: 10 x int8, 29 x int4" in str(accelerate(built))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["quantized first", "accelerated first"])
