@@ -1,6 +1,6 @@
 """Batches of images for the vision tower, decoded by threads ahead of the device."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -49,7 +49,7 @@ def image_batches(
     *,
     keep_errors: bool = False,
     pinned: bool = False,
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     """Pixel values of images that may be endless; the next batch is decoded during the present one.
 
     Args:
@@ -71,7 +71,9 @@ def image_batches(
     return _batches(processor, images, batch_size, dtype, keep_errors, pinned)
 
 
-def pixel_batches(pixel_values: Tensor, size: int, limit: BatchSize) -> Iterator[ImageBatch]:
+def pixel_batches(
+    pixel_values: Tensor, size: int, limit: BatchSize
+) -> Generator[ImageBatch, None, None]:
     """Pixel values that are given, in batches.
 
     Raises:
@@ -85,7 +87,7 @@ def pixel_batches(pixel_values: Tensor, size: int, limit: BatchSize) -> Iterator
     return _split(pixel_values, limit)
 
 
-def _split(pixel_values: Tensor, limit: BatchSize) -> Iterator[ImageBatch]:
+def _split(pixel_values: Tensor, limit: BatchSize) -> Generator[ImageBatch, None, None]:
     start = 0
     while start < len(pixel_values):
         pixels = pixel_values[start : start + limit.size]
@@ -96,7 +98,7 @@ def _split(pixel_values: Tensor, limit: BatchSize) -> Iterator[ImageBatch]:
 def _batches(
     processor: InternVLImageProcessor, images: Any, limit: BatchSize, dtype: torch.dtype,
     keep_errors: bool, pinned: bool,
-) -> Iterator[ImageBatch]:  # fmt: skip
+) -> Generator[ImageBatch, None, None]:  # fmt: skip
     squares = partial(_squares, processor, keep_errors)
     outcomes = map_ahead(squares, pictures(images), lambda: limit.size, DECODING_THREADS)
     assemble = partial(_batch, processor=processor, dtype=dtype, pinned=pinned)
@@ -104,7 +106,7 @@ def _batches(
     # Batches are put together in a thread of their own, by PyTorch: two teams of threads tell
     # OpenMP that they share the processors, and waiting threads sleep in place of spinning. On a
     # busy machine with two cores the model's passes take a seventh of the time.
-    with closing(outcomes), ThreadPoolExecutor(1, thread_name_prefix="images") as thread:  # type: ignore[type-var]
+    with closing(outcomes), ThreadPoolExecutor(1, thread_name_prefix="images") as thread:
         for outcome in outcomes:
             batch.append(outcome)
             if len(batch) >= limit.size:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..embedding import Embedder, Outcome
 from ..embedding.batches import ImageBatch, checked_batch_size, image_batches
-from ..embedding.embedder import not_finite
+from ..embedding.images import not_finite
 from ..processing.text import CAPTION_PROMPT
 from .caption import checked_settings, checked_texts
 from .caption_queue import CaptionQueue, Prompt, prompt_cache
