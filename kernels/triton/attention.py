@@ -370,5 +370,6 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     }  # fmt: skip
     for parts in (8, 64):
         shape = {"D": 128, "BLOCK_D": 128, "BLOCK_P": parts}
-        name, config = f"combine {parts} parts D=128", combine_config(shape)
-        yield Case("attention", name, combine_kernel, {**arguments, **shape}, config)
+        name, config = f"combine {parts} parts D=128 bf16", combine_config(shape)
+        fp32: tuple[Config, dict[str, object]] = config, {"partial_lse_ptr": "*fp64"}
+        yield Case("attention", name, combine_kernel, {**arguments, **shape}, config, fp32=fp32)
