@@ -134,7 +134,7 @@ def chat(
 def model(
     which: Annotated[
         list[str] | None,
-        typer.Argument(help="encode, lengths, text, decode, layers, load; all by default."),
+        typer.Argument(help="encode, lengths, text, decode, layers, fidelity, load; all."),
     ] = None,
     size: Annotated[
         str,
