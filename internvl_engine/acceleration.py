@@ -166,7 +166,7 @@ def accelerate(
                 model, scheme, only_faster=only_faster, calibration=calibration,
                 fused=_inside(found),
             )  # fmt: skip
-            _warn_if_wide(report.quantization)
+            report.quantization.warn_if_wide(stacklevel=3)
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):
@@ -194,18 +194,6 @@ def _inside(found: list[Found]) -> frozenset[int]:
     """The ids of all modules in those that are fused, or become so."""
     modules = (module for module, kind, entry in found if kind is not None and entry.fused)
     return frozenset(id(inner) for module in modules for inner in module.modules())
-
-
-def _warn_if_wide(quantization: Quantization) -> None:
-    """Says where nothing at all is in fewer bits, which nobody asks for."""
-    wide = Counter(quantization.wide.values())
-    if len(quantization.wide) == len(quantization.weights) and wide:
-        why = next((reason for reason in wide if "slower" in reason), wide.most_common(1)[0][0])
-        warnings.warn(
-            f"accelerate: with quantize={quantization.scheme.name!r} every weight stays wide here: "
-            f"{why}; only_faster=False quantizes all the same",
-            stacklevel=3,
-        )
 
 
 def _find(module: nn.Module, name: str, recognition: Recognition) -> Iterator[Found]:
