@@ -34,7 +34,7 @@ def cases(device: str) -> Iterator[Case]:
     for name, ((channels, features), epilogue, with_residual) in bench_linear.LAYERS.items():
         tower = name.split()[0]
         for rows in (ROWS_GPU if device == "cuda" else ROWS).get(tower, ()):
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in (torch.float32, torch.bfloat16):
                 weight = (torch.randn(features, channels) * channels**-0.5).to(device, dtype)
                 x = torch.randn(rows, channels, device=device).to(dtype)
                 width = features // 2 if epilogue == "swiglu" else features

@@ -76,7 +76,8 @@ def _case(forms: Any, operator: str, inputs: dict[str, Tensor], new: int, read: 
     weights = sum(p.nbytes for p in forms.eager.language_model.parameters())
     label = f"{rows} caption{'s' * (rows > 1)}, {new} token{'s' * (new > 1)} each"
     shape, dtype = tuple(inputs["input_ids"].shape), forms.eager.dtype
-    return Case(operator, label, shape, dtype, providers, new * weights, tokens=rows * new)
+    counts: dict[str, Any] = {"tokens": rows * new, "varies": ("captions", rows)}
+    return Case(operator, label, shape, dtype, providers, new * weights, **counts)
 
 
 def _run(
