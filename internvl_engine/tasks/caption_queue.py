@@ -88,7 +88,7 @@ class CaptionQueue:
         options: dict[str, Any] = dict(self.settings)
         if self.stop:
             options["stopping_criteria"] = [StopAtText(tokenizer, self.stop)]
-        if not goes_elsewhere(options.get("generation_config"), options):
+        if not goes_elsewhere(self.engine.model, options):
             options["custom_generate"] = admit
         return self.engine.model.generate(
             visual_features=self._states(prompts),

@@ -1,5 +1,8 @@
 """The step: one function of tensors, traced once and replayed for every later step."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from foreign_decoders import IDS, LEFT, llama
@@ -174,6 +177,25 @@ def test_the_engine_goes_on_in_a_disposable_cache(built, monkeypatch):
         assert cache.get_seq_length() == 0 and cache.storage is None
         again = built.generate(IMAGES, PROMPTS, MASK, **options)  # as an empty one
         assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_keys_and_values_go_with_the_call(built, beams, monkeypatch):
+    """Without a collection of cycles: they may be gigabytes."""
+    seen, init = [], Storage.__init__
+
+    def made(self, *args):
+        init(self, *args)
+        seen.append(weakref.ref(self.tensor))
+
+    monkeypatch.setattr(Storage, "__init__", made)
+    gc.collect()
+    gc.disable()
+    try:
+        built.generate(IMAGES, PROMPTS, MASK, **GREEDY, num_beams=beams, custom_generate=decode)
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
 
 
 def check(built):
