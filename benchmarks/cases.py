@@ -55,6 +55,7 @@ class Case:
         flops: floating-point operations; 0 where they never bound it.
         images: that one call takes; 0 where that is not what it takes.
         tokens: that one call makes, one after the other; 0 where it makes none.
+        varies: (what, how much) where cases differ in one quantity: a picture shows how cost grows.
         baseline: the provider to which the others' speed is related.
         tolerance: how far from eager's a right result may be, in units of the dtype's eps: two
             results that each round several times; a wrong one is off by 1e-1 or more.
@@ -71,6 +72,24 @@ class Case:
     baseline: str = "eager"
     tolerance: float = 8.0
     tokens: int = 0
+    varies: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is measured once, such as memory, and not in turns with others.
+
+    Attributes:
+        operator: what was done.
+        label: to what.
+        values: by name, seconds or bytes.
+        text: for people, of several lines.
+    """
+
+    operator: str
+    label: str
+    values: dict[str, float]
+    text: str
 
 
 def ours(operator: str, run: Run) -> dict[str, Provider]:

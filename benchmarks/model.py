@@ -1,9 +1,12 @@
 """InternVL-14B with wide and with quantized weights: how fast, and how its cost grows.
 
-    encode_c, encode_g  images to embeddings: by batch, and by resolution (the position table is
-                        resized for each)
+    encode_c, encode_g  images to embeddings, by their number
+    resolution          one image, by its size; the position table is resized for each
     text                prompts padded to 80, unpadded, and with their prefix computed once: text.py
     decode              captions, tokens a second: decode.py
+    text_length         texts to embeddings, by their length
+    fidelity            what quantized weights lose: verification/fidelity.py
+    load                seconds and memory of each form's own checkpoint: loading.py
     vision_int8, decode_int4  single layers beside other packages' quantized ones: quantized.py
 
 Two sizes: the embedded nano model, whole; and the real widths with one layer of the vision tower,
@@ -13,6 +16,7 @@ by full_size.py, in memory and seconds.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +26,21 @@ from internvl_engine.acceleration import accelerate
 from internvl_engine.assets import nano_directory
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.modeling import InternVL_G
+from internvl_engine.verification.fidelity import fidelity
 
-from . import quantized, text
-from .cases import Case, Provider, rival
+from . import decode, loading, quantized, text
+from .cases import Case, Finding, Provider, rival
 from .encoder import counted
 from .quantized import ERRORS
 from .report import Suites
 
 SIZES = ("nano", "layer")
-BATCHES = {"cpu": (1, 4), "cuda": (1, 64)}
+BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (1, 8, 64)}
 RESOLUTIONS = (364, 448)  # beside the model's own 224
+LENGTHS = {"nano": (8, 16), "layer": (8, 16, 40, 80)}  # ids of a text
+END = 2  # of a text
+MODELS = {"nano": ("nano", "nano-chat"), "layer": ("real width",)}  # of verification.fidelity
+TEXTS = {"cpu": 8, "cuda": 256}
 
 
 def suites(
@@ -54,12 +63,25 @@ def suites(
         resolutions = RESOLUTIONS if size == "layer" else ()
         yield from encode(forms, BATCHES[device], compiles, resolutions)
 
-    parts: dict[str, Callable[[str], Iterator[Case]]] = {"encode": images}
+    def captions(device: str) -> Iterator[Case]:
+        yield from decode.cases(Forms(built(size, dtype, device), schemes))
+
+    def lengths(device: str) -> Iterator[Case]:
+        forms = Forms(built(size, dtype, device), schemes)
+        yield from texts(forms, TEXTS[device], LENGTHS[size])
+
+    if size not in SIZES:
+        raise ValueError(f"bench: --size must be one of {', '.join(SIZES)} or 14b, got {size!r}")
+    parts: dict[str, Callable[[str], Iterator[Case | Finding]]] = {
+        "encode": images,
+        "lengths": lengths,
+        "decode": captions,
+        "fidelity": lambda device: lost(MODELS[size], schemes, dtype),
+        "load": lambda device: loading.findings(configured(size), dtype, schemes),
+    }
     if size == "layer":
         parts["text"] = lambda device: text.cases(device, dtypes=(dtype,))
         parts["layers"] = lambda device: quantized.cases(device, dtype, schemes, compiles)
-    elif size != "nano":
-        raise ValueError(f"bench: --size must be one of {', '.join(SIZES)} or 14b, got {size!r}")
     if unknown := set(only) - set(parts):
         raise ValueError(
             f"bench: no {', '.join(sorted(unknown))} at size {size}; there are {', '.join(parts)}"
@@ -80,17 +102,19 @@ class Forms:
 
     def case(
         self, operator: str, label: str, run: Callable[[Any], Tensor], shape: tuple[int, ...],
-        read: Any, compiles: bool = False, **counts: int,
+        read: Any, compiles: bool = False,
+        varies: tuple[str, float] | None = None, **counts: int,
     ) -> Case:  # fmt: skip
         """Every form on run(model), whose results are alike.
 
         Args:
             read: the part of the eager model whose weights one call reads.
             compiles: torch.compile of the eager model among the rivals.
+            varies: as Case has it.
             counts: images or tokens of a call.
         """
         providers = {
-            name: Provider(lambda model=model: run(model), error=self.errors.get(name))
+            name: Provider(partial(run, model), error=self.errors.get(name))
             for name, model in self.models.items()
         }
         providers["eager"] = Provider(lambda: run(self.eager))
@@ -101,7 +125,44 @@ class Forms:
         flops, _ = counted(providers["eager"].run)
         traffic = sum(parameter.nbytes for parameter in read.parameters())
         return Case(operator, label, shape, self.eager.dtype, providers, traffic, flops,
-                    baseline="eager", **counts)  # fmt: skip
+                    baseline="eager", varies=varies, **counts)  # fmt: skip
+
+
+def texts(forms: Forms, count: int, lengths: tuple[int, ...]) -> Iterator[Case]:
+    """So many texts of one length to embeddings, for each of the lengths."""
+    device = next(forms.eager.parameters()).device
+    vocabulary = forms.eager.config.qllama_config.vocab_size
+    for length in lengths:
+        ids = torch.randint(3, vocabulary, (count, length), dtype=torch.int64, device=device)
+        ids[:, -1] = END
+        run = partial(_embed, ids=ids, mask=torch.ones_like(ids))
+        label, shape = f"{count} texts of {length} ids", (count, length)
+        read = forms.eager.language_model
+        yield forms.case("text_length", label, run, shape, read, varies=("ids", length))
+
+
+def _embed(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return model.encode_text(ids, mask)
+
+
+def lost(
+    models: Sequence[str], schemes: Sequence[str], dtype: torch.dtype, count: int | None = None
+) -> Iterator[Finding]:
+    """Right answers, or cosines, with the weights of each scheme beside those with wide ones.
+
+    Args:
+        models: of verification.fidelity.
+        dtype: that products are computed in.
+        count: held-out pictures, or scenes; None is all of them.
+    """
+    for found in fidelity(schemes, models, dtype=dtype, count=count):
+        values = {
+            "wide": found.wide, "quantized": found.value, "as wide": found.agreement,
+            "bytes of bfloat16": found.bytes_part,
+        }  # fmt: skip
+        label = f"{found.model}, {found.measure}, {found.scheme}"
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        yield Finding("fidelity", label, values, f"  {text}")
 
 
 def encode(
@@ -112,16 +173,23 @@ def encode(
     side = forms.eager.config.image_size
     for mode, name in (("InternVL-C", "encode_c"), ("InternVL-G", "encode_g")):
         for batch in batches:
-            yield _encoding(forms, name, mode, batch, side, compiles)
+            yield _encoding(forms, name, mode, batch, side, compiles, ("images", batch))
     patch = forms.eager.config.vision_config.patch_size
+    if resolutions:
+        pixels = ("pixels a side", side)
+        yield _encoding(forms, "resolution", "InternVL-C", 1, side, False, pixels)
     for other in resolutions:
         for model in (forms.eager, *forms.models.values()):
             model.vision_model.resize_pos_embeddings(side, other, patch)
         side = other
-        yield _encoding(forms, "encode_c", "InternVL-C", 1, side, False)
+        pixels = ("pixels a side", side)
+        yield _encoding(forms, "resolution", "InternVL-C", 1, side, False, pixels)
 
 
-def _encoding(forms: Forms, name: str, mode: str, batch: int, side: int, compiles: bool) -> Case:
+def _encoding(
+    forms: Forms, name: str, mode: str, batch: int, side: int, compiles: bool,
+    varies: tuple[str, float],
+) -> Case:  # fmt: skip
     device = next(forms.eager.parameters()).device
     pixels = torch.randn(batch, 3, side, side, dtype=torch.float32, device=device)
     pixels = pixels.to(forms.eager.dtype)
@@ -131,7 +199,8 @@ def _encoding(forms: Forms, name: str, mode: str, batch: int, side: int, compile
 
     read = forms.eager if name == "encode_g" else forms.eager.vision_model
     label = f"{batch} image{'s' * (batch > 1)} of {side} px"
-    return forms.case(name, label, run, tuple(pixels.shape), read, compiles, images=batch)
+    shape = tuple(pixels.shape)
+    return forms.case(name, label, run, shape, read, compiles, varies, images=batch)
 
 
 def built(size: str, dtype: torch.dtype, device: str) -> InternVL_G:
@@ -139,11 +208,18 @@ def built(size: str, dtype: torch.dtype, device: str) -> InternVL_G:
     if size == "nano":
         model = InternVL_G.from_pretrained(nano_directory(), dtype=dtype)
         return model.to(device).eval().requires_grad_(False)
+    return randomised(configured(size), dtype, device)
+
+
+def configured(size: str) -> InternVLConfig:
+    """The configuration of one of SIZES."""
+    if size == "nano":
+        return InternVLConfig.from_preset("nano")
     config = InternVLConfig()
     config.vision_config.num_hidden_layers = 1
     config.qllama_config.num_hidden_layers = 2
     config.qllama_config.vocab_size = 4000
-    return randomised(config, dtype, device)
+    return config
 
 
 def randomised(config: InternVLConfig, dtype: torch.dtype, device: str) -> InternVL_G:

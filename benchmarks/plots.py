@@ -1,7 +1,8 @@
 """Pictures of what was measured: for every case the time of each provider, on a logarithmic axis.
 
 A mark is a median, its whisker p20 to p80; the black tick is the least time that the machine's
-measured peak allows.
+measured peak allows. Where cases differ in one quantity, a second picture shows how time grows with
+it.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,48 @@ def draw(rows: Sequence[Row], machine: str, folder: Path) -> list[Path]:
         figure = picture(operator, mine, machine)
         figure.savefig(files[-1], dpi=150)
         pyplot.close(figure)
+        if len({row.varies for row in mine if row.varies}) > 1:
+            files.append(folder / f"{operator}_growth.png")
+            figure = growth(operator, mine, machine)
+            figure.savefig(files[-1], dpi=150)
+            pyplot.close(figure)
     return files
+
+
+def growth(operator: str, rows: Sequence[Row], head: str) -> Any:
+    """One figure with a line a provider: time of a call by what varies, p20 to p80 shaded."""
+    rows = [row for row in rows if row.varies]
+    providers = sorted(dict.fromkeys(row.provider for row in rows), key=_rank)
+    colors = _colors(providers)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for provider in providers:
+        mine = sorted((r for r in rows if r.provider == provider), key=_amount)
+        amounts, color = [_amount(row) for row in mine], colors[provider]
+        axes.plot(amounts, [row.median_ms for row in mine], "o-", color=color, label=provider,
+                  markersize=4, linewidth=1.8 if provider.startswith("ours") else 1.0)  # fmt: skip
+        low, high = [row.p20_ms for row in mine], [row.p80_ms for row in mine]
+        axes.fill_between(amounts, low, high, color=color, alpha=0.15, linewidth=0)
+    ticks = sorted({_amount(row) for row in rows})
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(FuncFormatter(_duration))
+    axes.yaxis.set_minor_formatter("")
+    axes.set_xlabel(next(row.varies[0] for row in rows if row.varies), fontsize=8)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    title = f"{operator}: time of one call, lower is better"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    axes.set_title(head, loc="left", fontsize=6, color="#555555")
+    return figure
+
+
+def _amount(row: Row) -> float:
+    return row.varies[1] if row.varies else 0.0
 
 
 def picture(operator: str, rows: Sequence[Row], head: str) -> Any:

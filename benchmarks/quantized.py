@@ -7,7 +7,8 @@ Speeds are related to ours with wide weights. A form's error is that of the laye
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def vision(
     }
     for scheme in schemes:
         around = _quantized(layer, scheme)
-        providers[f"ours, {scheme}"] = Provider(lambda of=around: of[0](x), error=ERRORS[scheme])
+        providers[f"ours, {scheme}"] = Provider(partial(around[0], x), error=ERRORS[scheme])
     if compiles:
         torch._dynamo.reset()
         compiled = torch.compile(towers.theirs.encoder, dynamic=False)
@@ -83,6 +84,7 @@ def decode(
     for count in rows:
         x = torch.randn(count, 1, config.hidden_size, device=device).to(dtype)
         providers = {wide: Provider(_Step(ours[0], x)), "eager": Provider(_Step(layer, x))}
+        providers |= rival("transformers, SDPA", _transformers(layer, config, x))
         for scheme in schemes:
             quantized = _Step(_quantized(layer, scheme)[0], x)
             providers[f"ours, {scheme}"] = Provider(quantized, error=ERRORS[scheme])
@@ -110,6 +112,25 @@ class _Step(nn.Module):
         ]
 
 
+def _transformers(layer: nn.Module, config: LlamaConfig, x: Tensor) -> Callable[[], Tensor]:
+    """transformers' own LLaMA layer, with the same weights, on the first token of each row."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer as Theirs
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding as Rotary
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
+    theirs = Theirs(config, 0).to(x.device, x.dtype).eval().requires_grad_(False)
+    theirs.load_state_dict(layer.state_dict(), strict=False)  # it holds no table of angles
+    first = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+    places = Rotary(config).to(x.device)(x, first)
+
+    def run() -> Tensor:
+        output = theirs(x, position_embeddings=places)
+        return output if isinstance(output, Tensor) else output[0]
+
+    return run
+
+
 def _quantized(layer: nn.Module, scheme: str) -> nn.Sequential:
     """A copy of a layer with weights in a form of the scheme."""
     around = nn.Sequential(copy.deepcopy(layer))
@@ -119,7 +140,7 @@ def _quantized(layer: nn.Module, scheme: str) -> nn.Sequential:
 
 def _case(
     operator: str, label: str, layer: nn.Module, x: Tensor, providers: dict[str, Provider],
-    baseline: str, **counts: int,
+    baseline: str, **counts: Any,
 ) -> Case:  # fmt: skip
     flops, out = counted(providers["eager"].run)
     traffic = sum(p.nbytes for p in layer.parameters()) + x.nbytes + out.nbytes

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import Case, Finding
 from .timing import Effort, Peaks, Row, failures, machine, peaks, rows
 
-Suites = Mapping[str, Callable[[str], Iterable[Case]]]  # by name: what gives its cases on a device
+# By name: what gives its cases on a device.
+Suites = Mapping[str, Callable[[str], Iterable[Case | Finding]]]
 
 
 @dataclass
@@ -23,12 +24,14 @@ class Report:
         peaks: of the machine in this run, by dtype.
         rows: of all providers that computed what eager does.
         failed: what broke or was wrong, a line each.
+        findings: what was measured once.
     """
 
     machine: str
     peaks: dict[str, Peaks] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """The form in which a result is stored."""
@@ -84,12 +87,17 @@ def measure(
 
 
 def _run_suite(
-    name: str, cases: Callable[[str], Iterable[Case]], device: str, effort: Effort, report: Report
-) -> None:
+    name: str, cases: Callable[[str], Iterable[Case | Finding]], device: str, effort: Effort,
+    report: Report,
+) -> None:  # fmt: skip
     try:
         with torch.no_grad():
             for case in cases(device):
-                _run(case, device, effort, report)
+                if isinstance(case, Finding):
+                    print(f"\n{case.operator}: {case.label}\n{case.text}", flush=True)
+                    report.findings.append(case)
+                else:
+                    _run(case, device, effort, report)
     except Exception as error:  # noqa: BLE001  the other suites are still worth their time
         _fail(report, f"{name}: {type(error).__name__}: {error}")
 

@@ -45,6 +45,7 @@ class Row:
     speed: float = 1.0
     images: int = 0
     tokens: int = 0
+    varies: tuple[str, float] | None = None
 
     def line(self) -> str:
         """The row of a table."""
@@ -159,7 +160,7 @@ def rows(
             median, deciles[1], deciles[7], case.bytes, case.flops,
             best / median if providers[name].same else None, bound, case.baseline,
             statistics.median(theirs / mine for theirs, mine in zip(base, samples, strict=True)),
-            case.images, case.tokens,
+            case.images, case.tokens, case.varies,
         )  # fmt: skip
 
 

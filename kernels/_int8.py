@@ -86,8 +86,9 @@ def rows_of_int8(packed: Tensor, features: int) -> Tensor:
     """q (features, S * 4) row by row, in memory of its own."""
     panels, steps = packed.shape[:2]
     words = packed.contiguous().view(torch.int32).view(panels, steps, PANEL_ROWS)
-    words = words.transpose(1, 2).contiguous().view(panels * PANEL_ROWS, steps)
-    return words.view(torch.int8)[:features]
+    # contiguous() would leave a single step where it is, with a stride that bytes cannot have.
+    words = words.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return words.view(panels * PANEL_ROWS, steps).view(torch.int8)[:features]
 
 
 def check_int8(operator: str, packed: Tensor, features: int, columns: int) -> None:

@@ -6,6 +6,8 @@ from internvl_engine import kernels, reference
 
 # Operators that write to their last two tensors and have no gradient.
 WRITE = ("decode_qkv", "rotary_append")
+# Those, and what rounds.
+WITHOUT_GRADIENT = (*WRITE, "rms_norm_quant", "gelu_quant", "linear_fp8_rows")
 
 
 def heads(batch: int = 2, tokens: int = 9) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The fidelity of schemes: what is measured, and that the embedded models lose nothing."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +76,18 @@ def test_unknown_models_and_schemes_are_refused():
         next(fidelity(["int8"], ["14b"]))
     with pytest.raises(ValueError, match="quantize must be one of"):
         next(fidelity(["int3"], ["nano"]))
+
+
+def test_the_command_prints_the_rows(capsys):
+    from internvl_engine.cli import main
+
+    arguments = ["bench", "fidelity", "nano", "--quantize", "int8", "--count", "4"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["model", "measure", "scheme"] and len(lines) == 7
+    with pytest.raises(SystemExit):
+        main([*arguments, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 6 and {row["scheme"] for row in rows} == {"int8"}
+    assert all(row["value"] == 1.0 for row in rows)

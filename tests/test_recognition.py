@@ -289,7 +289,7 @@ def test_a_layer_in_several_places_is_fused_in_all():
     report = accelerate(whole, strict=True)
     assert whole["first"] is layers[0] is layers[1] and isinstance(layers[0], FusedVisionLayer)
     names = ["first", *(f"model.vision_model.encoder.layers.{index}" for index in range(2))]
-    assert set(names) <= set(report.replaced) and len(inner.replaced) == 10
+    assert set(names) <= set(report.replaced) and len(inner.replaced) == 11
     torch.testing.assert_close(built.encode_image(x), expected, rtol=1e-4, atol=1e-5)
     report.undo()
     inner.undo()
@@ -318,7 +318,7 @@ def copied(kind):
 def test_check_tries_what_is_known_too():
     built = model()
     report = accelerate(built, check=True, strict=True)
-    assert len(report.replaced) == 10
+    assert len(report.replaced) == 11
     place = {"__module__": "copy.modeling_intern_vit"}
     changed = type("InternRMSNorm", (LooseRMSNorm,), {"forward": copied(LooseRMSNorm)} | place)
     assert accelerate(nn.ModuleDict({"one": changed()})).replaced == ["one"]  # it is trusted

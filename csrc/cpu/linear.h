@@ -19,6 +19,7 @@ struct Dense {
   typedef T Product;
   typedef typename Step<T>::Word Word;
   static constexpr int kRows = kPanel;
+  static constexpr int64_t kBlockTiles = kTilesInL2;
   static constexpr bool kInPlace = true;
 
   Rows<const T> x;
@@ -40,7 +41,7 @@ struct Dense {
 
 template <typename T>
 LinearMemory linear_memory(void* at, int64_t rows, int64_t cols, int threads) {
-  return {at, rows, parts_of(cols, Step<T>::kDepth), 0, threads};
+  return {at, rows, parts_of(cols, Step<T>::kDepth), Dense<T>::kBlockTiles, 0, threads};
 }
 
 // Bytes of scratch memory that linear() needs.

@@ -12,8 +12,9 @@
 // A Form has
 //   typedef ... Product          Step<Product> multiplies
 //   kRows                        rows of a panel, a multiple of kPanel
+//   kBlockTiles                  tiles of x in a block
 //   kInPlace                     whether Step's words are what lies in memory; else read() widens them,
-//                                and multiply_few() multiplies a panel by up to kFewRows rows of x
+//                                and multiply_few() multiplies a whole panel by up to kFewRows rows
 //   pack(row, first, rows, tile, scratch)  packs rows `first` of x on, row `row` on of those at hand
 //   read(panel, part, from, steps, scratch)  the words of steps of kPanel rows, part `part` of a panel
 //   address(panel, from)                   where they lie, to ask for them in time
@@ -28,7 +29,7 @@
 
 namespace internvl::ISA {
 
-constexpr int64_t kBlockTiles = 140 / kTileRows;  // tiles of x that stay in L2 together
+constexpr int64_t kTilesInL2 = 140 / kTileRows;   // tiles of x that stay in L2 together
 constexpr int64_t kGroupRows = 16 * kPanel;       // of the weight, whose sums stay in L2 together
 constexpr int64_t kPackedRows = 1024;             // rows of x packed at a time: bounds the workspace
 constexpr int64_t kFewTiles = 6;                  // below this, reading the weights takes the time
@@ -48,8 +49,10 @@ LinearPlan plan_linear(int64_t rows, int64_t cols, int64_t features, int64_t set
   using S = Step<typename Form::Product>;
   const int64_t steps = parts_of(cols, S::kDepth);
   LinearPlan plan{rows, cols, features, sets, steps, S::chain(steps), {}, {}, {}};
+  if constexpr (!Form::kInPlace)
+    if (rows <= Form::kFewRows) plan.chain = steps;  // multiply_few() cuts them
   plan.tiles = {rows, parts_of(rows, kTileRows)};
-  plan.blocks = {plan.tiles.parts, parts_of(plan.tiles.parts, kBlockTiles)};
+  plan.blocks = {plan.tiles.parts, parts_of(plan.tiles.parts, Form::kBlockTiles)};
   const int64_t panels = parts_of(features / sets, Form::kRows);
   // Few rows: the weights of a panel are read from end to end. Else every thread gets several groups.
   int64_t groups = plan.few() ? panels : parts_of(panels * sets * Form::kRows, kGroupRows);
@@ -65,10 +68,11 @@ struct LinearMemory {
   int threads;
 
   static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-  LinearMemory(void* at, int64_t rows, int64_t steps, int64_t scratch_bytes, int threads)
+  LinearMemory(void* at, int64_t rows, int64_t steps, int64_t block_tiles, int64_t scratch_bytes,
+               int threads)
       : start(static_cast<char*>(at)),
         tiles(aligned(4 * smaller(rows, kPackedRows) * steps)),
-        sums(aligned(4 * smaller(rows, kBlockTiles * kTileRows) * kGroupRows)),
+        sums(aligned(4 * smaller(rows, block_tiles * kTileRows) * kGroupRows)),
         scratch(aligned(scratch_bytes)),
         threads(threads) {}
 
@@ -90,8 +94,8 @@ void multiply_panel(const LinearPlan& plan, const Form& form, int64_t block, con
   const int64_t first_tile = plan.blocks.start(block), first_row = plan.tiles.start(first_tile);
   const int64_t rows = plan.tiles.start(first_tile + plan.blocks.size(block)) - first_row;
   if constexpr (!Form::kInPlace)
-    if (rows <= Form::kFewRows)
-      return form.multiply_few(x + first_row * plan.steps + from * rows, rows, panel, sums, from, steps);
+    if (plan.rows <= Form::kFewRows)
+      return form.multiply_few(x + first_row * plan.steps, rows, panel, sums);
   const char *soon = next, *end = next + form.bytes(steps);
   for (int part = 0; part < Form::kRows / kPanel; ++part) {
     const auto* words = form.read(panel, part, from, steps, scratch);

@@ -35,11 +35,11 @@ void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t*
       const uint32_t *row_scales = words, *offsets = words + ROWS;
       words += 2 * ROWS;
       IntVec total[ROWS][2];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) total[r][0] = total[r][1] = (IntVec)(offsets[r] + Bits{});
       for (int64_t left = columns.steps_of(g); left > 0; left -= P::kSpan) {
         P sum[ROWS][2];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r)
           for (int half = 0; half < 2; ++half) sum[r][half].begin(total[r][half]);
         for (int64_t s = smaller(left, P::kSpan); s > 0; --s) {
@@ -51,7 +51,7 @@ void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t*
           for (int k = 0; k < P::kWords; ++k) {
             const IntVec w0 = int4_part(load_int(weights), k);
             const IntVec w1 = int4_part(load_int(weights + kHalf), k);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
             for (int r = 0; r < ROWS; ++r) {
               const IntVec word = (IntVec)(words[k * ROWS + r] + Bits{});
               sum[r][0].add(w0, word);
@@ -61,13 +61,13 @@ void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t*
           weights += kInt4Bytes;
           words += P::kWords * ROWS;
         }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r)
           for (int half = 0; half < 2; ++half) total[r][half] = sum[r][half].total();
       }
       const uint16_t* scale = scales + g * kInt4Panel + col;
       const Vec scale0 = load_half(scale), scale1 = load_half(scale + kWidth);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) {
         const Vec row_scale = (Vec)(row_scales[r] + Bits{});
         float* to = sums + r * kInt4Panel + col;
@@ -87,12 +87,10 @@ template <bool STREAM>
 MultiplyInt4 multiply_int4_of(int64_t rows) {
 #define INTERNVL_ROWS(n) multiply_int4<n, STREAM>
   static constexpr MultiplyInt4 kBy[] = {
-      nullptr,          INTERNVL_ROWS(1), INTERNVL_ROWS(2),  INTERNVL_ROWS(3),  INTERNVL_ROWS(4),
-#ifdef __AVX512F__
-      INTERNVL_ROWS(5), INTERNVL_ROWS(6), INTERNVL_ROWS(7),  INTERNVL_ROWS(8),
-      INTERNVL_ROWS(9), INTERNVL_ROWS(10), INTERNVL_ROWS(11), INTERNVL_ROWS(12),
-#endif
+      nullptr,          INTERNVL_ROWS(1), INTERNVL_ROWS(2), INTERNVL_ROWS(3), INTERNVL_ROWS(4),
+      INTERNVL_ROWS(5), INTERNVL_ROWS(6),
   };
+  static_assert(kInt4Rows <= 6, "one for each number of rows of a tile");
 #undef INTERNVL_ROWS
   return kBy[rows];
 }
@@ -136,6 +134,21 @@ inline void multiply_int4_panel(const Int4Plan& plan, int64_t block, const uint3
     }
 }
 
+// Adds the products of what was taken out of a row to its sums.
+inline void add_int4_outliers(const Int4Columns& columns, const Int4Outliers& outliers,
+                              const uint8_t* panel, const uint16_t* scales, float* sums) {
+  for (int32_t i = 0; i < outliers.count; ++i) {
+    const int64_t column = outliers.columns[i], within = column % kInt4Step;
+    const uint8_t* step = panel + column / kInt4Step * kInt4Bytes;
+    const uint16_t* scale = scales + column / columns.group * kInt4Panel;
+    for (int64_t c = 0; c < kInt4Panel; c += kWidth) {
+      const IntVec halves = (IntVec)((Bits)load_int(step + 4 * c) >> (within % 4 * 8 + within / 4 * 4));
+      const Vec levels = __builtin_convertvector((halves & 15) - 8, Vec);
+      store(load(sums + c) + levels * (load_half(scale + c) * outliers.values[i]), sums + c);
+    }
+  }
+}
+
 // Writes a block of rows of the panel that starts at column `col`.
 template <typename T>
 void finish_int4_panel(const Output<T>& out, const float* sums, const float* ups, int64_t first_row,
@@ -154,7 +167,8 @@ void finish_int4_panel(const Output<T>& out, const float* sums, const float* ups
 // Rows `block` of the product with the panels of `group`, into the output.
 template <typename T>
 void linear_int4_task(const Int4Weight& weight, const Output<T>& out, const Int4Plan& plan, int64_t block,
-                      int64_t group, const uint32_t* x, float* sums, int64_t row_offset) {
+                      int64_t group, const uint32_t* x, const Int4Outliers* outliers, float* sums,
+                      int64_t row_offset) {
   const int64_t panel_bytes = plan.columns.steps() * kInt4Bytes;
   const int64_t panel_scales = plan.columns.groups() * kInt4Panel;
   const int64_t first_row = plan.first_row(block), rows = plan.first_row(block + 1) - first_row;
@@ -162,20 +176,24 @@ void linear_int4_task(const Int4Weight& weight, const Output<T>& out, const Int4
   for (int64_t i = 0; i < plan.groups.size(group); ++i) {
     const int64_t first = plan.groups.start(group) + i;
     for (int64_t set = 0; set < plan.sets; ++set) {
-      const int64_t panel = first + set * plan.panels;
-      multiply_int4_panel(plan, block, x, weight.packed + panel * panel_bytes,
-                          weight.scales + panel * panel_scales, set ? ups : sums);
+      const uint8_t* panel = weight.packed + (first + set * plan.panels) * panel_bytes;
+      const uint16_t* scales = weight.scales + (first + set * plan.panels) * panel_scales;
+      float* to = set ? ups : sums;
+      multiply_int4_panel(plan, block, x, panel, scales, to);
+      for (int64_t r = 0; r < rows; ++r)
+        add_int4_outliers(plan.columns, outliers[first_row + r], panel, scales, to + r * kInt4Panel);
     }
     finish_int4_panel(out, sums, ups, row_offset + first_row, rows, first * kInt4Panel);
   }
 }
 
-// The memory of one call, in words of 32 bits: x in tiles, then the sums of each thread.
+// The memory of one call, in words of 32 bits: x in tiles, its outliers, the sums of each thread.
 struct Int4Memory {
-  int64_t x, sums;
+  int64_t x, outliers, sums;
 
   Int4Memory(const Int4Columns& columns, int64_t rows)
-      : x(smaller(rows, kInt4PackedRows) * columns.row_words()) {
+      : x(smaller(rows, kInt4PackedRows) * columns.row_words()),
+        outliers(smaller(rows, kInt4PackedRows) * sizeof(Int4Outliers) / 4) {
     const int64_t tiles = parts_of(kInt4BlockWords, columns.row_words() * kInt4Rows);
     sums = smaller(rows, (tiles + 1) * kInt4Rows) * kInt4Panel * 2;
   }
@@ -184,7 +202,7 @@ struct Int4Memory {
 // Bytes of scratch memory that linear_int4() needs.
 inline int64_t linear_int4_workspace(int64_t rows, int64_t cols, int64_t group, int threads) {
   const Int4Memory memory({cols, group}, rows);
-  return 4 * (memory.x + threads * memory.sums);
+  return 4 * (memory.x + memory.outliers + threads * memory.sums);
 }
 
 // bias, residual, y, epilogue, workspace: as of linear() in linear.h; F / 2 is whole panels with SwiGLU.
@@ -196,20 +214,23 @@ void linear_int4(Rows<const T> x, const Int4Weight& weight, const T* bias, Rows<
   const Int4Columns columns{weight.cols, weight.group};
   const Int4Memory memory(columns, rows);
   uint32_t* tiles = static_cast<uint32_t*>(workspace);
-  float* sums = reinterpret_cast<float*>(tiles + memory.x);
+  auto* outliers = reinterpret_cast<Int4Outliers*>(tiles + memory.x);
+  float* sums = reinterpret_cast<float*>(tiles + memory.x + memory.outliers);
   for (int64_t offset = 0; offset < rows; offset += kInt4PackedRows) {
     const int64_t count = smaller(kInt4PackedRows, rows - offset);
     const Int4Plan plan(columns, count, weight.features, sets, threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < plan.tiles.parts; ++t)
-        pack_int4_tile(x, offset + plan.tiles.start(t), plan.tiles.size(t), columns,
-                       tiles + plan.tiles.start(t) * columns.row_words());
+      for (int64_t t = 0; t < plan.tiles.parts; ++t) {
+        const int64_t row = plan.tiles.start(t);
+        pack_int4_tile(x, offset + row, plan.tiles.size(t), columns, tiles + row * columns.row_words(),
+                       outliers + row);
+      }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < plan.groups.parts * plan.blocks.parts; ++task)
         linear_int4_task(weight, out, plan, task % plan.blocks.parts, task / plan.blocks.parts, tiles,
-                         sums + omp_get_thread_num() * memory.sums, offset);
+                         outliers, sums + omp_get_thread_num() * memory.sums, offset);
     }
   }
 }

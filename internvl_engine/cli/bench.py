@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from .console import check_writable, command, notice, print_json, show
+from .console import check_writable, command, notice, print_json, print_table, show
 
 if TYPE_CHECKING:
     from ..benchmarks.report import Suites
@@ -18,7 +18,7 @@ bench = typer.Typer(help="Time this machine.", no_args_is_help=True)
 
 def register(app: typer.Typer) -> None:
     """Adds its commands."""
-    for benchmark in (kernels, layers, encoder, chat, model):
+    for benchmark in (kernels, layers, encoder, chat, model, fidelity):
         command(bench)(benchmark)
     app.add_typer(bench, name="bench")
 
@@ -134,7 +134,7 @@ def chat(
 def model(
     which: Annotated[
         list[str] | None,
-        typer.Argument(help="encode, text, decode, layers; all by default."),
+        typer.Argument(help="encode, lengths, text, decode, layers, fidelity, load; all."),
     ] = None,
     size: Annotated[
         str,
@@ -195,3 +195,42 @@ def _whole(
     show(page(found))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def fidelity(
+    which: Annotated[
+        list[str] | None,
+        typer.Argument(help="nano, nano-chat, 'real width'; all by default."),
+    ] = None,
+    quantize: Annotated[
+        list[str] | None,
+        typer.Option("--quantize", help="int8, int4 or fp8; again for several; all by default."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="That quantized ones compute in.")] = (
+        "float32"
+    ),
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Held-out pictures; all of them.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """What quantized weights lose: right answers of the embedded models, cosines at real width."""
+    import torch
+
+    from ..schemes import SCHEMES
+    from ..verification.fidelity import MODELS
+    from ..verification.fidelity import fidelity as measured
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"bench: --dtype must be float32 or bfloat16, got {dtype!r}")
+    found = measured(
+        quantize or tuple(SCHEMES), which or MODELS, dtype=getattr(torch, dtype), count=count
+    )
+    rows = [vars(row) for row in found]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("model", "measure", "scheme", "wide", "quantized", "as wide", "bytes of bf16"),
+        [[f"{v:.5f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
+    )

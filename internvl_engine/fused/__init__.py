@@ -13,7 +13,7 @@ from .norm import FusedRMSNorm
 from .pooling import FusedAttentionPooling
 from .prenorm import FusedPreNormBlock
 from .published import FusedInternLM2Attention, FusedPublishedAttention
-from .qllama import FusedDecoder, FusedDecoderLayer
+from .qllama import FusedCausalLM, FusedDecoder, FusedDecoderLayer
 from .towers import (
     FusedCLIPLayer,
     FusedDinov2Layer,
@@ -28,6 +28,7 @@ from .vision import FusedTransformersVisionLayer, FusedVisionEncoder, FusedVisio
 __all__ = [
     "FusedAttentionPooling",
     "FusedCLIPLayer",
+    "FusedCausalLM",
     "FusedCrossAttention",
     "FusedDecoder",
     "FusedDecoderLayer",

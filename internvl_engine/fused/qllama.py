@@ -19,16 +19,39 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .. import kernels
 from ..modeling.masks import AttentionMask
-from ..modeling.qllama import LlamaAttention, LlamaCrossAttention, LlamaDecoderLayer, LlamaModel
+from ..modeling.qllama import (
+    LlamaAttention,
+    LlamaCrossAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 from ..weights import is_hooked
 from .attention import Angles, Heads, attend, rotate
-from .base import FusedModule, contract
+from .base import FusedModule, contract, is_for_onnx
 from .cross_attention import attend_image, read_image
 from .mlp import is_silu
 from .norm import add_normalize, normalize
 from .vision import carries
 
 Tables = tuple[Tensor, Tensor]
+
+
+class FusedCausalLM(FusedModule):
+    """Our LlamaForCausalLM, whose head is packed: reading it is a good part of a decoding step."""
+
+    LINEARS = {"head": ("lm_head",)}
+
+    @classmethod
+    def matches(cls, module: Any) -> bool:
+        return isinstance(module, LlamaForCausalLM)
+
+    forward = LlamaForCausalLM.forward  # whose product is `_head`
+
+    def _head(self, states: Tensor) -> Tensor:
+        if "head" not in self._fusion.linears or is_for_onnx():
+            return self.lm_head(states)
+        return self.product("head")(states)
 
 
 class FusedDecoder(FusedModule):

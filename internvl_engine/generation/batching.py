@@ -131,7 +131,7 @@ class _Room:
         seats = torch.tensor(taken, dtype=torch.int64, device=keys.device)
         self.rows.make_room(length, prompts.most)
         self.rows.storage.load(prompts.cache, prompts.mask, seats)
-        held = length if prompts.mask is None else (prompts.mask != 0).sum(1)
+        held = length if prompts.mask is None else (prompts.mask != 0).sum(1).to(keys.device)
         self.rows.positions[seats], self.rows.moves[seats] = held, 1
         party = _Party(admitted, seats, self.numbered)
         self.numbered += count
@@ -154,7 +154,7 @@ class _Room:
             yield party.first + row, ids
         if not party.sitting:
             self.parties.remove(party)
-        self.next_ids[party.seats] = party.ids[:, -1]
+        self.next_ids[party.seats] = party.ids[:, -1].to(self.next_ids.device)
 
     def _furnish(self, admitted: Admitted, keys: Tensor) -> None:
         prompts, seats = admitted.prompts, len(self.free)

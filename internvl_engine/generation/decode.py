@@ -18,7 +18,13 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .beams import beam_search
 from .loops import Rules, sample
 from .step import CACHES, start
-from .support import goes_elsewhere, unsupported_cache, unsupported_call, unsupported_model
+from .support import (
+    goes_elsewhere,
+    has_counted_positions,
+    unsupported_cache,
+    unsupported_call,
+    unsupported_model,
+)
 
 
 def generate(run: Callable[..., Any], **options: Any) -> Any:
@@ -85,6 +91,9 @@ def read_prompts(
     if unsupported_call(rules.config) or unsupported_model(model, most):
         return None
     if given is not None and unsupported_cache(given, past):
+        return None
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if not has_counted_positions(model, positions, mask):
         return None
     logits, cache, mask = _prefill(model, input_ids, rules.config, model_kwargs)
     reason = unsupported_cache(cache, cache.get_seq_length())

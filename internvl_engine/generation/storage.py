@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import kernels
+from .cache import KVCache
 
 BLOCK = 64  # slots by which a storage grows at least
 
@@ -33,6 +34,16 @@ class Storage:
         _, heads, _, dim = like.shape
         self.tensor = like.new_zeros((layers, 2, rows, heads, slots, dim))
 
+    @classmethod
+    def out_of(cls, cache: KVCache) -> "Storage":
+        """The storage of a disposable cache, which is empty then; what it held is still there."""
+        own = cls.__new__(cls)
+        own.tensor, length = cache.storage, cache.get_seq_length()
+        own.tensor[..., length:, :].zero_()
+        cache.storage = None
+        cache.reset()
+        return own
+
     @property
     def slots(self) -> int:
         """S."""
@@ -48,7 +59,7 @@ class Storage:
         """
         order: Any = None
         if mask is not None:
-            order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
+            order = _real_first(mask.to(self.tensor.device))
         for layer, own in zip(cache.layers, self.tensor, strict=True):
             for states, to in zip((layer.keys, layer.values), own, strict=True):
                 if order is not None:
@@ -59,6 +70,13 @@ class Storage:
                 else:
                     to.index_copy_(0, rows, states)
 
+    def pack(self, mask: Tensor) -> None:
+        """Moves the tokens of every row to its first slots, in place; mask as in `load`."""
+        order: Any = _real_first(mask.to(self.tensor.device))
+        for layer in self.tensor:
+            for states in layer[:, :, :, : mask.shape[1]]:
+                states.copy_(states.gather(2, order.expand_as(states)))
+
     def grow(self, slots: int) -> None:
         """Moves everything to another storage of so many slots."""
         old = self.tensor
@@ -68,13 +86,19 @@ class Storage:
     def reorder(self, rows: Tensor, start: int, end: int) -> None:
         """Row b becomes what row rows[b] was, in slots from start to end: the others are alike."""
         part = self.tensor[..., start:end, :]
-        part.copy_(part.index_select(2, rows))
+        part.copy_(part.index_select(2, rows.to(part.device)))
+
+
+def _real_first(mask: Tensor) -> Tensor:
+    """Places (B, 1, T, 1) of the tokens of each row, in their order, then of its padding."""
+    return (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
 
 
 class StaticCache(Cache):
     """A storage as the cache of one step: row b writes slot positions[b].
 
-    It is made for one call of a model, with tensors only: nothing in it counts.
+    It is made for one call of a model, of tensors only: nothing in it counts. Nothing in it refers
+    back to it either, so that the storage goes with the last who holds it.
 
     Args:
         storage: (layers, 2, B, H, S, D).
@@ -84,9 +108,8 @@ class StaticCache(Cache):
     is_static = True
 
     def __init__(self, storage: Tensor, positions: Tensor) -> None:
-        self.storage = storage
         self.slots, self.lengths = positions[:, None], positions + 1
-        layers = [StaticCacheLayer(self, index) for index in range(len(storage))]
+        layers = [StaticCacheLayer(keys, values, self.slots) for keys, values in storage]
         super().__init__(layers=layers)
 
     def rotary_append(
@@ -98,31 +121,21 @@ class StaticCache(Cache):
         Returns:
             rotated q, and the keys and values of the layer, (B, H, S, D), all slots of them.
         """
-        k_cache, v_cache = self.storage[layer_idx]
-        q = kernels.rotary_append(q, k, v, cos, sin, positions, self.slots, k_cache, v_cache)
-        return q, k_cache, v_cache
+        keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
+        q = kernels.rotary_append(q, k, v, cos, sin, positions, self.slots, keys, values)
+        return q, keys, values
 
 
 class StaticCacheLayer(CacheLayerMixin):
-    """One layer's part of a StaticCache."""
+    """One layer's part of a StaticCache: keys and values (B, H, S, D), slots (B, 1)."""
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
     is_initialized = True
 
-    def __init__(self, cache: StaticCache, index: int) -> None:
-        self.cache, self.index = cache, index
-
-    @property
-    def keys(self) -> Tensor:
-        """(B, H, S, D), all slots."""
-        return self.cache.storage[self.index, 0]
-
-    @property
-    def values(self) -> Tensor:
-        """(B, H, S, D), all slots."""
-        return self.cache.storage[self.index, 1]
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        self.keys, self.values, self.slots = keys, values, slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Nothing: there is storage."""
@@ -131,22 +144,21 @@ class StaticCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes (B, H, 1, D) states to the slots of the step; returns all slots."""
-        slots = self.cache.slots[:, :, None, None].expand_as(key_states)
-        keys, values = self.keys, self.values
-        keys.scatter_(2, slots, key_states)
-        values.scatter_(2, slots, value_states)
-        return keys, values
+        slots = self.slots[:, :, None, None].expand_as(key_states)
+        self.keys.scatter_(2, slots, key_states)
+        self.values.scatter_(2, slots, value_states)
+        return self.keys, self.values
 
     def get_seq_length(self, *args: Any) -> int:
         """S - 1, as if the step's token were the last of a full cache."""
-        return self.cache.storage.shape[4] - 1
+        return self.keys.shape[2] - 1
 
     def get_max_length(self) -> int:
         """S."""
-        return self.cache.storage.shape[4]
+        return self.keys.shape[2]
 
     get_max_cache_shape = get_max_length  # transformers 4
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """(S, 0)."""
-        return self.cache.storage.shape[4], 0
+        return self.keys.shape[2], 0

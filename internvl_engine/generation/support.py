@@ -30,7 +30,8 @@ ELSEWHERE = (
     "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha",
     "dola_layers", "num_beam_groups", "constraints", "force_words_ids", "stop_strings",
     "cache_implementation", "custom_generate", "synced_gpus", "prefill_chunk_size", "low_memory",
-    "return_dict_in_generate", "token_healing", "use_model_defaults", "trust_remote_code",
+    "return_dict_in_generate", "token_healing", "tokenizer", "use_model_defaults",
+    "trust_remote_code",
 )  # fmt: skip
 CACHE_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "KVCacheLayer"})
 
@@ -50,6 +51,10 @@ def unsupported_model(model: Any, length: int) -> str | None:
         return f"{type(model).__name__} is not known"
     if model.training:
         return "it trains"
+    if any(map(_is_compiled, model.modules())):
+        return "it is compiled, for caches of other classes"
+    if "prepare_inputs_for_generation" in vars(model):
+        return "somebody else prepares its inputs"  # soft prompts
     if ours:
         return None
     kind = rope_of(config)[1]
@@ -104,7 +109,27 @@ def is_capturable(model: Any) -> bool:
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         return False
     for module in model.modules():
-        compiled = getattr(vars(module).get("_fusion"), "compiled", None)
-        if compiled is not None or is_hooked(module) or hasattr(module, "_orig_mod"):
+        if is_hooked(module):
             return False
     return True
+
+
+def has_counted_positions(model: Any, positions: Any, mask: Any) -> bool:
+    """Whether the next token of every row has the position that the count of its tokens says.
+
+    Args:
+        positions: (B, T), as `generate` was given or made them; None where the model counts.
+        mask: (B, T), 0 where a position is padding; None where none is.
+    """
+    if positions is None or isinstance(model, LlamaForCausalLM):  # which counts for itself
+        return True
+    if positions.dim() != 2:
+        return False
+    counted = positions.shape[1] if mask is None else (mask != 0).sum(1)
+    return bool((positions[:, -1] + 1 == counted).all())
+
+
+def _is_compiled(module: Any) -> bool:
+    fusion = vars(module).get("_fusion")
+    compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return compiled or getattr(fusion, "compiled", None) is not None

@@ -122,7 +122,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             return_dict=True,
             repeat_time=repeat_time,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self._head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:
@@ -141,6 +141,10 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _head(self, states: Tensor) -> Tensor:
+        """(B, S, C) to logits (B, S, V)."""
+        return self.lm_head(states)
 
     def prepare_inputs_for_generation(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..fused import (
     FusedAttentionPooling,
+    FusedCausalLM,
     FusedCLIPLayer,
     FusedCrossAttention,
     FusedDecoder,
@@ -74,6 +75,7 @@ KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
         "ResidualAttentionBlock": ("open_clip.transformer",),
         "CustomResidualAttentionBlock": ("open_clip.transformer",),  # named, never served
     },
+    FusedCausalLM: {"LlamaForCausalLM": (f"{OURS}qllama",)},
     FusedDecoder: {"LlamaModel": (f"{OURS}qllama",)},
     FusedDecoderLayer: {"LlamaDecoderLayer": (f"{OURS}qllama_layers",)},
     FusedAttentionPooling: {"AttentionPoolingBlock": (f"{OURS}pooling", "modeling_internvl")},
@@ -107,7 +109,7 @@ KNOWN: dict[type[FusedModule], dict[str, tuple[str, ...]]] = {
         "FusedRMSNorm": ("apex.normalization.fused_layer_norm",),
     },
 }  # fmt: skip
-LOOPS = (FusedVisionEncoder, FusedDecoder)  # whose layers are fused by themselves
+LOOPS = (FusedVisionEncoder, FusedDecoder, FusedCausalLM)  # whose layers are fused by themselves
 # Whose attention, MLP and norms are fused by themselves where the layer as a whole cannot be.
 LAYERS = (FusedLlamaLayer, FusedPackedLayer)
 # Served where the table has the class: what they do beside computing could not be tried.
@@ -124,7 +126,7 @@ PARTS = {
     "Mlp": ("timm.layers.mlp",),
 }
 # Names that others give to something else.
-COMMON = {"Block", "LlamaDecoderLayer", "LlamaModel", "ResidualAttentionBlock"}
+COMMON = {"Block", "LlamaDecoderLayer", "LlamaForCausalLM", "LlamaModel", "ResidualAttentionBlock"}
 # Classes that the report names even where they hold something else.
 EXPECTED = {name for kind in KNOWN if kind not in LAYERS for name in KNOWN[kind]} - COMMON
 

@@ -137,7 +137,7 @@ def prompt_cache(engine: Embedder, ids: Tensor, settings: dict[str, Any]) -> KVC
     """A cache for the queries, the prompts ids (B, L) and what is to come."""
     config = engine.model.config
     length = config.num_query_token + ids.shape[1] + settings["max_new_tokens"]
-    return KVCache(config.qllama_config, length)
+    return KVCache(config.qllama_config, length, disposable=True)
 
 
 def _is_complete(entry: Entry | Outcome) -> bool:

@@ -33,15 +33,15 @@ DEFAULTS: dict[str, Config] = {
     "gfx942": {"num_warps": 8},
 }
 CANDIDATES: list[Config] = [{"num_warps": warps} for warps in (2, 4, 8, 16)]
-# Backward, with the loads of the next row under way while one is reduced. A row in 16 warps is 8
-# values a thread, and RMSNorm's 64 registers let a second program on the multiprocessor.
+# Backward, with the loads of the next rows under way, in shared memory, while one is reduced; a row
+# in 16 warps is 8 values a thread.
 DEFAULTS_BACKWARD: dict[str, Config] = {
     "sm80": {"num_warps": 16, "STAGES": 2},
-    "sm90": {"num_warps": 16, "STAGES": 2},
+    "sm90": {"num_warps": 16, "STAGES": 3},
     "sm100": {"num_warps": 16, "STAGES": 2},
     "gfx942": {"num_warps": 8, "STAGES": 1},
 }
-DEFAULTS_BACKWARD_LARGE: dict[str, Config] = {  # 128 registers a thread would not be enough
+DEFAULTS_BACKWARD_LARGE: dict[str, Config] = {  # of which 16 warps cannot hold one in registers
     name: {"num_warps": 8, "STAGES": 1} for name in DEFAULTS_BACKWARD
 }
 CANDIDATES_BACKWARD: list[Config] = [
@@ -209,7 +209,8 @@ def backward_tile(C: int, vectors: int) -> dict[str, int]:
 def backward_defaults(C: int, vectors: int) -> dict[str, Config]:
     """Its configurations."""
     blocks = backward_tile(C, vectors)
-    large = vectors * blocks["BLOCK_R"] * blocks["BLOCK_C"] > 2 * TILE
+    values = blocks["BLOCK_R"] * blocks["BLOCK_C"]
+    large = values > TILE or vectors * values > 2 * TILE
     return DEFAULTS_BACKWARD_LARGE if large else DEFAULTS_BACKWARD
 
 
@@ -227,10 +228,10 @@ def norm_cases(operator: str, widths: tuple[int, ...], architecture: str) -> Ite
         config = DEFAULTS[architecture]
         forward = {**shared, "y_ptr": "*bf16", "bias_ptr": "*bf16" if centred else None}
         yield Case(operator, f"forward C={C} bf16", _norm_kernel, forward, config)
+        vectors = 2 if centred else 1
         backward = {
             **shared, **grad, "grad_ptr": "*bf16", "dx_ptr": "*bf16", "partial_ptr": "*fp32",
+            **backward_tile(C, vectors),
         }  # fmt: skip
-        vectors = 2 if centred else 1
         config = backward_defaults(C, vectors)[architecture]
-        backward |= backward_tile(C, vectors)
         yield Case(operator, f"backward C={C} bf16", _norm_backward_kernel, backward, config)

@@ -112,4 +112,7 @@ def panel_cases(
         pointers = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
         arguments = {**pointers, **sizes, **strides, **values, **weight}
         config = tables[few][architecture]
-        yield Case(operator, f"{name} bf16", kernel, arguments, config, matrix=not few)
+        yield Case(
+            operator, f"{name} bf16", kernel, arguments, config, matrix=not few,
+            fp32=(tables[2][architecture], {}),
+        )  # fmt: skip

@@ -164,7 +164,7 @@ FORWARD = {
         "sm80": _config(64, 32, 4, 2), "sm90": _config(64, 64, 4, 2),
         "sm100": _config(64, 64, 4, 2), "gfx942": _config(64, 32, 4, 1),
     },
-    "fp32": dict.fromkeys(ARCHITECTURES, _config(32, 16, 8, 2)),
+    "fp32": dict.fromkeys(ARCHITECTURES, _config(16, 16, 4, 2)),
 }  # fmt: skip
 QUERIES = {
     "wide": {
@@ -186,7 +186,7 @@ KEYS = {
         "sm80": _config(32, 64, 8, 2), "sm90": _config(64, 64, 8, 2),
         "sm100": _config(64, 64, 8, 2), "gfx942": _config(64, 64, 4, 1),
     },
-    "fp32": dict.fromkeys(ARCHITECTURES, _config(16, 16, 8, 1)),
+    "fp32": dict.fromkeys(ARCHITECTURES, _config(16, 32, 8, 1)),
 }  # fmt: skip
 CANDIDATES = [
     _config(block_m, block_n, num_warps, num_stages)
@@ -331,10 +331,17 @@ def _compile_values(D: int, mask: str, padded: bool, group: int) -> dict[str, ob
     }  # fmt: skip
 
 
-def _compile_case(name: str, kernel, config: Config, values: dict[str, object]) -> Case:
-    """One kernel with the arguments that it has among `values`."""
+def _compile_case(
+    name: str, kernel, architecture: str, width: str, table: dict[str, dict[str, Config]], own: str,
+    rows: int, values: dict[str, object],
+) -> Case:  # fmt: skip
+    """One kernel with the arguments that it has among `values`, on tiles of `rows` rows."""
+
+    config, wide = table[width][architecture], table["fp32"][architecture]
+    values = values | row_tiles(config, own, rows)[1]
     kept = {n: values[n] for n in kernel.arg_names if n in values and n not in config}
-    return Case("attention", name, kernel, kept, config, matrix=True)
+    fp32 = wide, {"lse_ptr": "*fp64", **row_tiles(wide, own, rows)[1]}
+    return Case("attention", name, kernel, kept, config, matrix=True, fp32=fp32)
 
 
 def cross_compile_cases(architecture: str) -> Iterator[Case]:
@@ -349,21 +356,20 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
             ("dq", queries_kernel, QUERIES, "BLOCK_M"),
             ("dk and dv", keys_kernel, KEYS, "BLOCK_N"),
         ):
-            config = table["wide" if D == 128 else "narrow"][architecture]
+            width = "wide" if D == 128 else "narrow"
             values = _compile_values(D, mask, padded, group)
-            values |= row_tiles(config, own, 96 + 80)[1]
             of_group = f" group={group}" if group > 1 else ""
             label = f"{name} {mask}{' padded' if padded else ''} D={D}{of_group} bf16"
-            yield _compile_case(label, kernel, config, values)
-    config = FORWARD["wide"][architecture]
+            yield _compile_case(label, kernel, architecture, width, table, own, 96 + 80, values)
     split = _compile_values(128, "full", False, 1) | {"out_ptr": "*fp32"}
-    split |= row_tiles(config, "BLOCK_M", 96)[1]
-    yield _compile_case("forward split S=96 D=128 bf16", forward_kernel, config, split)
+    label = "forward split S=96 D=128 bf16"
+    yield _compile_case(label, forward_kernel, architecture, "wide", FORWARD, "BLOCK_M", 96, split)
     arguments = {
         "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": None,
         "rows": "i32", "S": "i32", "H": "i32", "parts": "i32",
     }  # fmt: skip
     for parts in (8, 64):
         shape = {"D": 128, "BLOCK_D": 128, "BLOCK_P": parts}
-        name, config = f"combine {parts} parts D=128", combine_config(shape)
-        yield Case("attention", name, combine_kernel, {**arguments, **shape}, config)
+        name, config = f"combine {parts} parts D=128 bf16", combine_config(shape)
+        fp32: tuple[Config, dict[str, object]] = config, {"partial_lse_ptr": "*fp64"}
+        yield Case("attention", name, combine_kernel, {**arguments, **shape}, config, fp32=fp32)

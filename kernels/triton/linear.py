@@ -234,5 +234,5 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
         # wgmma and tcgen05 start at 64 rows; 16 rows take mma.sync, which the check does not know.
         yield Case(
             "linear", f"{name} bf16", _linear_kernel, arguments, defaults[architecture],
-            matrix=defaults is not DEFAULTS_FEW,
+            matrix=defaults is not DEFAULTS_FEW, fp32=(DEFAULTS_FP32[architecture], {}),
         )  # fmt: skip

@@ -37,7 +37,7 @@ DEFAULTS_FEW: dict[str, Config] = {
     for architecture in ARCHITECTURES
 }
 DEFAULTS_FP32: dict[str, Config] = {
-    architecture: panel_config(32, 64, 32, 4, 2) for architecture in ARCHITECTURES
+    architecture: panel_config(32, 32, 32, 4, 2) for architecture in ARCHITECTURES
 }
 TABLES = (DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32)
 CANDIDATES: list[Config] = [
@@ -137,7 +137,7 @@ def linear_int4_triton(
     epilogue: str = "none", residual: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launches the kernel; takes CPU tensors too under TRITON_INTERPRET=1."""
-    weight = {
+    weight: dict[str, Tensor | int] = {
         "packed_ptr": packed.contiguous(), "scales_ptr": scales.contiguous(),
         "S": packed.shape[1], "groups": scales.shape[1],
         "GROUP": group_of(packed, scales, x.shape[-1]),

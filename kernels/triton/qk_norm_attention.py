@@ -340,22 +340,25 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     values |= sizes | {"scale": "fp32", "eps": "fp32", "C": 3200}
     values |= {"D": 128, "BLOCK_D": 128, "NORM": True}
 
-    def case(name, kernel, config, blocks, **constants):
+    def case(name, kernel, config, fp32=None, **constants):
         arguments = values | constants
         kept = {n: arguments[n] for n in kernel.arg_names if n in arguments and n not in config}
-        return Case("qk_norm_attention", name, kernel, kept, config, matrix=blocks)
+        return Case(
+            "qk_norm_attention", name, kernel, kept, config, matrix=fp32 is not None, fp32=fp32
+        )
 
     four = {"num_warps": 4, "num_stages": 1}
-    yield case("statistics C=3200", statistics_kernel, four, False, BLOCK_C=4096)
+    yield case("statistics C=3200 bf16", statistics_kernel, four, BLOCK_C=4096)
     eight = {"num_warps": 8, "num_stages": 1}
-    yield case("norm backward C=3200", norm_kernel, eight, False, BLOCK_C=4096)
+    yield case("norm backward C=3200 bf16", norm_kernel, eight, BLOCK_C=4096)
     for N, D, width in ((257, 128, "wide"), (677, 128, "wide"), (1025, 64, "narrow")):
         for name, kernel, table, own, other in (
             ("forward", forward_kernel, FORWARD, "BLOCK_M", "BLOCK_N"),
             ("dq", queries_kernel, QUERIES, "BLOCK_M", "BLOCK_N"),
             ("dk and dv", keys_kernel, KEYS, "BLOCK_N", "BLOCK_M"),
         ):
-            config = table[width][architecture]
+            config, wide = table[width][architecture], table["fp32"][architecture]
             _, constants = _tiles(config, own, other, N)
+            fp32 = wide, {"lse_ptr": "*fp64", **_tiles(wide, own, other, N)[1]}
             constants |= {"D": D, "BLOCK_D": D, "NORM": D == 128}
-            yield case(f"{name} N={N} D={D} bf16", kernel, config, True, **constants)
+            yield case(f"{name} N={N} D={D} bf16", kernel, config, fp32, **constants)

@@ -14,6 +14,7 @@ from internvl_engine.benchmarks import (
     bench_layer_norm,
     bench_linear,
     bench_linear_int4,
+    bench_linear_int8,
     bench_linear_squares,
     bench_norm_linear,
     bench_pooling_attention,
@@ -66,6 +67,7 @@ SMALL = {
         "ROWS": {"vision": (9,), "QLLaMA": (1,), "cross": (5,)},
     },
     bench_linear_int4: {"ROWS": (1,)},
+    bench_linear_int8: {"ROWS": {"vision": (9,), "QLLaMA": (1,)}},
 }  # fmt: skip
 
 

@@ -74,6 +74,8 @@ COUNTS = {
     "gelu_quant QLLaMA, int8": (2 * 320 + 160 + 4 * 5, 0),
     # four bits a weight, two bytes a scale of each row and group; x and y
     "linear_int4 QLLaMA gate_up, 1 rows": (128 * 64 // 2 + 2 * 128 + 2 * (64 + 64), 2 * 128 * 64),
+    # one byte a weight, four a scale and four a sum
+    "linear_int8 vision fc1, 9 rows": (2 * (576 + 2 * 9 * 96) + 96 * 64 + 8 * 96, 2 * 9 * 96 * 64),
     # one byte a weight, four a scale
     "linear_fp8 vision fc1, 9 rows": (2 * (576 + 2 * 9 * 96) + 96 * 64 + 4 * 96, 2 * 9 * 96 * 64),
 }  # fmt: skip
@@ -91,6 +93,7 @@ def test_operations_are_those_that_torch_counts():
         "linear",
         "linear_fp8",
         "linear_int4",
+        "linear_int8",
         "qk_norm_attention",
         "cross_attention",
         "decode_attention",
@@ -112,6 +115,7 @@ RIVALS = {
     "linear": {"F.linear alone"},
     "linear_fp8": {"F.linear in 16 bits"},
     "linear_int4": {"ours, wide", "PyTorch int4"},
+    "linear_int8": {"ours, wide", "_int_mm alone"},
     "rms_norm_quant": {"rms_norm alone"},
     "gelu_quant": {"the activation alone"},
     "pooling_attention": {"F.layer_norm, SDPA"},

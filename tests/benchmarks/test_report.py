@@ -55,6 +55,27 @@ def test_the_pictures_show_every_provider_and_the_least_time(tmp_path):
     plots.pyplot.close(figure)
 
 
+def test_a_picture_shows_how_time_grows(tmp_path):
+    pytest.importorskip("matplotlib")
+    from internvl_engine.benchmarks import plots
+
+    some = [
+        replace(some_case(**{"ours, int8": lambda: torch.full((4, 8), 2.0)}), varies=("ids", ids))
+        for ids in (16, 4)
+    ]
+    found = measured(*some, plot=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"double.png", "double_growth.png"}
+    figure = plots.growth("double", found.rows, "a machine")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"ours, int8", "eager"} and axes.get_xlabel() == "ids"
+    rows = [row for row in found.rows if row.provider == "eager"]
+    times = {row.varies[1]: row.median_ms for row in rows}
+    assert list(lines["eager"].get_xdata()) == [4, 16]
+    assert list(lines["eager"].get_ydata()) == [times[4], times[16]]
+    plots.pyplot.close(figure)
+
+
 def bench(*arguments: str) -> int:
     with pytest.raises(SystemExit) as exit:
         main(["bench", *arguments])

@@ -131,7 +131,7 @@ class Block {
     }
   }
 
-  void synchronize() { meet(barrier_, count_); }
+  void synchronize() { meet(barrier_, count_, count_); }
 
   // Everybody's value of the warp, by lane.
   template <typename T>
@@ -141,7 +141,7 @@ class Block {
     // Two sets in turn: who is late still reads the one before.
     char* slots = warp.slots[warp.meeting.count % 2];
     std::memcpy(slots + threadIdx.x % 32 * sizeof(T), &value, sizeof(T));
-    meet(warp.meeting, min(32, count_));
+    meet(warp.meeting, min(32, count_), 32);
     return reinterpret_cast<const T*>(slots);
   }
 
@@ -188,27 +188,30 @@ class Block {
       if (--block.left_ == 0) {
         if (!_setjmp(block.threads_[block.current_]->place)) _longjmp(block.return_, 1);
       } else {
-        block.next();
+        block.next(block.count_);
       }
     }
   }
 
-  void meet(Meeting& meeting, int expected) {
+  // Threads are asked within groups of `group`: a warp runs on until all of it waits for the others, as
+  // far ahead of them as a chip might let it.
+  void meet(Meeting& meeting, int expected, int group) {
     const int before = meeting.count;
     idle_ = 0;
     if (++meeting.arrived == expected) {
       meeting.arrived = 0, ++meeting.count;
       return;
     }
-    while (meeting.count == before) next();
+    while (meeting.count == before) next(group);
   }
 
-  // Suspends the current thread and resumes another; comes back when it is its turn.
-  void next() {
+  // Suspends the current thread and resumes another of its group; comes back when it is its turn.
+  void next(int group) {
     if (++idle_ > 2 * count_) std::abort();  // somebody does not come to the barrier
     Thread& thread = *threads_[current_];
+    const int first = current_ / group * group, size = min(group, count_ - first);
     do {
-      current_ = (current_ + (backwards ? count_ - 1 : 1)) % count_;
+      current_ = first + (current_ - first + (backwards ? size - 1 : 1)) % size;
     } while (threads_[current_]->is_done && left_ > 0);
     if (!_setjmp(thread.place)) resume();
   }

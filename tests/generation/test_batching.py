@@ -12,9 +12,7 @@ from models import model
 
 IMAGES = torch.randn(9, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 LENGTHS = (4, 2, 7, 1, 3, 4, 6, 2, 5)
-PROMPTS = [
-    torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS
-]
+PROMPTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
 OPTIONS = {"max_new_tokens": 12, "eos_token_id": [2, 14, 41, 46], "pad_token_id": 0}
 
 

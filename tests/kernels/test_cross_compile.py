@@ -1,7 +1,7 @@
 """Every Triton kernel's default configuration, compiled for GPUs that are not here.
 
-sm90 for all cases and one case of each file for the other chips, which takes seconds; all of it
-with INTERNVL_CROSS_COMPILE=all. Triton keeps what it compiled on disk.
+sm90 in bf16 for all cases and one case of each file for the other chips and dtypes, which takes
+seconds; all of it with INTERNVL_CROSS_COMPILE=all. Triton keeps what it compiled on disk.
 """
 
 import json
@@ -45,9 +45,42 @@ def test_every_kernel_is_in_the_table(rows):
         assert sorted({row.operator for row in rows if row.architecture == architecture}) == STEMS
 
 
+def test_every_kernel_is_compiled_in_every_dtype(rows):
+    for dtype in _cross_compile.DTYPES:
+        found = {row.operator for row in rows if dtype in row.case and row.architecture == "sm90"}
+        assert sorted(found) == STEMS, dtype
+
+
+def test_two_programs_of_attention_share_a_multiprocessor_on_hopper(rows):
+    """One, as 128 x 64 tiles in 8 warps are, leaves the matrix unit idle in every softmax."""
+    wide = [
+        row
+        for row in rows
+        if row.operator in ("attention", "qk_norm_attention")
+        and row.case.startswith("forward")
+        and "D=128" in row.case
+        and row.case.endswith("bf16")
+        and row.architecture == "sm90"
+    ]
+    assert len(wide) > 4
+    assert {row.case: row.resident() for row in wide if row.resident() < 2} == {}
+
+
+def test_programs_on_a_multiprocessor_are_counted_by_what_they_need():
+    needs = {
+        "operator": "x", "case": "y", "architecture": "sm90", "registers": 128, "stack": 0,
+        "shared": 0, "matrix": 0, "needs_matrix": False, "warps": 4,
+    }  # fmt: skip
+    assert Row(**needs).resident() == 4
+    assert Row(**needs | {"registers": 204, "warps": 8}).resident() == 1  # 52,224 of 65,536
+    assert Row(**needs | {"shared": 100 << 10}).resident() == 2  # of 228 KiB
+    assert Row(**needs | {"registers": 16, "warps": 16}).resident() == 4  # 64 warps
+
+
 def test_the_attention_kernels_and_linear_need_the_matrix_unit(rows):
     """A case that forgot to ask for it would pass without."""
-    for stem in {"attention", "qk_norm_attention", "linear"} & set(STEMS):
+    needing = {"attention", "qk_norm_attention", "linear", "linear_int8", "linear_int4"}
+    for stem in needing & set(STEMS):
         of_stem = [row for row in rows if row.operator == stem and row.architecture == "sm90"]
         assert any(row.needs_matrix and row.matrix > 0 for row in of_stem), stem
 
@@ -56,7 +89,7 @@ def test_problems_are_found():
     """The checks themselves, on rows that are wrong in one way each."""
     good = {
         "operator": "x", "case": "forward", "architecture": "sm90", "registers": 255, "stack": 0,
-        "shared": 227 << 10, "matrix": 4, "needs_matrix": True,
+        "shared": 227 << 10, "matrix": 4, "needs_matrix": True, "warps": 4,
     }  # fmt: skip
     assert Row(**good).problems() == []
     for change, text in (

@@ -33,3 +33,14 @@ def test_an_unknown_set_is_an_error_that_lists_what_there_is(isa):
     assert result.returncode != 0
     assert f"ValueError: INTERNVL_ISA={isa}: this processor and this build have" in result.stderr
     assert result.stderr.rstrip().endswith("portable")
+
+
+SETS = ["avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
+
+
+def test_the_sets_are_offered_from_the_best_on():
+    """Those that multiply bytes too, which differ from the next in linears of 8 bits only."""
+    offered = run("none").stderr.rstrip().rpartition(" have ")[2].split(", ")
+    assert offered == [isa for isa in SETS if isa in offered]
+    for isa in offered[:2]:
+        assert run(isa).stdout == f"{isa}\n"

@@ -221,6 +221,19 @@ def test_a_stored_configuration_that_the_kernel_no_longer_has_is_ignored(tmp_pat
         assert config()["BLOCK"] == 128
 
 
+@pytest.mark.parametrize("vectors", [1, 2, 3])
+@pytest.mark.parametrize("cols", [16, 1024, 4096, 8192, 32768])
+def test_rows_in_flight_fit_the_shared_memory(cols, vectors):
+    """In the backward of norms: the stages before the last, of up to four inputs in float32."""
+    from internvl_engine.kernels.triton import _cross_compile, _norm
+
+    blocks = _norm.backward_tile(cols, vectors)
+    for architecture, config in _norm.backward_defaults(cols, vectors).items():
+        rows = (config["STAGES"] - 1) * blocks["BLOCK_R"]
+        needed = 4 * 4 * rows * blocks["BLOCK_C"]
+        assert needed <= _cross_compile.SHARED_LIMIT[architecture] - 4096  # and what is reduced
+
+
 @pytest.mark.gpu
 def test_a_gpu_tunes_a_kernel_stores_the_winner_and_gives_the_same_result(tmp_path):
     x = torch.randn(300, 3200, device="cuda", dtype=torch.bfloat16)
