@@ -123,8 +123,8 @@ def test_other_weights_are_seen(change):
 def test_adapters_are_switched_between_captures():
     engine = copy.deepcopy(tiny_engine())
     adapt(engine.model)
-    for module in engine.model.modules():  # peft looks on, for gradients: then nothing is captured
-        module._forward_hooks.clear()
+    for each in engine.model.modules():  # peft looks on, for gradients: then nothing is captured
+        each._forward_hooks.clear()
     engine.captured = CapturedEncode(engine.model, replay=True)
     pixels = torch.randn(2, 3, 28, 28)
     plain = copy.copy(engine)
