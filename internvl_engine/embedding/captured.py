@@ -69,6 +69,7 @@ class CapturedEncode:
         }
         self.seen: OrderedDict[Hashable, None] = OrderedDict()
         self.lock = threading.Lock()
+        self.copied: Any = None  # an event
 
     def __call__(self, pixels: Tensor, mode: str) -> Tensor:
         """Embeddings (1 or 2, B, E) of pixels on the model's device; nobody else's memory."""
@@ -88,8 +89,20 @@ class CapturedEncode:
             missing = key[1] - len(pixels)
             if missing:  # rows of zeros, which change no other row
                 pixels = torch.cat((pixels, pixels.new_zeros(missing, *pixels.shape[1:])))
+            self._wait(pixels)
             found = self.captures[mode](pixels, key=key)
-            return found[:, : found.shape[1] - missing].clone()  # the next run overwrites it
+            found = found[:, : found.shape[1] - missing].clone()  # the next run overwrites it
+            self._mark(pixels)
+            return found
+
+    def _wait(self, pixels: Tensor) -> None:
+        """Before a run: until the results of the last are copied, on whichever stream that is."""
+        if self.copied is not None:
+            torch.cuda.current_stream(pixels.device).wait_event(self.copied)
+
+    def _mark(self, pixels: Tensor) -> None:
+        if pixels.is_cuda:
+            self.copied = torch.cuda.current_stream(pixels.device).record_event()
 
     def clear(self) -> None:
         """Gives back the memory of all captures."""
