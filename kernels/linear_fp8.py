@@ -68,7 +68,7 @@ def linear_fp8_rows_scaled_mm(
     added = bias if bias is not None and bias.dtype == torch.bfloat16 else None
     y = torch._scaled_mm(
         q.reshape(-1, q.shape[-1]).contiguous(), packed.contiguous().t(),
-        q_scales.reshape(-1, 1).contiguous(), scales.view(1, -1), bias=added,
+        q_scales.reshape(-1, 1).contiguous(), scales.view(1, -1).contiguous(), bias=added,
         out_dtype=torch.bfloat16, use_fast_accum=True,
     ).to(dtype)  # fmt: skip
     if bias is not None and added is None:
