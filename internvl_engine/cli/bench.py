@@ -232,5 +232,5 @@ def fidelity(
         return
     print_table(
         ("model", "measure", "scheme", "wide", "quantized", "as wide", "bytes of bf16"),
-        [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
+        [[f"{v:.5f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
     )

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from ..capture import Captured, weights_of
@@ -102,7 +102,9 @@ class CapturedEncode:
         """What a graph of a mode reads: weights, switches of adapters, and the rotary tables, which
         may be grown anew. None where somebody looks on, or moves what goes through: hooks."""
         model = self.model
-        parts = [model.vision_model, model.clip_projector] if mode == "c" else [model]
+        parts: list[nn.Module] = (
+            [model.vision_model, model.clip_projector] if mode == "c" else [model]
+        )
         switches = []
         for each in (module for part in parts for module in part.modules()):
             if each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__:

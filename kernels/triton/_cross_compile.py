@@ -200,8 +200,9 @@ def compile_all(
 
 def _compile_job(job: Job) -> Row:
     """One case by its number: kernels do not travel between processes."""
-    *some, index = job
-    return compile_case(next(islice(cases(*some), index, None)), job[0])
+    architecture, operator, one_each, dtype, index = job
+    found = cases(architecture, operator, one_each, dtype)
+    return compile_case(next(islice(found, index, None)), architecture)
 
 
 def markdown(rows: Iterable[Row]) -> str:

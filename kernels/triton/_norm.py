@@ -228,10 +228,10 @@ def norm_cases(operator: str, widths: tuple[int, ...], architecture: str) -> Ite
         config = DEFAULTS[architecture]
         forward = {**shared, "y_ptr": "*bf16", "bias_ptr": "*bf16" if centred else None}
         yield Case(operator, f"forward C={C} bf16", _norm_kernel, forward, config)
+        vectors = 2 if centred else 1
         backward = {
             **shared, **grad, "grad_ptr": "*bf16", "dx_ptr": "*bf16", "partial_ptr": "*fp32",
+            **backward_tile(C, vectors),
         }  # fmt: skip
-        vectors = 2 if centred else 1
         config = backward_defaults(C, vectors)[architecture]
-        backward |= backward_tile(C, vectors)
         yield Case(operator, f"backward C={C} bf16", _norm_backward_kernel, backward, config)

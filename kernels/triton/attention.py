@@ -337,16 +337,11 @@ def _compile_case(
 ) -> Case:  # fmt: skip
     """One kernel with the arguments that it has among `values`, on tiles of `rows` rows."""
 
-    def tiled(width: str) -> tuple[Config, dict[str, object]]:
-        config = table[width][architecture]
-        return config, row_tiles(config, own, rows)[1]
-
-    config, tail_rows = tiled(width)
-    values = values | tail_rows
+    config, wide = table[width][architecture], table["fp32"][architecture]
+    values = values | row_tiles(config, own, rows)[1]
     kept = {n: values[n] for n in kernel.arg_names if n in values and n not in config}
-    wide, changes = tiled("fp32")
-    changes |= {"lse_ptr": "*fp64"}
-    return Case("attention", name, kernel, kept, config, matrix=True, fp32=(wide, changes))
+    fp32 = wide, {"lse_ptr": "*fp64", **row_tiles(wide, own, rows)[1]}
+    return Case("attention", name, kernel, kept, config, matrix=True, fp32=fp32)
 
 
 def cross_compile_cases(architecture: str) -> Iterator[Case]:
@@ -375,5 +370,6 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     }  # fmt: skip
     for parts in (8, 64):
         shape = {"D": 128, "BLOCK_D": 128, "BLOCK_P": parts}
-        name, config = f"combine {parts} parts D=128", combine_config(shape)
-        yield Case("attention", name, combine_kernel, {**arguments, **shape}, config)
+        name, config = f"combine {parts} parts D=128 bf16", combine_config(shape)
+        fp32: tuple[Config, dict[str, object]] = config, {"partial_lse_ptr": "*fp64"}
+        yield Case("attention", name, combine_kernel, {**arguments, **shape}, config, fp32=fp32)

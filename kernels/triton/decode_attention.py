@@ -131,4 +131,6 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
         "GROUP": 1,
     }  # fmt: skip
     config = DEFAULTS[architecture]
-    yield Case("decode_attention", "padded D=128 bf16", _decode_kernel, arguments, config)
+    fp32: tuple[Config, dict[str, object]] = config, {"lse_ptr": "*fp64"}
+    name = "padded D=128 bf16"
+    yield Case("decode_attention", name, _decode_kernel, arguments, config, fp32=fp32)

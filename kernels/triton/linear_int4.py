@@ -137,7 +137,7 @@ def linear_int4_triton(
     epilogue: str = "none", residual: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launches the kernel; takes CPU tensors too under TRITON_INTERPRET=1."""
-    weight = {
+    weight: dict[str, Tensor | int] = {
         "packed_ptr": packed.contiguous(), "scales_ptr": scales.contiguous(),
         "S": packed.shape[1], "groups": scales.shape[1],
         "GROUP": group_of(packed, scales, x.shape[-1]),

@@ -244,3 +244,21 @@ def test_says_what_does_not_fit(change, message):
 def test_quantizes_matrices_only(weight):
     with pytest.raises(ValueError, match=r"quantize_fp8: weight must be \(F, C\)"):
         quantize_fp8(weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_multiplies_fp8_by_fp8(dtype):
+    x, (packed, scales), bias = inputs(320, 640, dtype, (3, 257))
+    x, packed, scales, bias = (tensor.cuda() for tensor in (x, packed, scales, bias))
+    y = linear_fp8(x, packed, scales, bias)
+    if not _cuda.has_fp8(x.device):
+        assert_as_accurate_as_eager(y, widened, x, packed.to(dtype), scales, bias)
+        return
+    q, q_scales = gelu_quant(x, epilogue="none")
+    exact = (q.double() * q_scales[..., None].double()) @ packed.double().t()
+    exact = exact * scales.double() + bias.double()
+    # bfloat16's rounding, and 14 bits of every 32 products that fast accumulation keeps.
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7 * exact.abs().max())
+    rows = linear_fp8_rows(q, q_scales, packed, scales, dtype, bias)
+    assert torch.equal(rows, y)

@@ -130,3 +130,19 @@ def test_integer_products_serve_what_cublas_takes():
     assert linear_int8_int_mm(x, *quantized).shape == (20, 72)
     with batch_invariant():
         assert linear_int8_int_mm(x, *quantized) is NotImplemented
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 5, 33, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@each_form
+def test_a_gpu_matches_the_widened_weight(operator, dtype, rows):
+    """In the defaults' tiles, of few rows and of many."""
+    x, quantized, weight, bias = inputs(operator, 200, 330, dtype, (rows,))
+    x, weight, bias = (tensor.cuda() for tensor in (with_outliers(x), weight, bias))
+    quantized = [t.cuda() if isinstance(t, torch.Tensor) else t for t in quantized]
+    for epilogue in EPILOGUES:
+        residual = torch.randn(rows, 100 if epilogue == "swiglu" else 200, device="cuda").to(dtype)
+        y = FORMS[operator][0](x, *quantized, bias, epilogue, residual)
+        arguments = (x, weight, bias, epilogue, residual)
+        assert_as_accurate_as_eager(y, reference.linear, *arguments, slack=1.3)

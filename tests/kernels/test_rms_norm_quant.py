@@ -72,3 +72,15 @@ def test_rejects_other_dtypes_and_gradients():
         rms_norm_quant(x, weight[:4])
     with pytest.raises(ValueError, match="no gradient through what it rounds"):
         rms_norm_quant(x.requires_grad_(), weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpu_rounds_as_the_reference(kind, dtype):
+    """But for ties, which the last bit of an intermediate product decides."""
+    x, weight = with_outliers(torch.randn(300, 3200)).to(dtype), torch.rand(3200).to(dtype)
+    q, scales = rms_norm_quant(x.cuda(), weight.cuda(), EPS, kind)
+    expected, expected_scales = reference.rms_norm_quant(x, weight, EPS, kind)
+    torch.testing.assert_close(scales.cpu(), expected_scales, rtol=1e-6, atol=0)
+    assert (q.float().cpu() != expected.float()).float().mean() < 1e-3
