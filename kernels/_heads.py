@@ -10,6 +10,15 @@ def pointer(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), batch, head, token
 
 
+def adjacent_pointer(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """`adjacent(x)`, which must outlive the call, and its `pointer`."""
+    strides = x.stride()
+    if strides[3] != 1 and x.shape[3] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    return x, (x.data_ptr(), *strides[:3])
+
+
 # Of a head in Triton's attention kernels: tiles of wider ones spill.
 MAX_HEAD_DIM = 128
 

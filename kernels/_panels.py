@@ -70,10 +70,10 @@ def _as_words(x: Tensor) -> Tensor:
 
 def check_panels(packed: Tensor) -> None:
     """Raises ValueError where a weight was packed for another instruction set."""
-    needed, found = panel_of(packed.dtype), Panel(*packed.shape[2:])
+    needed, found = panel_of(packed.dtype), packed.shape[2:]
     if needed != found:
         raise ValueError(
-            f"linear_packed: the weight is packed as {found}, but the kernels for "
+            f"linear_packed: the weight is packed as {Panel(*found)}, but the kernels for "
             f"{native.instruction_set()} read {needed}: pack, or export, on the machine and with "
             "the INTERNVL_ISA under which it runs"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._attention import as_projected, check_padding, divides, empty_output, scale_of
-from ._heads import adjacent, as_int64, pointer
+from ._heads import adjacent_pointer, as_int64, pointer
 from ._library import NATIVE_TYPES, address, define, native, triton_launcher
 
 
@@ -29,12 +29,12 @@ def decode_attention_native(
     dtype, heads, (B, key_heads, T, D) = NATIVE_TYPES.get(q.dtype), q.shape[1], k_cache.shape
     if dtype is None or q.numel() == 0 or T == 0:
         return NotImplemented
-    q, k_cache, v_cache = adjacent(q), adjacent(k_cache), adjacent(v_cache)
+    (q, q_heads), (k_cache, keys), (v_cache, values) = map(adjacent_pointer, (q, k_cache, v_cache))
     out = q.new_empty((B, 1, heads, D)).transpose(1, 2)
     lengths = None if lengths is None else as_int64(lengths)
     key_padding_mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     native.decode_attention(
-        dtype, pointer(q), pointer(k_cache), pointer(v_cache), pointer(out), address(lengths),
+        dtype, q_heads, keys, values, pointer(out), address(lengths),
         address(key_padding_mask), (B, heads, T, D), key_heads, scale,
         torch.get_num_threads(),
     )  # fmt: skip

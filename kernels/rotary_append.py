@@ -13,7 +13,7 @@ from torch import Tensor
 from internvl_engine import reference
 
 from ._heads import (
-    adjacent,
+    adjacent_pointer,
     as_int64,
     check_rotary,
     empty_heads,
@@ -33,11 +33,11 @@ def rotary_append_native(
     if dtype is None:
         return NotImplemented
     y = empty_heads(q)
-    q, k, v = adjacent(q), adjacent(k), adjacent(v)
+    (q, q_heads), (k, k_heads), (v, v_heads) = map(adjacent_pointer, (q, k, v))
     cos, sin = cos.contiguous(), sin.contiguous()
     positions, slots = as_int64(positions), as_int64(slots)
     native.rotary_append(
-        dtype, pointer(q), pointer(k), pointer(v), pointer(y), pointer(k_cache), pointer(v_cache),
+        dtype, q_heads, k_heads, v_heads, pointer(y), pointer(k_cache), pointer(v_cache),
         cos.data_ptr(), sin.data_ptr(), cos.shape[0], positions.data_ptr(),
         positions_stride(positions), slots.data_ptr(), slots_stride(slots), k_cache.shape[2],
         q.shape, k.shape[1], torch.get_num_threads(),

@@ -16,12 +16,15 @@ reordered.
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 
 from .loops import Rules, steps_per_look, wide
 from .step import Rows
 
 LOWEST = -1.0e9  # of a beam that does not count
+# Which of the drawn candidates are the best K: by their scores, or before 5.24 as they were drawn.
+SORTS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
 
 
 class Beams(NamedTuple):
@@ -118,6 +121,9 @@ class _Search:
         if self.do_sample:
             places = torch.multinomial(scores.softmax(-1), num_samples=self.candidates)
             values = scores.gather(1, places)
+            if SORTS:
+                values, order = values.sort(-1, descending=True)
+                places = places.gather(1, order)
         else:
             values, places = scores.topk(self.candidates)
         parents = places // vocabulary

@@ -136,7 +136,7 @@ def test_a_streamer_hears_every_id(built, stop):
 )
 def test_what_the_engine_does_not_serve_is_served_by_transformers(built, options, monkeypatch):
     monkeypatch.setattr(step.Rows, "advance", None)
-    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, **options}
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 60, **options}
     found, expected = generate(built.generate, inputs=IDS[:1], **settings), built.generate(
         IDS[:1], **settings
     )  # fmt: skip
