@@ -6,7 +6,7 @@ B images, E width of the embeddings
 from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from .batch_size import batch_size_of
 from .batches import ImageBatch, Outcome, image_batches, pixel_batches
 from .passes import embed_batches, within_memory
 
-if TYPE_CHECKING:
-    from .embedder import Embedder
+Engine = Any  # an Embedder, whose file imports this one
 
 
 class ImageEmbeddings(NamedTuple):
@@ -27,7 +26,7 @@ class ImageEmbeddings(NamedTuple):
 
 
 def encode_image(
-    engine: "Embedder",
+    engine: Engine,
     images: Any,
     pixel_values: Tensor | None,
     mode: str,
@@ -54,7 +53,7 @@ def encode_image(
 
 
 def each_image(
-    engine: "Embedder", images: Any, mode: str, batch_size: int | None, normalize: bool
+    engine: Engine, images: Any, mode: str, batch_size: int | None, normalize: bool
 ) -> Generator[Outcome, None, None]:
     """One image after another; see `Embedder.each_image`."""
     from ..modeling.internvl import unit
@@ -73,7 +72,7 @@ def each_image(
 
 
 def _passes(
-    engine: "Embedder", images: Any, pixel_values: Tensor | None, batch_size: int | None,
+    engine: Engine, images: Any, pixel_values: Tensor | None, batch_size: int | None,
     mode: str, keep_errors: bool = False,
 ) -> Generator[tuple[ImageBatch, Any], None, None]:  # fmt: skip
     """Batches of images, or of pixel values that are given, with their embeddings."""
@@ -97,7 +96,7 @@ def _passes(
     return embed_batches(batches, embed, device)
 
 
-def not_finite(engine: "Embedder") -> str:
+def not_finite(engine: Engine) -> str:
     """What is wrong with an embedding that holds NaN or infinity."""
     narrow = "; float16 overflows, bfloat16 does not" if engine.dtype == torch.float16 else ""
     return f"the embedding that {engine.name} gives is not finite (NaN or infinity){narrow}"
