@@ -5,6 +5,7 @@
     text                prompts padded to 80, unpadded, and with their prefix computed once: text.py
     decode              captions, tokens a second: decode.py
     text_length         texts to embeddings, by their length
+    fidelity            what quantized weights lose: verification/fidelity.py
     load                seconds and memory of each form's own checkpoint: loading.py
     vision_int8, decode_int4  single layers beside other packages' quantized ones: quantized.py
 
@@ -25,6 +26,7 @@ from internvl_engine.acceleration import accelerate
 from internvl_engine.assets import nano_directory
 from internvl_engine.configuration import InternVLConfig
 from internvl_engine.modeling import InternVL_G
+from internvl_engine.verification.fidelity import fidelity
 
 from . import decode, loading, quantized, text
 from .cases import Case, Finding, Provider, rival
@@ -37,6 +39,7 @@ BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (1, 8, 64)}
 RESOLUTIONS = (364, 448)  # beside the model's own 224
 LENGTHS = {"nano": (8, 16), "layer": (8, 16, 40, 80)}  # ids of a text
 END = 2  # of a text
+MODELS = {"nano": ("nano", "nano-chat"), "layer": ("real width",)}  # of verification.fidelity
 TEXTS = {"cpu": 8, "cuda": 256}
 
 
@@ -67,17 +70,18 @@ def suites(
         forms = Forms(built(size, dtype, device), schemes)
         yield from texts(forms, TEXTS[device], LENGTHS[size])
 
+    if size not in SIZES:
+        raise ValueError(f"bench: --size must be one of {', '.join(SIZES)} or 14b, got {size!r}")
     parts: dict[str, Callable[[str], Iterator[Case | Finding]]] = {
         "encode": images,
         "lengths": lengths,
         "decode": captions,
+        "fidelity": lambda device: lost(MODELS[size], schemes, dtype),
         "load": lambda device: loading.findings(configured(size), dtype, schemes),
     }
     if size == "layer":
         parts["text"] = lambda device: text.cases(device, dtypes=(dtype,))
         parts["layers"] = lambda device: quantized.cases(device, dtype, schemes, compiles)
-    elif size != "nano":
-        raise ValueError(f"bench: --size must be one of {', '.join(SIZES)} or 14b, got {size!r}")
     if unknown := set(only) - set(parts):
         raise ValueError(
             f"bench: no {', '.join(sorted(unknown))} at size {size}; there are {', '.join(parts)}"
@@ -139,6 +143,26 @@ def texts(forms: Forms, count: int, lengths: tuple[int, ...]) -> Iterator[Case]:
 
 def _embed(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return model.encode_text(ids, mask)
+
+
+def lost(
+    models: Sequence[str], schemes: Sequence[str], dtype: torch.dtype, count: int | None = None
+) -> Iterator[Finding]:
+    """Right answers, or cosines, with the weights of each scheme beside those with wide ones.
+
+    Args:
+        models: of verification.fidelity.
+        dtype: that products are computed in.
+        count: held-out pictures, or scenes; None is all of them.
+    """
+    for found in fidelity(schemes, models, dtype=dtype, count=count):
+        values = {
+            "wide": found.wide, "quantized": found.value, "as wide": found.agreement,
+            "bytes of bfloat16": found.bytes_part,
+        }  # fmt: skip
+        label = f"{found.model}, {found.measure}, {found.scheme}"
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        yield Finding("fidelity", label, values, f"  {text}")
 
 
 def encode(

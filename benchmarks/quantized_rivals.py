@@ -37,7 +37,7 @@ def int8(module: nn.Module, x: Tensor, compiles: bool = True) -> dict[str, Provi
         compiles: torchao's compiled form, too.
     """
     wide = copy.deepcopy(module).float()
-    found = {}
+    found: dict[str, Provider] = {}
     for name, make in (
         ("torchao int8", partial(torchao_int8, module, x)),
         ("ONNX Runtime int8", partial(onnx_runtime_int8, wide, x.float())),

@@ -19,7 +19,7 @@ from .fused import FusedModule
 from .quantization import Quantization, Run, Scheme, WeightEntry, scheme_of
 from .quantization import quantize as quantize_weights
 from .recognition import LAYERS, LOOPS, Recognition, is_expected
-from .weights import has_own_forward
+from .weights import QuantizedTensor, has_own_forward
 
 MODES = ("inference", "training")
 
@@ -42,6 +42,7 @@ class Report:
     entries: list[Entry] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
     quantization: Quantization | None = None
+    forms: dict[str, int] = field(default_factory=dict)  # of weights that were quantized before
     _fused: list[FusedModule] = field(default_factory=list, repr=False)
 
     @property
@@ -97,6 +98,9 @@ class Report:
             lines.append(f"  tied, so neither packed nor merged: {', '.join(self.tied)}")
         if self.quantization is not None:
             lines.append(str(self.quantization))
+        elif self.forms:
+            counts = ", ".join(f"{count} x {form}" for form, count in self.forms.items())
+            lines.append(f"  weights that are quantized already: {counts}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -149,7 +153,8 @@ def accelerate(
     scheme = None if quantize is None else scheme_of(quantize)
     found = list(_find(model, "", Recognition(check)))
     tied, names = _tied(model)
-    report = Report(mode, [entry for _, _, entry in found], names)
+    held = Counter(p.FORM for p in model.parameters() if isinstance(p, QuantizedTensor))
+    report = Report(mode, [entry for _, _, entry in found], names, forms=dict(held))
     if strict and report.kept:
         name, reason = next(iter(report.kept.items()))
         raise ValueError(
@@ -157,12 +162,11 @@ def accelerate(
         )
     try:
         if scheme is not None:
-            inside = [m for module, kind, entry in found if kind is not None and entry.fused
-                      for m in module.modules()]  # fmt: skip
             report.quantization = quantize_weights(
                 model, scheme, only_faster=only_faster, calibration=calibration,
-                fused=frozenset(map(id, inside)),
+                fused=_inside(found),
             )  # fmt: skip
+            report.quantization.warn_if_wide(stacklevel=3)
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):
@@ -184,6 +188,12 @@ def accelerate(
 
 
 Found = tuple[Any, type[FusedModule] | None, Entry]
+
+
+def _inside(found: list[Found]) -> frozenset[int]:
+    """The ids of all modules in those that are fused, or become so."""
+    modules = (module for module, kind, entry in found if kind is not None and entry.fused)
+    return frozenset(id(inner) for module in modules for inner in module.modules())
 
 
 def _find(module: nn.Module, name: str, recognition: Recognition) -> Iterator[Found]:

@@ -1,20 +1,23 @@
 """Rounding to 16 levels better than to the nearest of a scale by the largest value.
 
-Levels are -8 .. 7, value = level * step. Of a normal weight in groups of 64, with the error's norm over
-the weight's (10.8 % for levels of -7 .. 7):
+Levels are -8 .. 7, value = level * step. Of a normal weight in groups of 64, with the error's norm
+over the weight's (10.8 % for levels of -7 .. 7):
 
     nearest         the largest magnitude of a group becomes -8: 9.5 %
-    search          the step at which the squared error is least, down to 0.8 of that: what is clipped
-                    costs less than what is gained, 9.1 %. Errors may be weighted by the mean squared
-                    activation of each column. 12 ns a weight on one core.
+    search          the step at which the squared error is least, down to 0.8 of that: what is
+                    clipped costs less than what is gained, 9.1 %. Errors may be weighted by the
+                    mean squared activation of each column.
     error feedback  what a column loses is made up for by the columns after it as far as the
-                    activations are correlated: least error of the product, here a third
+                    activations are correlated: least error of the product
 
-Steps have 8 bits, as bfloat16, which costs nothing, and the largest magnitude stays -8: so the values
-that a weight holds, in 16 bits too, are rounded to themselves.
+Steps have 8 bits, as bfloat16, which costs nothing, and the largest magnitude stays -8: so the
+values that a weight holds, in 16 bits too, are rounded to themselves.
 
-Sources: the search is AWQ's of the clip (Lin et al. 2023, auto_clip); error feedback is GPTQ (Frantar et
-al. 2022, arXiv 2210.17323) with the columns in their order.
+The search takes 10 ns a weight on one core (Zen 5), 80 s for 8 billion; error feedback 4 s for a
+weight (4096, 4096) and 6 s for (12288, 4096), of which 3 s are the factorization of C x C moments.
+
+Sources: the search is AWQ's of the clip (Lin et al. 2023, auto_clip); error feedback is GPTQ
+(Frantar et al. 2022, arXiv 2210.17323) with the columns in their order.
 """
 
 import torch
@@ -70,14 +73,17 @@ def _in_8_bits(steps: Tensor) -> Tensor:
 
 
 def inverse_factor(activations: Tensor) -> Tensor:
-    """Upper triangular U with U.T @ U the inverse of the activations' second moments, (C, C) float32.
+    """Upper triangular U, float32, with U.T @ U the inverse of the activations' second moments.
 
-    Correlations are shrunk by what chance makes of them in so few rows (Schaefer and Strimmer 2005):
-    with none, there is no feedback. A channel of 1,000 times the usual size would otherwise be made
-    up for by the others through correlations that it does not have.
+    Correlations are shrunk by what chance makes of them in so few rows (Schaefer and Strimmer
+    2005): with none, there is no feedback. A channel of 1,000 times the usual size would otherwise
+    be made up for by the others through correlations that it does not have.
 
     Args:
         activations: (N, C).
+
+    Returns:
+        (C, C).
     """
     x = activations.double().flip(1)
     sizes = x.square().sum(0).sqrt()

@@ -2,10 +2,10 @@
 
     y = residual + epilogue(x @ weight.T + bias)      weight = (n - 8) * scale, see _int4.py
 
-The native kernels round x to 8 bits on the way, each row and group of columns by a scale of its own
-(csrc/cpu/int4_rows.h): 0.6 % of noise beside the 9 % of the weight's own rounding. Channels of 1,000
-times the usual size are multiplied apart, in fp32. Sums of a group are integers, exact; no bit of a
-row depends on the other rows or on the number of threads, and AVX2, AVX-VNNI, AVX-512 and
+The native kernels round x to 8 bits on the way, each row and group of columns by a scale of its
+own (csrc/cpu/int4_rows.h): 0.6 % of noise beside the 9 % of the weight's own rounding. Channels of
+1,000 times the usual size are multiplied apart, in fp32. Sums of a group are integers, exact; no
+bit of a row depends on the other rows or on the number of threads, and AVX2, AVX-VNNI, AVX-512 and
 AVX512-VNNI give the same.
 
 x is (M, C), weight (F, C); (C, F) is (4096, 12288), (4096, 4096), (4096, 22016) and (11008, 4096)

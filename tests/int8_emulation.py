@@ -92,11 +92,19 @@ def largest_excess() -> float:
     return worst
 
 
+def rows_depend_on_each_other() -> bool:
+    """Whether a row has other bits alone, or with one or two more, than among many."""
+    x, form = example(20, 3203, 5), kernels.quantize_int8(torch.randn(70, 3203))
+    whole = kernels.linear_int8(x, *form)
+    parts = [kernels.linear_int8(x[:rows], *form) for rows in (1, 2, 3, 4, 19)]
+    return not all(torch.equal(part, whole[: len(part)]) for part in parts)
+
+
 if __name__ == "__main__":
     from internvl_engine import _native
 
     try:
-        found = [_native.instruction_set(), largest_excess()]
+        found = [_native.instruction_set(), largest_excess(), rows_depend_on_each_other()]
     except ValueError:  # this processor has no such set
         found = []
     sys.stdout.write(json.dumps(found))

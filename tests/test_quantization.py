@@ -95,6 +95,7 @@ def test_the_report_says_what_and_why():
     assert "it is not the weight of a Linear or an embedding" in text
     again = accelerate(built, quantize="int8")
     assert {e.reason for e in again.weights if e.form == "int4"} == {"already quantized"}
+    assert "quantized already: 10 x int8, 29 x int4" in str(accelerate(built))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["quantized first", "accelerated first"])
@@ -273,6 +274,10 @@ def test_a_scheme_of_ones_own_and_forms_that_are_slower():
     built = Odd()
     report = quantize(built, "fp8")
     assert not held(built) and "fp8 is slower on cpu" in str(report)
+    with pytest.warns(
+        UserWarning, match="with quantize='fp8' every weight stays wide here: fp8 is"
+    ):
+        accelerate(built, quantize="fp8")
     assert slower_reason("fp8", torch.device("cpu"))
     assert "widened at every call" in slower_reason("int8", torch.device("mps"))
     if "native" in kernels.backends("linear_int8")["CPU"]:

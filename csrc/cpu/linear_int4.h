@@ -15,17 +15,17 @@
 
 namespace internvl::ISA {
 
-constexpr int64_t kInt4Chain = 32;           // steps of a panel, 4 KiB, that all tiles of a block take
+constexpr int64_t kInt4Chain = 64;           // steps of a panel, 8 KiB, that all tiles of a block take
 constexpr int64_t kInt4BlockWords = 150000;  // of x, which stay in L2
 constexpr int64_t kInt4GroupPanels = 16;     // panels that a block of x meets while it is there
 constexpr int64_t kInt4PackedRows = 1024;    // rows of x packed at a time: bounds the workspace
-constexpr int64_t kInt4Ahead = 4096;         // bytes of a panel that are asked for in advance
 
 // Adds the product of a tile of x and a panel to sums (ROWS, kInt4Panel), for groups [first, last).
-// x: the tile from group `first` on. Where STREAM, weights are asked for before their time.
-template <int ROWS, bool STREAM>
+// x: the tile from group `first` on. On the way, LINES cache lines a step are asked for from `soon` on.
+template <int ROWS, int LINES>
 void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t* panel,
-                   const uint16_t* scales, float* sums, int64_t first, int64_t last) {
+                   const uint16_t* scales, float* sums, int64_t first, int64_t last,
+                   const uint8_t* soon) {
   using P = Int4Products;
   constexpr int64_t kHalf = 4 * kWidth;  // bytes of a vector
   for (int64_t col = 0; col < kInt4Panel; col += 2 * kWidth) {
@@ -43,9 +43,10 @@ void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t*
         for (int r = 0; r < ROWS; ++r)
           for (int half = 0; half < 2; ++half) sum[r][half].begin(total[r][half]);
         for (int64_t s = smaller(left, P::kSpan); s > 0; --s) {
-          if (STREAM && col == 0) {
-            __builtin_prefetch(weights + kInt4Ahead);
-            __builtin_prefetch(weights + kInt4Ahead + 64);
+          if (LINES > 0 && col == 0) {
+            __builtin_prefetch(soon, 0, 2);
+            if (LINES > 1) __builtin_prefetch(soon + 64, 0, 2);
+            soon += LINES * 64;
           }
 #pragma GCC unroll 4
           for (int k = 0; k < P::kWords; ++k) {
@@ -82,10 +83,10 @@ void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t*
 
 // multiply_int4 for tiles of `rows` rows.
 using MultiplyInt4 = void (*)(const Int4Columns&, const uint32_t*, const uint8_t*, const uint16_t*,
-                              float*, int64_t, int64_t);
-template <bool STREAM>
+                              float*, int64_t, int64_t, const uint8_t*);
+template <int LINES>
 MultiplyInt4 multiply_int4_of(int64_t rows) {
-#define INTERNVL_ROWS(n) multiply_int4<n, STREAM>
+#define INTERNVL_ROWS(n) multiply_int4<n, LINES>
   static constexpr MultiplyInt4 kBy[] = {
       nullptr,          INTERNVL_ROWS(1), INTERNVL_ROWS(2), INTERNVL_ROWS(3), INTERNVL_ROWS(4),
       INTERNVL_ROWS(5), INTERNVL_ROWS(6),
@@ -119,19 +120,26 @@ struct Int4Plan {
 inline void multiply_int4_panel(const Int4Plan& plan, int64_t block, const uint32_t* x,
                                 const uint8_t* panel, const uint16_t* scales, float* sums) {
   const Int4Columns& columns = plan.columns;
-  const int64_t chain = kInt4Chain / columns.group_steps(), groups = columns.groups();
+  const bool alone = plan.blocks.size(block) == 1;  // a tile: twice as far, to be early enough
+  const int64_t chain = (alone ? 2 : 1) * kInt4Chain / columns.group_steps();
+  const int64_t groups = columns.groups();
   const int64_t begin = plan.blocks.start(block), end = begin + plan.blocks.size(block);
   const int64_t first_row = plan.tiles.start(begin), rows = plan.tiles.start(end) - first_row;
   std::memset(sums, 0, rows * kInt4Panel * sizeof *sums);
-  for (int64_t first = 0; first < groups; first += chain)
+  for (int64_t first = 0; first < groups; first += chain) {
+    const uint8_t* next = panel + (first + chain) * columns.group_steps() * kInt4Bytes;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = plan.tiles.start(t), size = plan.tiles.size(t);
       const uint32_t* tile = x + row * columns.row_words() + size * columns.words_before(first);
-      const auto multiply =
-          t == begin ? multiply_int4_of<true>(size) : multiply_int4_of<false>(size);
+      // One tile asks for the weights of the next chain, or each of two for half of them: while the
+      // processor waits for them at once, it multiplies nothing.
+      const auto multiply = alone           ? multiply_int4_of<2>(size)
+                            : t - begin < 2 ? multiply_int4_of<1>(size)
+                                            : multiply_int4_of<0>(size);
       multiply(columns, tile, panel, scales, sums + (row - first_row) * kInt4Panel, first,
-               smaller(first + chain, groups));
+               smaller(first + chain, groups), next + (t - begin) * kInt4Chain * 64);
     }
+  }
 }
 
 // Adds the products of what was taken out of a row to its sums.

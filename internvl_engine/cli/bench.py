@@ -134,7 +134,7 @@ def chat(
 def model(
     which: Annotated[
         list[str] | None,
-        typer.Argument(help="encode, lengths, text, decode, layers, load; all by default."),
+        typer.Argument(help="encode, lengths, text, decode, layers, fidelity, load; all."),
     ] = None,
     size: Annotated[
         str,
@@ -232,5 +232,5 @@ def fidelity(
         return
     print_table(
         ("model", "measure", "scheme", "wide", "quantized", "as wide", "bytes of bf16"),
-        [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
+        [[f"{v:.5f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
     )

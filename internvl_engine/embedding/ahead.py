@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ def map_ahead(
     items: Iterator[Item],
     ahead: Callable[[], int],
     workers: int,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """function(number, item) of every item in order, computed by threads before it is asked for.
 
     The items are read in the thread that takes the results, one for each result that it takes, so

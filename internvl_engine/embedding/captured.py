@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from ..capture import Captured, weights_of
@@ -69,6 +69,7 @@ class CapturedEncode:
         }
         self.seen: OrderedDict[Hashable, None] = OrderedDict()
         self.lock = threading.Lock()
+        self.copied: Any = None  # an event
 
     def __call__(self, pixels: Tensor, mode: str) -> Tensor:
         """Embeddings (1 or 2, B, E) of pixels on the model's device; nobody else's memory."""
@@ -88,8 +89,20 @@ class CapturedEncode:
             missing = key[1] - len(pixels)
             if missing:  # rows of zeros, which change no other row
                 pixels = torch.cat((pixels, pixels.new_zeros(missing, *pixels.shape[1:])))
+            self._wait(pixels)
             found = self.captures[mode](pixels, key=key)
-            return found[:, : found.shape[1] - missing].clone()  # the next run overwrites it
+            found = found[:, : found.shape[1] - missing].clone()  # the next run overwrites it
+            self._mark(pixels)
+            return found
+
+    def _wait(self, pixels: Tensor) -> None:
+        """Before a run: until the results of the last are copied, on whichever stream that is."""
+        if self.copied is not None:
+            torch.cuda.current_stream(pixels.device).wait_event(self.copied)
+
+    def _mark(self, pixels: Tensor) -> None:
+        if pixels.is_cuda:
+            self.copied = torch.cuda.current_stream(pixels.device).record_event()
 
     def clear(self) -> None:
         """Gives back the memory of all captures."""
@@ -102,7 +115,9 @@ class CapturedEncode:
         """What a graph of a mode reads: weights, switches of adapters, and the rotary tables, which
         may be grown anew. None where somebody looks on, or moves what goes through: hooks."""
         model = self.model
-        parts = [model.vision_model, model.clip_projector] if mode == "c" else [model]
+        parts: list[nn.Module] = (
+            [model.vision_model, model.clip_projector] if mode == "c" else [model]
+        )
         switches = []
         for each in (module for part in parts for module in part.modules()):
             if each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__:

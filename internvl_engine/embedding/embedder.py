@@ -4,20 +4,18 @@ B images, T texts, E = 768 width of the embeddings
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import closing
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..processing.text import EMBEDDING_PREFIX, MAX_LENGTH
-from .batch_size import batch_size_of
-from .batches import ImageBatch, Outcome, image_batches, pixel_batches
+from .batches import Outcome
 from .captured import CapturedEncode
 from .fingerprint import fingerprint
-from .passes import Upload, embed_batches, within_memory
+from .images import each_image, encode_image, not_finite
+from .passes import Upload
 from .texts import embed_rows
 
 if TYPE_CHECKING:
@@ -34,13 +32,6 @@ PROVIDES = {  # what each choice of `parts` can do
     "text": {"embeddings of texts"},
     "caption": {"captions"},
 }
-
-
-class ImageEmbeddings(NamedTuple):
-    """C and G embeddings of the same B images, (B, E) each."""
-
-    c: Tensor
-    g: Tensor
 
 
 class Embedder:
@@ -151,23 +142,8 @@ class Embedder:
             ValueError: unknown mode, parts that were not loaded, an image that cannot be used or
                 whose embedding is not finite.
         """
-        from ..modeling.internvl import unit
-
-        kinds = self.check_mode(mode)
-        width = self.model.config.clip_embed_dim
-        empty = torch.empty(kinds, 0, width, dtype=torch.float32, device=self.device)
-        found, count = [empty], 0
-        with closing(self._passes(images, pixel_values, batch_size, mode)) as passes:
-            for batch, rows in passes:
-                if not bool(rows.isfinite().all()):
-                    row = count + int(rows.isfinite().all(-1).all(0).logical_not().nonzero()[0])
-                    raise ValueError(f"encode_image: image {row}: {not_finite(self)}")
-                found.append(unit(rows) if normalize else rows)
-                count += len(batch.numbers)
-                if progress is not None:
-                    progress(len(batch.numbers))
-        embeddings = torch.cat(found, dim=1)  # ordinary tensors again, out of inference mode
-        return ImageEmbeddings(*embeddings) if mode == "both" else embeddings[0]
+        self.check_mode(mode)
+        return encode_image(self, images, pixel_values, mode, batch_size, normalize, progress)
 
     def each_image(
         self,
@@ -186,22 +162,8 @@ class Embedder:
             For every image, in order, (number, value, error): its embedding (E,), or
             ImageEmbeddings of two for "both"; or why there is none.
         """
-        from ..modeling.internvl import unit
-
         self.check_mode(mode)
-        with closing(self._passes(images, None, batch_size, mode, keep_errors=True)) as passes:
-            for batch, rows in passes:
-                outcomes = list(batch.broken)
-                if rows is not None:
-                    finite = rows.isfinite().all(-1).all(0).tolist()
-                    rows = (unit(rows) if normalize else rows).clone()
-                    for number, row, sound in zip(
-                        batch.numbers, rows.unbind(1), finite, strict=True
-                    ):
-                        value = ImageEmbeddings(*row) if mode == "both" else row[0]
-                        error = None if sound else ValueError(f"image {number}: {not_finite(self)}")
-                        outcomes.append(Outcome(number, value if sound else None, error))
-                yield from sorted(outcomes, key=lambda outcome: outcome.number)
+        return each_image(self, images, mode, batch_size, normalize)
 
     def check_mode(self, mode: str) -> int:
         """How many embeddings a mode gives for an image; ValueError where it is none, or cannot."""
@@ -211,41 +173,16 @@ class Embedder:
             self.require(f"{kind.upper()} embeddings of images")
         return 2 if mode == "both" else 1
 
-    def _passes(
-        self, images: Any, pixel_values: Any, batch_size: Any, mode: str, keep_errors: bool = False
-    ) -> Iterator[tuple[ImageBatch, Any]]:
-        """Batches of images, or of pixel values that are given, with their embeddings."""
-        processor, device = self.processor.image_processor, self.device
-        limit = batch_size_of(batch_size, self.model, device, processor.size)
-        if (images is None) == (pixel_values is None):
-            raise ValueError("encode_image: give either images or pixel_values")
-        if isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point():
-            raise ValueError("encode_image: pass values that are normalised as pixel_values=")
-        if pixel_values is None:
-            batches = image_batches(
-                processor, images, limit, self.dtype, keep_errors=keep_errors,
-                pinned=device.type == "cuda",
-            )  # fmt: skip
-        else:
-            batches = pixel_batches(pixel_values, processor.size, limit)
-
-        def embed(pixels: Tensor) -> Tensor:
-            return within_memory(
-                partial(self._embed_pixels, mode=mode), pixels, limit, self._release
-            )
-
-        return embed_batches(batches, embed, device)
-
     @torch.inference_mode()
-    def _embed_pixels(self, pixels: Tensor, mode: str) -> Tensor:
+    def embed_pixels(self, pixels: Tensor, mode: str) -> Tensor:
         """C, or G, or both: (1 or 2, B, E) float32 on the engine's device; not normalised."""
         if len(pixels) > 1 and kernels.is_batch_invariant():  # PyTorch's own products are not
-            rows = [self._embed_pixels(row, mode) for row in pixels.split(1)]
+            rows = [self.embed_pixels(row, mode) for row in pixels.split(1)]
             return torch.cat(rows, dim=1)
         pixels = self.upload(pixels, self.device, self.dtype)
         return self.captured(pixels, mode).to(self.device)
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Gives back memory that is kept for speed."""
         self.captured.clear()
         if self.device.type == "cuda":
@@ -301,9 +238,3 @@ class Embedder:
             self.model, rows, 1 if invariant else max_tokens, self.device, shares=not invariant
         )
         return unit(found) if normalize else found
-
-
-def not_finite(engine: Embedder) -> str:
-    """What is wrong with an embedding that holds NaN or infinity."""
-    narrow = "; float16 overflows, bfloat16 does not" if engine.dtype == torch.float16 else ""
-    return f"the embedding that {engine.name} gives is not finite (NaN or infinity){narrow}"

@@ -6,7 +6,7 @@ looked at when the next one is on its way.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 import torch
@@ -17,8 +17,10 @@ from .batches import ImageBatch
 
 
 def embed_batches(
-    batches: Iterator[ImageBatch], embed: Callable[[Tensor], Tensor], device: torch.device
-) -> Iterator[tuple[ImageBatch, Tensor | None]]:
+    batches: Generator[ImageBatch, None, None],
+    embed: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> Generator[tuple[ImageBatch, Tensor | None], None, None]:
     """Every batch with embed(its pixels), None for one without pixels; in order.
 
     Args:
@@ -27,7 +29,7 @@ def embed_batches(
         device: where that is. Only on a GPU the next batch begins before a batch is handed out.
     """
     behind: deque[tuple[ImageBatch, Tensor | None]] = deque()
-    with closing(batches):  # type: ignore[type-var]
+    with closing(batches):
         for batch in batches:
             behind.append((batch, embed(batch.pixels) if len(batch.pixels) else None))
             if device.type != "cuda" or len(behind) > 1:

@@ -106,6 +106,10 @@ class FusedModule(nn.Module):
         """The linears of a group as one product; see `Linears.__call__`."""
         return partial(self._fusion.linears[group], self)
 
+    def parts_of(self, group: str) -> Any:
+        """The linears of a group as parts of one weight, or None; see `Linears.parts`."""
+        return self._fusion.linears[group].parts(self)
+
     def prepare(self) -> None:
         """Gives the weights their form: packed or merged for inference, while it does not train."""
         for linears in self._fusion.linears.values():

@@ -27,6 +27,7 @@ from ..modeling.qllama import (
     LlamaModel,
 )
 from ..weights import is_hooked
+from . import decode_step
 from .attention import Angles, Heads, attend, rotate
 from .base import FusedModule, contract, is_for_onnx
 from .cross_attention import attend_image, read_image
@@ -94,6 +95,9 @@ class FusedDecoder(FusedModule):
         past = cache.get_seq_length() if cache is not None else 0
         bounded = getattr(cache, "is_static", False)
         positions, tables = self.rotary_emb.at(position_ids, past, hidden, bounded)
+        if decode_step.takes(self, hidden, cache, vision):
+            states = decode_step.step(self, hidden, mask, positions, tables, cache)
+            return BaseModelOutputWithPast(last_hidden_state=states)
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         normed = normalize(norms[0], hidden)
         for layer, norm in zip(self.layers, norms[1:], strict=True):

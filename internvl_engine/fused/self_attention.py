@@ -108,9 +108,11 @@ def _split(attention: Any, qkv: Tensor) -> Heads:
     """Views of one product, (B, H, S, D) each, normed where the class does."""
     heads = qkv.unflatten(-1, (-1, attention.head_dim))
     count = heads.shape[2] // (attention.num_key_value_groups + 2)
-    q, k, v = heads.split((heads.shape[2] - 2 * count, count, count), 2)
-    if "q_norm" in attention._modules:
-        q, k = normalize(attention.q_norm, q), normalize(attention.k_norm, k)
+    sizes = heads.shape[2] - 2 * count, count, count
+    if "q_norm" not in attention._modules:
+        return Heads(*heads.transpose(1, 2).split(sizes, 1))
+    q, k, v = heads.split(sizes, 2)
+    q, k = normalize(attention.q_norm, q), normalize(attention.k_norm, k)
     return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
 

@@ -25,13 +25,15 @@ class KVCache(Cache):
     Args:
         config: of QLLaMA, for the number of layers.
         max_length: positions to allocate for: queries, prompt and new tokens.
+        disposable: whether the static engine may go on in this storage rather than in a copy; the
+            cache is empty then.
     """
 
-    def __init__(self, config: LlamaConfig, max_length: int) -> None:
+    def __init__(self, config: LlamaConfig, max_length: int, disposable: bool = False) -> None:
         if max_length < 1:
             raise ValueError(f"KVCache: max_length must be at least 1, got {max_length}")
         self.storage: Any = None  # a Tensor from the first update on
-        self.max_length = max_length
+        self.max_length, self.disposable = max_length, disposable
         count = config.num_hidden_layers
         super().__init__(layers=[KVCacheLayer(self, index) for index in range(count)])
 

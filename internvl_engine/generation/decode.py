@@ -34,7 +34,7 @@ def generate(run: Callable[..., Any], **options: Any) -> Any:
         run: `generate` of an InternVLModel, a VisionLanguageModel or a language model.
         options: its arguments.
     """
-    if goes_elsewhere(options.get("generation_config"), options):
+    if goes_elsewhere(getattr(run, "__self__", None), options):
         return run(**options)
     # `generate` does not hand its streamer on to a callable.
     loop = partial(decode, streamer=options.get("streamer"))

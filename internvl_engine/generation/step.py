@@ -136,10 +136,16 @@ def start(model: Any, cache: Any, mask: Tensor | None, most: int, captures: bool
     """
     keys = cache.layers[0].keys
     batch, _, length, _ = keys.shape
-    storage = Storage(keys, len(cache.layers), batch, first_slots(length, most))
-    storage.load(cache, mask)
-    if mask is None:
-        positions = torch.full((batch,), length, dtype=torch.int64, device=keys.device)
+    device = keys.device
+    if getattr(cache, "disposable", False) and cache.storage.shape[2] == batch:
+        storage = Storage.out_of(cache)
+        if mask is not None:
+            storage.pack(mask)
     else:
-        positions = (mask != 0).sum(1).to(keys.device)
+        storage = Storage(keys, len(cache.layers), batch, first_slots(length, most))
+        storage.load(cache, mask)
+    if mask is None:
+        positions = torch.full((batch,), length, dtype=torch.int64, device=device)
+    else:
+        positions = (mask != 0).sum(1).to(device)
     return Rows(model, storage, positions, length, most, captures)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import kernels
+from .cache import KVCache
 
 BLOCK = 64  # slots by which a storage grows at least
 
@@ -33,6 +34,16 @@ class Storage:
         _, heads, _, dim = like.shape
         self.tensor = like.new_zeros((layers, 2, rows, heads, slots, dim))
 
+    @classmethod
+    def out_of(cls, cache: KVCache) -> "Storage":
+        """The storage of a disposable cache, which is empty then; what it held is still there."""
+        own = cls.__new__(cls)
+        own.tensor, length = cache.storage, cache.get_seq_length()
+        own.tensor[..., length:, :].zero_()
+        cache.storage = None
+        cache.reset()
+        return own
+
     @property
     def slots(self) -> int:
         """S."""
@@ -48,8 +59,7 @@ class Storage:
         """
         order: Any = None
         if mask is not None:
-            mask = mask.to(self.tensor.device)
-            order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
+            order = _real_first(mask.to(self.tensor.device))
         for layer, own in zip(cache.layers, self.tensor, strict=True):
             for states, to in zip((layer.keys, layer.values), own, strict=True):
                 if order is not None:
@@ -59,6 +69,13 @@ class Storage:
                     to.copy_(states)
                 else:
                     to.index_copy_(0, rows, states)
+
+    def pack(self, mask: Tensor) -> None:
+        """Moves the tokens of every row to its first slots, in place; mask as in `load`."""
+        order: Any = _real_first(mask.to(self.tensor.device))
+        for layer in self.tensor:
+            for states in layer[:, :, :, : mask.shape[1]]:
+                states.copy_(states.gather(2, order.expand_as(states)))
 
     def grow(self, slots: int) -> None:
         """Moves everything to another storage of so many slots."""
@@ -70,6 +87,11 @@ class Storage:
         """Row b becomes what row rows[b] was, in slots from start to end: the others are alike."""
         part = self.tensor[..., start:end, :]
         part.copy_(part.index_select(2, rows.to(part.device)))
+
+
+def _real_first(mask: Tensor) -> Tensor:
+    """Places (B, 1, T, 1) of the tokens of each row, in their order, then of its padding."""
+    return (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
 
 
 class StaticCache(Cache):
@@ -87,7 +109,8 @@ class StaticCache(Cache):
 
     def __init__(self, storage: Tensor, positions: Tensor) -> None:
         self.slots, self.lengths = positions[:, None], positions + 1
-        super().__init__(layers=[StaticCacheLayer(*layer, self.slots) for layer in storage])
+        layers = [StaticCacheLayer(keys, values, self.slots) for keys, values in storage]
+        super().__init__(layers=layers)
 
     def rotary_append(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,

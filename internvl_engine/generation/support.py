@@ -36,10 +36,24 @@ ELSEWHERE = (
 CACHE_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "KVCacheLayer"})
 
 
-def goes_elsewhere(config: GenerationConfig | None, options: dict[str, Any]) -> bool:
-    """Whether a call of `generate` asks for what transformers alone decodes."""
+def goes_elsewhere(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a call of a model's `generate` asks for what transformers alone decodes."""
+    config = options.get("generation_config")
+    if _is_sharded(model):
+        return True
     asked = (options.get(name, getattr(config, name, None)) for name in ELSEWHERE)
-    return any(value not in (None, False, 0, 1, []) for value in asked)
+    return any(value is True or value not in (None, False, 0, 1, []) for value in asked)
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether processes hold parts of the model, and must take every step together."""
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
+        return False
+    return any(
+        hasattr(parameter, "ds_id") or type(parameter).__name__ in ("DTensor", "FlatParameter")
+        for parameter in model.parameters()
+    )
 
 
 def unsupported_model(model: Any, length: int) -> str | None:

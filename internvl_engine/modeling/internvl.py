@@ -232,8 +232,20 @@ class InternVLModel(InternVLPreTrainedModel):
         features = self._image_features(pixel_values, output_hidden_states)
         return features if return_dict else features.to_tuple()[:2]
 
+    def read_images(self, pixel_values: Tensor) -> tuple[ImageFeatures, Prefixes]:
+        """Image features, and the keys and values of the queries, which captions go on from.
+
+        In a caption too the queries see each other and no text, at the same positions: a cache that
+        holds them spares `generate` the queries.
+
+        Args:
+            pixel_values: (B, 3, height, width), normalised.
+        """
+        kept = Prefixes(self.query_tokens.new_ones(len(pixel_values), self.query_tokens.shape[1]))
+        return self._image_features(pixel_values, None, kept), kept
+
     def _image_features(
-        self, pixel_values: Tensor | None, hidden_states: bool | None
+        self, pixel_values: Tensor | None, hidden_states: bool | None, kept: Prefixes | None = None
     ) -> ImageFeatures:
         vision: Any = self.vision_model(
             pixel_values=pixel_values, output_hidden_states=hidden_states, return_dict=True
@@ -241,11 +253,16 @@ class InternVLModel(InternVLPreTrainedModel):
         states = vision.last_hidden_state
         queries = self.query_tokens.expand(states.shape[0], -1, -1)
         size = queries.shape[1]
-        outputs: Any = self._decoder.forward_train(
-            inputs_embeds=queries,
-            vision_hidden_states=states,
-            attention_mask=AttentionMask("full", size, size),
-        )
+        inputs: dict[str, Any] = {
+            "inputs_embeds": queries,
+            "vision_hidden_states": states,
+            "attention_mask": AttentionMask("full", size, size),
+        }
+        outputs: Any
+        if kept is None:
+            outputs = self._decoder.forward_train(**inputs)
+        else:
+            outputs = self._decoder(**inputs, past_key_values=kept, use_cache=True)
         return ImageFeatures(states, outputs.last_hidden_state, vision, outputs)
 
     @torch.no_grad()

@@ -76,6 +76,13 @@ class Prefixes:
         self.layers[layer_idx] = key_states, value_states
         return key_states, value_states
 
+    def only(self, number: int) -> "Prefixes":
+        """One of them, a view."""
+        one = Prefixes(self.mask[number : number + 1])
+        rows = slice(number, number + 1)
+        one.layers = {n: (k[rows], v[rows]) for n, (k, v) in self.layers.items()}
+        return one
+
     def before(self, numbers: Tensor) -> "Continued":
         """What B texts go on from: text b from prefix numbers[b]."""
         return Continued(self, numbers)

@@ -1,5 +1,7 @@
 """Which weights of a model are in which form, and the way back."""
 
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +61,17 @@ class Quantization:
     def wide(self) -> dict[str, str]:
         """Names of the weights that stayed wide, and why."""
         return {each.name: each.reason for each in self.weights if each.form == "wide"}
+
+    def warn_if_wide(self, stacklevel: int) -> None:
+        """Warns where nothing at all is in fewer bits, which nobody asks for."""
+        wide = Counter(self.wide.values())
+        if wide and len(self.wide) == len(self.weights):
+            why = next((reason for reason in wide if "slower" in reason), wide.most_common(1)[0][0])
+            warnings.warn(
+                f"with quantize={self.scheme.name!r} every weight stays wide here: {why}; "
+                "only_faster=False quantizes all the same",
+                stacklevel=stacklevel,
+            )
 
     def undo(self, source: str | Path | Mapping[str, Tensor] | None = None) -> list[str]:
         """Makes the weights wide again, with the bits that they had, out of where they came from.

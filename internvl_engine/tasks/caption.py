@@ -37,7 +37,7 @@ def caption(
 
     Args, Returns, Raises: as `Tasks.caption`.
     """
-    prompts = _texts("caption", CAPTION_PROMPT if prompt is None else prompt)
+    prompts = checked_texts("caption", CAPTION_PROMPT if prompt is None else prompt)
     if stream:
         return _stream(engine, images, prompts, **options)
     found = [o.value for o in _describe(engine, images, [prompts], keep=False, **options)]
@@ -55,7 +55,7 @@ def caption_each(
         For every image, in order, as soon as its batch is done: (number, its text or list of texts,
         error or None).
     """
-    prompts = _texts("caption", CAPTION_PROMPT if prompt is None else prompt)
+    prompts = checked_texts("caption", CAPTION_PROMPT if prompt is None else prompt)
     outcomes = _describe(engine, images, [prompts], keep=True, **options)
     single = prompt is None or isinstance(prompt, str)
     return (o._replace(value=o.value[0]) if single and o.value else o for o in outcomes)
@@ -81,12 +81,14 @@ def answer(
         return caption(engine, images, prompt, stream=stream, **options)
     questions = list(questions)
     if is_one_image(images):
-        prompts = [template.replace("{}", text) for text in _texts("answer", questions)]
+        prompts = [template.replace("{}", text) for text in checked_texts("answer", questions)]
         found = caption(engine, images, prompts, stream=stream, **options)
         return found if stream else found[0]
     if stream:
         raise ValueError("answer: only one image can be streamed")
-    asked = [[template.replace("{}", text) for text in _texts("answer", q)] for q in questions]
+    asked = [
+        [template.replace("{}", text) for text in checked_texts("answer", q)] for q in questions
+    ]
     _check_count(len(images) if hasattr(images, "__len__") else len(asked), len(asked))
     if not asked:
         return []
@@ -118,7 +120,7 @@ def _describe(
         keep: name images that cannot be used, and go on.
     """
     engine.require("captions")
-    settings, stop = _checked(**settings), _texts("caption", stop) if stop else []
+    settings, stop = checked_settings(**settings), checked_texts("caption", stop) if stop else []
     batch_size = checked_batch_size(batch_size)
     processor, options = engine.processor.image_processor, {"keep_errors": keep}
     batches = image_batches(processor, images, batch_size, engine.dtype, **options)
@@ -143,7 +145,7 @@ def _stream(
 ) -> Iterator[str]:
     """Everything is checked here, and runs when the first piece is asked for."""
     engine.require("captions")
-    settings, stop = _checked(**settings), _texts("caption", stop) if stop else []
+    settings, stop = checked_settings(**settings), checked_texts("caption", stop) if stop else []
     if len(prompts) != 1 or settings["num_beams"] != 1:
         raise ValueError("caption: only one prompt can be streamed, with num_beams=1")
     image = list(islice(pictures(images), 2))
@@ -165,7 +167,7 @@ def _stream(
     return stream_text(generate, tokenizer, stop)
 
 
-def _checked(
+def checked_settings(
     num_beams: int = 1, max_new_tokens: int = 30, min_new_tokens: int = 0, **others: Any
 ) -> dict[str, Any]:
     """Arguments of transformers' `generate`."""
@@ -181,7 +183,7 @@ def _checked(
     return settings | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
 
 
-def _texts(name: str, texts: Any) -> list[str]:
+def checked_texts(name: str, texts: Any) -> list[str]:
     """One text or several as a list."""
     found = [texts] if isinstance(texts, str) else list(texts)
     if not found or not all(isinstance(text, str) and text for text in found):

@@ -24,9 +24,10 @@ class Entry:
 
 
 class Prompt(NamedTuple):
-    """One text of one image: its vision features (1, N, C_v), and where its continuation goes."""
+    """One text of one image: what it needs of the image (its vision features (1, N, C_v)), and
+    where its continuation goes."""
 
-    features: Tensor
+    features: Any
     text: str
     entry: Entry
     place: int
@@ -87,13 +88,13 @@ class CaptionQueue:
         options: dict[str, Any] = dict(self.settings)
         if self.stop:
             options["stopping_criteria"] = [StopAtText(tokenizer, self.stop)]
-        if not goes_elsewhere(options.get("generation_config"), options):
+        if not goes_elsewhere(self.engine.model, options):
             options["custom_generate"] = admit
         return self.engine.model.generate(
-            visual_features=torch.cat([prompt.features for prompt in prompts]),
+            visual_features=self._states(prompts),
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=prompt_cache(self.engine, ids, self.settings),
+            past_key_values=self._cache(prompts, ids),
             **options,
         )
 
@@ -101,17 +102,29 @@ class CaptionQueue:
         """Queues the prompts of the images of a batch."""
         entries = [Entry(n, [None] * len(self.asked(n))) for n in batch.numbers]
         if any(entry.texts for entry in entries):
-            features = vision_states(self.engine, batch.pixels).split(1)
+            features = self._features(batch)
             for entry, image in zip(entries, features, strict=True):
                 texts = enumerate(self.asked(entry.number))
                 self.waiting += (Prompt(image, text, entry, place) for place, text in texts)
         self.order += sorted([*entries, *batch.broken], key=lambda each: each.number)
 
+    def _features(self, batch: ImageBatch) -> Sequence[Any]:
+        """What the prompts of each image need of it."""
+        return vision_states(self.engine, batch.pixels).split(1)
+
+    def _states(self, prompts: Sequence[Prompt]) -> Tensor:
+        """The vision features (B, N, C_v) of B prompts."""
+        return torch.cat([prompt.features for prompt in prompts])
+
+    def _cache(self, prompts: Sequence[Prompt], ids: Tensor) -> KVCache:
+        """What the prompts are read into."""
+        return prompt_cache(self.engine, ids, self.settings)
+
     def _take(self, index: int, ids: Tensor) -> None:
         prompt = self.read[index]
         text = self.engine.processor.tokenizer.decode(ids)
         prompt.entry.texts[prompt.place] = cut(text, self.stop).strip()
-        self.read[index] = prompt._replace(features=None)  # type: ignore[arg-type]
+        self.read[index] = prompt._replace(features=None)
 
 
 @torch.inference_mode()
@@ -124,7 +137,7 @@ def prompt_cache(engine: Embedder, ids: Tensor, settings: dict[str, Any]) -> KVC
     """A cache for the queries, the prompts ids (B, L) and what is to come."""
     config = engine.model.config
     length = config.num_query_token + ids.shape[1] + settings["max_new_tokens"]
-    return KVCache(config.qllama_config, length)
+    return KVCache(config.qllama_config, length, disposable=True)
 
 
 def _is_complete(entry: Entry | Outcome) -> bool:

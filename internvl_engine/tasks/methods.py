@@ -9,6 +9,7 @@ from ..embedding import Embedder, Mode, Outcome
 if TYPE_CHECKING:
     from .classifier import Progress
     from .classify import Prediction, Template
+    from .describe import Description
 
 
 class Tasks(Embedder):
@@ -143,6 +144,42 @@ class Tasks(Embedder):
             self, images, prompt, num_beams=num_beams, max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens, stop=stop, batch_size=batch_size, **generate_kwargs,
         )  # fmt: skip
+
+    def describe(
+        self,
+        images: Any,
+        prompt: str | Iterable[str] | None = None,
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        stop: Iterable[str] = (),
+        normalize: bool = True,
+        batch_size: int = 8,
+        **generate_kwargs: Any,
+    ) -> "list[Description]":
+        """Captions and embeddings of images from one pass over each.
+
+        Args:
+            images, prompt, num_beams, max_new_tokens, min_new_tokens, stop, batch_size,
+                generate_kwargs: as `caption` takes them.
+            normalize: embeddings of unit length; otherwise as the model gives them.
+
+        Returns:
+            One Description for each image, also for a single one: its text (a list of texts for
+            several prompts), and its embeddings c and g, (E,) float32 on the model's device.
+
+        Raises:
+            ValueError: parts that were not loaded, or what `caption` and `encode_image` refuse.
+        """
+        from .describe import describe_each
+
+        outcomes = describe_each(
+            self, images, prompt, keep=False, normalize=normalize, num_beams=num_beams,
+            max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stop=stop,
+            batch_size=batch_size, **generate_kwargs,
+        )  # fmt: skip
+        return [outcome.value for outcome in outcomes]
 
     def answer(
         self,

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 OUTLIERS, FACTOR = 4, 1000.0  # channels of each tower, and their size, of the others'
-IMAGES, TEXTS = 4, 4
-VOCABULARY = 512
+IMAGES, TEXTS, WORDS = 4, 4, 14
 
 
 def embeddings_at_real_width(
@@ -36,25 +35,29 @@ def embeddings_at_real_width(
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         parameter.data = _weights(name, parameter, generator)
-    _make_outliers(model, generator)
+    # Not in the table of words: in real models large channels come out of the first layers, and a
+    # row of 8 bits that had them would have nothing left for the others.
+    for parameter in (model.vision_model.embeddings.position_embedding, model.query_tokens):
+        _make_outliers(parameter.data, generator)
     model.eval().requires_grad_(False)
     size = config.vision_config.image_size
     pixels = torch.randn(IMAGES, 3, size, size, generator=generator, dtype=torch.float32,
                          device="cpu")  # fmt: skip
-    ids = torch.randint(3, VOCABULARY, (TEXTS, 14), generator=generator, dtype=torch.int64,
-                        device="cpu")  # fmt: skip
+    width = config.qllama_config.hidden_size
+    words = torch.randn(TEXTS, WORDS, width, generator=generator, dtype=torch.float32, device="cpu")
+    _make_outliers(words, generator)
     model = prepare(model)
     pixels = pixels.to(model.dtype)
     return {
         "C": model.encode_image(pixels, "InternVL-C"),
         "G": model.encode_image(pixels, "InternVL-G"),
-        "text": model.get_text_features(ids, torch.ones_like(ids)).flatten(0, 1),
+        "text": _states(model, words.to(model.dtype)).flatten(0, 1),
     }
 
 
 _CONFIG: dict[str, Any] = {
     "vision_config": {"num_hidden_layers": 1},
-    "qllama_config": {"num_hidden_layers": 1, "vocab_size": VOCABULARY},
+    "qllama_config": {"num_hidden_layers": 1, "vocab_size": 512},
 }
 
 
@@ -71,12 +74,20 @@ def _weights(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return empty.zero_() if "bias" in name else empty.uniform_(0.5, 1.5, generator=generator)
 
 
-def _make_outliers(model: Any, generator: torch.Generator) -> None:
-    """Makes a few channels of what enters the towers large, the same for every token."""
-    table = model.qllama.get_input_embeddings().weight
-    positions = model.vision_model.embeddings.position_embedding
-    for parameter in (positions, model.query_tokens, table):
-        channels = torch.randperm(parameter.shape[-1], generator=generator)[:OUTLIERS]
-        signs = torch.randint(0, 2, (OUTLIERS,), generator=generator, dtype=torch.int64,
-                              device="cpu")  # fmt: skip
-        parameter.data[..., channels] = FACTOR * (2.0 * signs - 1)
+def _states(model: Any, words: Tensor) -> Tensor:
+    """What QLLaMA, as a plain LLaMA, makes of embedded texts (B, L, C)."""
+    from ..modeling.masks import AttentionMask
+
+    length = words.shape[1]
+    mask = AttentionMask("causal", length, length)
+    decoder = model.language_model.model
+    return decoder.forward_train(inputs_embeds=words, attention_mask=mask).last_hidden_state
+
+
+def _make_outliers(states: Tensor, generator: torch.Generator) -> None:
+    """Makes a few channels of what enters a tower large, the same for every token."""
+    channels = torch.randperm(
+        states.shape[-1], generator=generator, dtype=torch.int64, device="cpu"
+    )[:OUTLIERS]
+    signs = torch.randint(0, 2, (OUTLIERS,), generator=generator, dtype=torch.int64, device="cpu")
+    states[..., channels] = FACTOR * (2.0 * signs - 1)

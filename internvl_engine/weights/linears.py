@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import kernels
 from ..checkpoint.parts import AbsentModule
 from .in_projection import InProjection
+from .int4 import Int4Tensor
+from .int8 import Int8Tensor
 from .merged import Merged, merge
 from .packed import PackedTensor
 from .quantized import QuantizedTensor
@@ -24,6 +26,14 @@ LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 # One thread at a time changes the forms of weights.
 _LOCK = threading.RLock()
+
+
+class Parts(NamedTuple):
+    """A weight as `kernels.norm_linear` takes it, its rows, and a bias or None."""
+
+    weight: tuple[Tensor, ...]
+    features: int
+    bias: Tensor | None
 
 
 class Linears:
@@ -58,6 +68,27 @@ class Linears:
             return linear(x, weight, _whole_bias(self._bias, biases, weights), epilogue, residual)
         products = [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return self._finish(products, epilogue, residual)
+
+    def parts(self, owner: nn.Module) -> "Parts | None":
+        """The weight and bias of all rows for the operators of a decoding step.
+
+        Returns:
+            None where the linears are called as modules, their weights are apart, or in a form that
+            those operators do not take.
+        """
+        linears = self.linears(owner)
+        if not linears or not all(map(is_plain_linear, linears)):
+            return None
+        weights, biases = [each.weight for each in linears], [each.bias for each in linears]
+        whole = _whole(self._weight, weights)
+        held: tuple[Tensor, ...]
+        if isinstance(whole, Int8Tensor | Int4Tensor):
+            held = tuple(whole.inner_tensors().values())
+        elif whole is not None and type(whole) in (Tensor, nn.Parameter):
+            held = (whole,)
+        else:
+            return None
+        return Parts(held, whole.shape[0], _whole_bias(self._bias, biases, weights))
 
     def linears(self, owner: Any) -> list[Any]:
         """The modules as they are now; none where one is gone."""

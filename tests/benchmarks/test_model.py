@@ -57,8 +57,22 @@ def test_every_form_is_loaded_from_its_own_checkpoint(capsys, monkeypatch):
     assert "loaded in" in capsys.readouterr().out
 
 
+def test_what_a_scheme_loses_is_found(capsys):
+    suites = {"fidelity": lambda _: model.lost(["nano"], ["int8"], torch.float32, count=10)}
+    found = report.measure(suites, effort=SHORT)
+    assert not found.failed and {f.operator for f in found.findings} == {"fidelity"}
+    labels = {f.label for f in found.findings}
+    assert len(labels) == len(found.findings) and all("nano, " in label for label in labels)
+    for finding in found.findings:
+        values = finding.values
+        assert values["as wide"] >= 0.9 and 0.5 < values["bytes of bfloat16"] < 0.9
+    assert "quantized 1.0000" in capsys.readouterr().out
+
+
 def test_the_parts_of_each_size():
-    assert set(model.suites(size="nano")) == {"encode", "lengths", "decode", "load"}
+    assert set(model.suites(size="nano")) == {
+        "encode", "lengths", "decode", "fidelity", "load",
+    }  # fmt: skip
     assert set(model.suites(["text", "load"])) == {"text", "load"}
     with pytest.raises(ValueError, match="no text at size nano; there are encode"):
         model.suites(["text"], size="nano")

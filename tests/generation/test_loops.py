@@ -7,7 +7,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from internvl_engine import accelerate
-from internvl_engine.generation import decode, generate, loops, step
+from internvl_engine.generation import decode, generate, loops, step, support
 
 ENDS = [3, 8, 15, 21, 22, 40, 41, 50]
 
@@ -144,6 +144,21 @@ def test_what_the_engine_does_not_serve_is_served_by_transformers(built, options
         assert len(found.scores) == 5
         found, expected = found.sequences, expected.sequences
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sharded_model_keeps_its_processes_together(built, processes, monkeypatch):
+    group = torch.distributed
+    monkeypatch.setattr(group, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "get_world_size", lambda *_: processes)
+    assert not support.goes_elsewhere(built, {})
+    assert support.goes_elsewhere(built, {"synced_gpus": True})
+    parameter = next(built.parameters())
+    parameter.ds_id = 0  # as ZeRO's third stage marks what it shards
+    try:
+        assert support.goes_elsewhere(built, {}) == (processes > 1)
+    finally:
+        del parameter.ds_id
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The step: one function of tensors, traced once and replayed for every later step."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from foreign_decoders import IDS, LEFT, llama
@@ -8,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from internvl_engine import accelerate, capture
-from internvl_engine.generation import decode, step
+from internvl_engine.generation import KVCache, decode, step
 from internvl_engine.generation.storage import Storage
 from internvl_engine.modeling.qllama import LlamaForCausalLM
 
@@ -159,6 +162,40 @@ def test_a_growing_storage_keeps_what_it_holds(built, monkeypatch):
     found = built.generate(IMAGES, PROMPTS, MASK, **options, custom_generate=decode)
     assert torch.equal(found, expected)
     assert len(grown) > 2 and grown[-1] <= built.config.num_query_token + 4 + 30
+
+
+def test_the_engine_goes_on_in_a_disposable_cache(built, monkeypatch):
+    config = built.config.qllama_config
+    monkeypatch.setattr(Storage, "load", None)
+    for beams in (1, 3):
+        options = GREEDY | {"num_beams": beams}
+        expected = built.generate(IMAGES, PROMPTS, MASK, **options)
+        cache = KVCache(config, 24, disposable=True)
+        options["past_key_values"] = cache
+        found = built.generate(IMAGES, PROMPTS, MASK, **options, custom_generate=decode)
+        assert torch.equal(found, expected)
+        assert cache.get_seq_length() == 0 and cache.storage is None
+        again = built.generate(IMAGES, PROMPTS, MASK, **options)  # as an empty one
+        assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_keys_and_values_go_with_the_call(built, beams, monkeypatch):
+    """Without a collection of cycles: they may be gigabytes."""
+    seen, init = [], Storage.__init__
+
+    def made(self, *args):
+        init(self, *args)
+        seen.append(weakref.ref(self.tensor))
+
+    monkeypatch.setattr(Storage, "__init__", made)
+    gc.collect()
+    gc.disable()
+    try:
+        built.generate(IMAGES, PROMPTS, MASK, **GREEDY, num_beams=beams, custom_generate=decode)
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
 
 
 def check(built):

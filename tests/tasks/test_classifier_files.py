@@ -182,9 +182,9 @@ def test_threads_and_processes_share_a_folder(tmp_path):
 @pytest.mark.parametrize(
     "platform, variables, expected",
     [
-        ("linux", {}, "/home/me/.cache/internvl_engine/classifiers"),
+        ("linux", {}, "/users/me/.cache/internvl_engine/classifiers"),
         ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/internvl_engine/classifiers"),
-        ("darwin", {}, "/home/me/Library/Caches/internvl_engine/classifiers"),
+        ("darwin", {}, "/users/me/Library/Caches/internvl_engine/classifiers"),
         ("win32", {"LOCALAPPDATA": "/local"}, "/local/internvl_engine/classifiers"),
         ("linux", {"INTERNVL_CACHE": "/ours"}, "/ours/classifiers"),
         ("linux", {"INTERNVL_CACHE": "/ours", "INTERNVL_CLASSIFIERS": "/here"}, "/here"),
@@ -198,7 +198,7 @@ def test_the_place_follows_the_platform(platform, variables, expected, monkeypat
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(classifier_files.sys, "platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    monkeypatch.setattr(Path, "home", lambda: Path("/users/me"))
     assert user_folder() == (None if expected is None else Path(expected))
     found = ClassifierFiles.at(True)
     assert found is None if expected is None else found.folder == Path(expected)
