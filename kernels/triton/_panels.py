@@ -49,7 +49,7 @@ def panel_config(m: int, n: int, k: int, warps: int, stages: int) -> Config:
 def launch_panels(
     operator: str, kernel, x: Tensor, weight: Mapping[str, Tensor | int], features: int,
     bias: Tensor | None, epilogue: str, residual: Tensor | None,
-    tables: tuple[Defaults, Defaults, Defaults], candidates: tuple[list[Config], list[Config]],
+    tables: tuple[Defaults, ...], candidates: tuple[list[Config], list[Config]],
     config: Config | None, again: Run,
 ) -> Tensor:  # fmt: skip
     """Launches a kernel that has the arguments of _linear_int8_kernel beside those of `weight`.
@@ -58,7 +58,7 @@ def launch_panels(
         operator: the name, for tuned configurations.
         weight: what the kernel needs of the weight, by name.
         features: rows of the weight, two for each column of the result with SwiGLU.
-        tables: the default configurations of many rows, few rows and float32.
+        tables: the default configurations of many rows, few rows, float32 and SwiGLU.
         candidates: of many rows and of few.
         config: what to launch with; None chooses.
         again: run(config), for the tuner.
@@ -73,7 +73,7 @@ def launch_panels(
         return y
     rows = y.numel() // F
     few = rows <= ROWS_FEW and not is_batch_invariant()
-    defaults = tables[2 if x.dtype == torch.float32 else 1 if few else 0]
+    defaults = tables[_table(few, x.dtype == torch.float32, epilogue)]
     config = config or launch_config(
         operator, (F, C, x.dtype, epilogue, size_class(rows)), defaults, candidates[few], again,
         x.get_device(),
@@ -91,9 +91,16 @@ def launch_panels(
     return y
 
 
+def _table(few: bool, is_fp32: bool, epilogue: str) -> int:
+    """Which of the tables serves."""
+    if is_fp32:
+        return 2
+    return 1 if few else 3 if epilogue == "swiglu" else 0
+
+
 def panel_cases(
     operator: str, kernel, weight: Mapping[str, object], architecture: str,
-    tables: tuple[Defaults, Defaults, Defaults],
+    tables: tuple[Defaults, ...],
 ) -> Iterator[Case]:  # fmt: skip
     """fc1 with GELU, fc2 with the residual, SwiGLU of QLLaMA, and one token."""
     sizes = {"M": "i32", "F": "i32:16", "C": "i32:16"}
@@ -111,7 +118,7 @@ def panel_cases(
         values = {"bias_ptr": bias, "residual_ptr": residual, "EPILOGUE": EPILOGUES[epilogue]}
         pointers = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
         arguments = {**pointers, **sizes, **strides, **values, **weight}
-        config = tables[few][architecture]
+        config = tables[_table(few, False, epilogue)][architecture]
         yield Case(
             operator, f"{name} bf16", kernel, arguments, config, matrix=not few,
             fp32=(tables[2][architecture], {}),

@@ -52,7 +52,7 @@ DEFAULTS_FEW: dict[str, Config] = {
     for architecture in ARCHITECTURES
 }
 DEFAULTS_FP32: dict[str, Config] = {  # no matrix unit computes in IEEE fp32
-    architecture: _config(64, 64, 16, 4, 2) for architecture in ARCHITECTURES
+    architecture: _config(64, 64, 16, 8, 2) for architecture in ARCHITECTURES
 }
 CANDIDATES: list[Config] = [
     _config(m, n, k, warps, stages)

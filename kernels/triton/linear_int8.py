@@ -18,7 +18,7 @@ from ._rows import row_offsets
 from ._tuning import ARCHITECTURES, Config
 from .linear import SWIGLU, store_tile, tile_of
 
-# Not yet measured on a GPU. SwiGLU has two accumulators.
+# Not yet measured on a GPU.
 DEFAULTS: dict[str, Config] = {
     "sm80": panel_config(64, 64, 64, 4, 3),
     "sm90": panel_config(128, 64, 64, 4, 3),
@@ -32,7 +32,11 @@ DEFAULTS_FEW: dict[str, Config] = {
 DEFAULTS_FP32: dict[str, Config] = {
     architecture: panel_config(32, 64, 16, 4, 2) for architecture in ARCHITECTURES
 }
-TABLES = (DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32)
+DEFAULTS_SWIGLU: dict[str, Config] = {  # two accumulators
+    name: {**DEFAULTS["sm80"], "num_stages": config["num_stages"]}
+    for name, config in DEFAULTS.items()
+}
+TABLES = (DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32, DEFAULTS_SWIGLU)
 CANDIDATES: list[Config] = [
     panel_config(m, n, k, warps, stages)
     for m, n, warps in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 8))

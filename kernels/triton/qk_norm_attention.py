@@ -67,7 +67,7 @@ KEYS = {
         "sm100": _config(64, 128, 8, 2), "gfx942": _config(32, 64, 4, 1),
     },
     "narrow": {
-        "sm80": _config(64, 64, 8, 2), "sm90": _config(64, 128, 8, 2),
+        "sm80": _config(64, 32, 8, 2), "sm90": _config(64, 128, 8, 2),
         "sm100": _config(64, 128, 8, 2), "gfx942": _config(64, 64, 4, 1),
     },
     "fp32": dict.fromkeys(ARCHITECTURES, _config(16, 16, 8, 1)),

@@ -77,6 +77,25 @@ def test_programs_on_a_multiprocessor_are_counted_by_what_they_need():
     assert Row(**needs | {"registers": 16, "warps": 16}).resident() == 4  # 64 warps
 
 
+def test_the_recorded_tables_have_every_case():
+    """One for each version of Triton, made by the code as it is."""
+    text = (ROOT / "benchmarks" / "results" / "cross_compile.md").read_text()
+    wanted = {
+        (case.operator, case.name, architecture)
+        for architecture in ("sm80", "sm90", "sm100", "gfx942")
+        for dtype in (_cross_compile.DTYPES if architecture == "sm90" else ["bf16"])
+        for case in _cross_compile.cases(architecture, dtype=dtype)
+    }
+    tables = text.split("# Cross-compiled kernels (triton ")[1:]
+    assert len(tables) == 2
+    for table in tables:
+        lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+        found = {
+            (operator.removeprefix("| "), case, target) for operator, case, target, *_ in lines
+        }
+        assert found == wanted, table[:10]
+
+
 def test_the_attention_kernels_and_linear_need_the_matrix_unit(rows):
     """A case that forgot to ask for it would pass without."""
     needing = {"attention", "qk_norm_attention", "linear", "linear_int8", "linear_int4"}

@@ -45,7 +45,7 @@ def small_tiles(monkeypatch):
     """Several tiles of rows, of features and of columns, in both directions."""
     for stem in FORMS:
         module = pytest.importorskip(f"internvl_engine.kernels.triton.{stem}")
-        monkeypatch.setattr(module, "TABLES", ({"sm90": TILES},) * 3)
+        monkeypatch.setattr(module, "TABLES", ({"sm90": TILES},) * 4)
 
 
 def inputs(operator, features, channels, dtype=torch.float32, rows=(2, 5)):
