@@ -66,7 +66,7 @@ def test_a_copy_of_what_changes_is_made_anew(inference):
         table = torch.zeros(2, 3)
 
     def function(x):
-        table.copy_(x)
+        table.view(6).copy_(x.view(6))
         repeated = table[:, None].expand(2, 2, 3)
         return repeated.reshape(4, 3), repeated.flatten(0, 1) + 0, table.contiguous().view(6)
 
