@@ -67,7 +67,7 @@ class _Recorder(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         result = func(*args, **kwargs)
         fixed = bool(given) and all(self._is_constant(x) for x in given)
-        if fixed and func.is_view:
+        if fixed and func.is_view and _is_within(result, given):
             return result  # it stays a view of the same memory: a constant itself
         new = [x for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in self.names]
         arguments = [self._written(x) for x in args]
@@ -138,6 +138,16 @@ class _Recorder(TorchDispatchMode):
 no_autocast = torch._C._ExcludeDispatchKeyGuard  # what was recorded was cast already
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 HOST_READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
+
+def _is_within(result: Any, given: list[Tensor]) -> bool:
+    """Whether an operator gave views of the memory of what it was given, and no copy: `reshape`,
+    which is called a view, gives either."""
+    tensors = [*given, *(x for x in tree_leaves(result) if isinstance(x, Tensor))]
+    if any(x.layout != torch.strided for x in tensors):
+        return False
+    storages = {x.untyped_storage().data_ptr() for x in given}
+    return all(x.untyped_storage().data_ptr() in storages for x in tensors)
 
 
 def _reads_on_host(func: Any, args: tuple) -> bool:

@@ -1,5 +1,6 @@
 """Recordings: the same operators in the same order, and what they leave out."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -56,3 +57,22 @@ def test_what_nobody_reads_is_not_computed_again():
         found = run(x)
     assert found.tolist() == [4.0, 5.0, 6.0]
     assert ran == ["aten.add.Tensor"]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_copy_of_what_changes_is_made_anew(inference):
+    """`reshape` is a view by its schema, and a copy where it must be."""
+    with torch.inference_mode(inference):  # whose tensors show `reshape` itself to a mode
+        table = torch.zeros(2, 3)
+
+    def function(x):
+        table.view(6).copy_(x.view(6))
+        repeated = table[:, None].expand(2, 2, 3)
+        return repeated.reshape(4, 3), repeated.flatten(0, 1) + 0, table.contiguous().view(6)
+
+    with torch.inference_mode(inference):
+        run, _ = record(function, torch.ones(2, 3))
+        x = torch.randn(2, 3)
+        found = run(x)
+        for ours, right in zip(found, function(x), strict=True):
+            assert torch.equal(ours, right)
