@@ -16,8 +16,10 @@
 namespace internvl::ISA {
 
 constexpr int64_t kInt4Chain = 64;           // steps of a panel, 8 KiB, that all tiles of a block take
+constexpr int64_t kInt4Ahead = 32;           // steps, 4 KiB: what memory delivers in its latency
 constexpr int64_t kInt4BlockWords = 150000;  // of x, which stay in L2
 constexpr int64_t kInt4GroupPanels = 16;     // panels that a block of x meets while it is there
+constexpr int64_t kInt4FewPanels = 4;        // that a thread takes at a time where there is one block
 constexpr int64_t kInt4PackedRows = 1024;    // rows of x packed at a time: bounds the workspace
 
 // Adds the product of a tile of x and a panel to sums (ROWS, kInt4Panel), for groups [first, last).
@@ -44,8 +46,8 @@ void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t*
           for (int half = 0; half < 2; ++half) sum[r][half].begin(total[r][half]);
         for (int64_t s = smaller(left, P::kSpan); s > 0; --s) {
           if (LINES > 0 && col == 0) {
-            __builtin_prefetch(soon, 0, 2);
-            if (LINES > 1) __builtin_prefetch(soon + 64, 0, 2);
+            __builtin_prefetch(soon, 0, LINES > 1 ? 3 : 2);
+            if (LINES > 1) __builtin_prefetch(soon + 64);
             soon += LINES * 64;
           }
 #pragma GCC unroll 4
@@ -67,6 +69,7 @@ void multiply_int4(const Int4Columns& columns, const uint32_t* x, const uint8_t*
           for (int half = 0; half < 2; ++half) total[r][half] = sum[r][half].total();
       }
       const uint16_t* scale = scales + g * kInt4Panel + col;
+      if (LINES > 1) __builtin_prefetch(scale + kInt4Ahead * kInt4Panel);  // in the end the next panel's
       const Vec scale0 = load_half(scale), scale1 = load_half(scale + kWidth);
 #pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) {
@@ -108,8 +111,9 @@ struct Int4Plan {
     const int64_t words = tiles.size(0) * columns.row_words();
     const int64_t together = kInt4BlockWords > words ? kInt4BlockWords / words : 1;
     blocks = {tiles.parts, parts_of(tiles.parts, together)};
-    // One block: the panels one by one, as threads become free. Else every thread gets several groups.
-    int64_t count = blocks.parts == 1 ? panels : parts_of(panels * sets, kInt4GroupPanels);
+    // One block: a few panels at a time, as threads become free; what is asked for ahead at the end of
+    // the last one is another thread's. Else every thread gets several groups.
+    int64_t count = parts_of(panels * sets, blocks.parts == 1 ? kInt4FewPanels : kInt4GroupPanels);
     count = parts_of(count * blocks.parts, 2 * threads) * 2 * threads / blocks.parts;
     groups = {panels, count < 1 ? 1 : smaller(count, panels)};
   }
@@ -120,14 +124,15 @@ struct Int4Plan {
 inline void multiply_int4_panel(const Int4Plan& plan, int64_t block, const uint32_t* x,
                                 const uint8_t* panel, const uint16_t* scales, float* sums) {
   const Int4Columns& columns = plan.columns;
-  const bool alone = plan.blocks.size(block) == 1;  // a tile: twice as far, to be early enough
-  const int64_t chain = (alone ? 2 : 1) * kInt4Chain / columns.group_steps();
+  const bool alone = plan.blocks.size(block) == 1;  // a tile: nothing of the panel is read again
   const int64_t groups = columns.groups();
+  const int64_t chain = alone ? groups : kInt4Chain / columns.group_steps();
   const int64_t begin = plan.blocks.start(block), end = begin + plan.blocks.size(block);
   const int64_t first_row = plan.tiles.start(begin), rows = plan.tiles.start(end) - first_row;
   std::memset(sums, 0, rows * kInt4Panel * sizeof *sums);
   for (int64_t first = 0; first < groups; first += chain) {
-    const uint8_t* next = panel + (first + chain) * columns.group_steps() * kInt4Bytes;
+    const int64_t ahead = alone ? kInt4Ahead : chain * columns.group_steps();
+    const uint8_t* next = panel + (first * columns.group_steps() + ahead) * kInt4Bytes;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = plan.tiles.start(t), size = plan.tiles.size(t);
       const uint32_t* tile = x + row * columns.row_words() + size * columns.words_before(first);
