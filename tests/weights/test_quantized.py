@@ -273,6 +273,17 @@ def test_neighbours_that_do_not_fit_stay_apart(kind):
     assert merge([mixed[0], nn.Parameter(torch.randn(64, 128))]) is None
 
 
+@pytest.mark.parametrize("wrong", [-1, -200, 70, 95, 10**6])
+def test_rows_that_are_not_there_are_refused_as_a_wide_table_refuses_them(weight, wrong):
+    """Also those that panels have beyond the last one."""
+    for ids in (torch.tensor([[0, wrong]]), torch.tensor([wrong], dtype=torch.int32)):
+        for table in (weight.dense(), weight):
+            with pytest.raises(IndexError, match="index out of range in self"):
+                F.embedding(ids, table)
+    ids = torch.tensor([[0, 69]], dtype=torch.int32)
+    assert torch.equal(F.embedding(ids, weight), weight.dense()[ids])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_code_sees_the_inner_tensors(kind):
     class Tied(nn.Module):
