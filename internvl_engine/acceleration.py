@@ -5,7 +5,6 @@ of the published code and transformers' InternViT and LLaMA are served. Every mo
 object that it is (fused/base.py); foreign loops, masks and caches stay what they are.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedModule
-from .quantization import Quantization, Run, Scheme, WeightEntry, scheme_of
+from .quantization import Quantization, Run, Scheme, Undone, WeightEntry, scheme_of, widen
 from .quantization import quantize as quantize_weights
 from .recognition import LAYERS, LOOPS, Recognition, is_expected
 from .weights import QuantizedTensor, has_own_forward
@@ -44,6 +43,7 @@ class Report:
     quantization: Quantization | None = None
     forms: dict[str, int] = field(default_factory=dict)  # of weights that were quantized before
     _fused: list[FusedModule] = field(default_factory=list, repr=False)
+    _model: nn.Module | None = field(default=None, repr=False)
 
     @property
     def replaced(self) -> list[str]:
@@ -67,23 +67,24 @@ class Report:
 
         The wide bits of quantized weights are read again from the checkpoint that the model came
         from, or from `source` (a checkpoint or a state dict). A weight that is not there as it was
-        when it was quantized gets the values of its form, with a warning that counts them.
+        when it was quantized, or that was written to since, gets the values of its form, with a
+        warning that counts them. Weights that were quantized before this call, or as they were
+        loaded, stay so, with a warning; those that `source` has become wide too.
         """
+        self._take_back(source).warn(stacklevel=2)
+
+    def _take_back(self, source: str | Path | Mapping[str, Tensor] | None = None) -> Undone:
         for module in reversed(self._fused):
             if isinstance(module, FusedModule):
                 module.restore()
         self._fused.clear()
         self.entries.clear()
         if self.quantization is not None:
-            rounded = self.quantization.undo(source)
-            self.quantization = None
-            if rounded:
-                warnings.warn(
-                    f"undo: {len(rounded)} weights ({rounded[0]}, ...) are in no checkpoint that "
-                    "this model knows as they were before they were quantized, and have the "
-                    "rounded values now; undo(source=...) names one",
-                    stacklevel=2,
-                )
+            undone = self.quantization.take_back(source)
+        else:
+            undone = Undone() if self._model is None else widen(self._model, [], [], source)
+        self.quantization = self._model = None
+        return undone
 
     def __str__(self) -> str:
         if not self.entries and self.quantization is None:
@@ -133,7 +134,7 @@ def accelerate(
         mode: "inference" or "training".
         quantize: "int8", "int4" or "fp8", or a Scheme: hold the large weights of Linears and
             embeddings, of modules that are not known too, in that many bits. They are frozen, and
-            stay so in `train()`; see quantization.py.
+            stay so in `train()`; see quantization/.
         only_faster: leave weights wide where their form is slower on this device, as fp8 on a
             processor. False saves memory all the same.
         calibration: a function that runs the model on a few pictures and prompts, or pixel_values
@@ -154,7 +155,7 @@ def accelerate(
     found = list(_find(model, "", Recognition(check)))
     tied, names = _tied(model)
     held = Counter(p.FORM for p in model.parameters() if isinstance(p, QuantizedTensor))
-    report = Report(mode, [entry for _, _, entry in found], names, forms=dict(held))
+    report = Report(mode, [entry for _, _, entry in found], names, forms=dict(held), _model=model)
     if strict and report.kept:
         name, reason = next(iter(report.kept.items()))
         raise ValueError(
@@ -166,7 +167,7 @@ def accelerate(
                 model, scheme, only_faster=only_faster, calibration=calibration,
                 fused=_inside(found),
             )  # fmt: skip
-            report.quantization.warn_if_wide(stacklevel=3)
+            report.quantization.warn(stacklevel=2)
         for module, kind, entry in found:
             if isinstance(module, FusedModule):
                 if module.set_inference(mode == "inference"):
@@ -182,7 +183,9 @@ def accelerate(
             ):
                 module.compile_fused(fullgraph=True, dynamic=True)
     except BaseException:
-        report.undo()
+        undone = report._take_back()
+        undone.left.clear()  # they were so before
+        undone.warn(stacklevel=2)
         raise
     return report
 

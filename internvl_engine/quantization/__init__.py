@@ -12,6 +12,7 @@ the wide weight on a device is not used there (`slower_reason`).
 from ..schemes import FORMS, SCHEMES, Rule, Scheme, scheme_of
 from .apply import quantize, quantized_state_dict
 from .calibration import Run
+from .changes import Undone, widen
 from .plan import slower_reason
 from .report import Quantization, WeightEntry
 
@@ -22,9 +23,11 @@ __all__ = [
     "Rule",
     "Run",
     "Scheme",
+    "Undone",
     "WeightEntry",
     "quantize",
     "quantized_state_dict",
     "scheme_of",
     "slower_reason",
+    "widen",
 ]

@@ -1,19 +1,15 @@
 """Quantizes the weights of a model in memory, one at a time."""
 
+from math import isfinite
+
 from torch import Tensor, nn
 
 from ..schemes import Rule, Scheme, scheme_of
 from ..weights import KINDS, Int4Tensor, QuantizedTensor, WeightTensor, quantized_entries
 from .calibration import Run, record_inputs
-from .plan import Found, parameters, rule_of
-from .report import (
-    Change,
-    Quantization,
-    WeightEntry,
-    checksum,
-    prepare_fused,
-    put_everywhere,
-)
+from .changes import Change, checksum, form_checksum, prepare_fused, put_everywhere
+from .plan import Found, is_in_form, parameters, rule_of
+from .report import Quantization, WeightEntry
 
 
 def quantize(
@@ -43,34 +39,62 @@ def quantize(
         Which weights are in which form, and what stayed wide and why.
 
     Raises:
-        ValueError: there is no such scheme.
+        ValueError: there is no such scheme, or a weight has NaN or infinite values; the model is
+            as it was.
         TypeError: calibration is neither.
     """
     report = Quantization(scheme_of(scheme), _model=model)
+    report._names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     plan = [(found, *rule_of(found, report.scheme, only_faster))
             for found in parameters(model, fused)]  # fmt: skip
+    _check_finite(plan)
     inputs = {} if calibration is None else _inputs(model, plan, calibration)
     try:
         for found, rule, reason in plan:
             parameter, name = found.parameter, found.name
             before = parameter.nbytes
             if rule.form != "wide":
-                change = Change(name, found.holders, parameter.dtype, parameter.requires_grad,
-                                 checksum(_dense(parameter)))  # fmt: skip
                 seen = inputs.pop(id(found.holders[0][0]), None)
-                if seen is not None:
-                    weight = Int4Tensor.calibrated(_dense(parameter), seen, **rule.options)
-                else:
-                    weight = KINDS[rule.form].quantize(_dense(parameter), **rule.options)
-                parameter = put_everywhere(found.holders, weight, False)
+                parameter, change = _quantize(found, rule, seen)
                 report._changes.append(change)
+            elif not is_in_form(parameter, report.scheme.rule_for(name, parameter.shape)):
+                report.other[name] = parameter.FORM
             form = parameter.FORM if isinstance(parameter, QuantizedTensor) else "wide"
             report.weights.append(WeightEntry(name, form, reason, before, parameter.nbytes))
         prepare_fused(model)
     except BaseException:
-        report.undo()
+        undone = report.take_back()
+        undone.left.clear()  # they were so before
+        undone.warn(stacklevel=2)
         raise
     return report
+
+
+def _quantize(found: Found, rule: Rule, seen: Tensor | None) -> tuple[Tensor, Change]:
+    """Puts a weight in its form everywhere; `seen` are rows of what its linear was given."""
+    parameter = found.parameter
+    values = _dense(parameter)
+    if seen is not None:
+        weight = Int4Tensor.calibrated(values, seen, **rule.options)
+    else:
+        weight = KINDS[rule.form].quantize(values, **rule.options)
+    change = Change(found.name, found.holders, parameter.dtype, parameter.requires_grad,
+                    checksum(values), form_checksum(weight))  # fmt: skip
+    return put_everywhere(found.holders, weight, False), change
+
+
+def _check_finite(plan: list[tuple[Found, Rule, str]]) -> None:
+    """Before anything is changed: what was quantized may be in no checkpoint, and is not to be
+    rounded for another weight's fault.
+
+    Raises:
+        ValueError: a weight that is to be quantized has NaN or infinite values.
+    """
+    for found, rule, _ in plan:
+        if rule.form != "wide" and found.parameter.numel():
+            least, most = _dense(found.parameter).aminmax()  # NaN where any is
+            if not (isfinite(least) and isfinite(most)):
+                raise ValueError(f"quantize: {found.name} has NaN or infinite values")
 
 
 def quantized_state_dict(model: nn.Module) -> dict[str, Tensor]:

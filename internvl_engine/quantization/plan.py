@@ -9,7 +9,7 @@ from torch import nn
 from .. import kernels
 from ..checkpoint.parts import AbsentModule
 from ..schemes import WIDE, Rule, Scheme
-from ..weights import LINEARS, QuantizedTensor, WeightTensor
+from ..weights import KINDS, LINEARS, QuantizedTensor, WeightTensor
 
 
 def slower_reason(form: str, device: torch.device) -> str | None:
@@ -86,3 +86,14 @@ def rule_of(found: Found, scheme: Scheme, only_faster: bool) -> tuple[Rule, str]
     if slower:
         return WIDE, f"{rule.form} is slower on {parameter.device.type}: {slower}"
     return rule, ""
+
+
+def is_in_form(parameter: Any, rule: Rule) -> bool:
+    """False for a weight that is quantized in another form or layout than the rule's."""
+    if not isinstance(parameter, QuantizedTensor):
+        return True
+    if parameter.FORM != rule.form:
+        return False
+    layout = KINDS[rule.form].inner_layout(tuple(parameter.shape), **rule.options)
+    held = {name: (tuple(x.shape), x.dtype) for name, x in parameter.inner_tensors().items()}
+    return held == layout

@@ -2,18 +2,12 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoint.rereading import WideWeights
-from ..fused import FusedModule
 from ..schemes import Scheme
-from ..weights import QuantizedTensor, put, watch
+from .changes import Change, Source, Undone, widen
 
 
 @dataclass
@@ -28,23 +22,18 @@ class WeightEntry:
 
 
 @dataclass
-class Change:
-    """A quantized weight, and what it takes to make it wide again."""
-
-    name: str
-    holders: list[tuple[nn.Module, str]]
-    dtype: torch.dtype
-    requires_grad: bool
-    checksum: int
-
-
-@dataclass
 class Quantization:
-    """Which weights are in which form; `print` it, or take it back with `undo()`."""
+    """Which weights are in which form; `print` it, or take it back with `undo()`.
+
+    `other` has the names of weights that were quantized before and keep a form, its value, that the
+    scheme does not give them.
+    """
 
     scheme: Scheme
     weights: list[WeightEntry] = field(default_factory=list)
+    other: dict[str, str] = field(default_factory=dict)
     _changes: list[Change] = field(default_factory=list, repr=False)
+    _names: list[str] = field(default_factory=list, repr=False)
     _model: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -62,24 +51,36 @@ class Quantization:
         """Names of the weights that stayed wide, and why."""
         return {each.name: each.reason for each in self.weights if each.form == "wide"}
 
-    def warn_if_wide(self, stacklevel: int) -> None:
-        """Warns where nothing at all is in fewer bits, which nobody asks for."""
+    def warn(self, stacklevel: int) -> None:
+        """Warns where weights are not in the form that was asked for, which nobody expects."""
         wide = Counter(self.wide.values())
         if wide and len(self.wide) == len(self.weights):
             why = next((reason for reason in wide if "slower" in reason), wide.most_common(1)[0][0])
             warnings.warn(
                 f"with quantize={self.scheme.name!r} every weight stays wide here: {why}; "
                 "only_faster=False quantizes all the same",
-                stacklevel=stacklevel,
+                stacklevel=stacklevel + 1,
+            )
+        if self.other:
+            forms = ", ".join(f"{n} x {form}" for form, n in Counter(self.other.values()).items())
+            warnings.warn(
+                f"with quantize={self.scheme.name!r} weights that are quantized already stay as "
+                f"they are: {forms} ({next(iter(self.other))}, ...); undo that first",
+                stacklevel=stacklevel + 1,
             )
 
-    def undo(self, source: str | Path | Mapping[str, Tensor] | None = None) -> list[str]:
+    def undo(self, source: Source = None) -> list[str]:
         """Makes the weights wide again, with the bits that they had, out of where they came from.
 
         A weight is read again from the checkpoint that the model was loaded from, or `source`, and
-        taken where its bits are those that were quantized: a checksum from then tells. Where there
-        is no such weight (the model was never loaded, or was trained since), the wide bits are gone
-        and it gets the values that the form has, rounded to its dtype.
+        taken where its bits are those that were quantized, and the form is still what they gave:
+        checksums from then tell. Where there is no such weight (the model was never loaded, or was
+        trained before), or the form was written to since (an adapter was merged, other weights were
+        loaded), it gets the values that the form has, rounded to its dtype, with a warning.
+
+        Weights that were quantized before this call, or as they were loaded, stay so, with a
+        warning. With a `source` those whose forms are, bit for bit, what its weights give become
+        wide too.
 
         Args:
             source: a checkpoint's folder, file or hub id, or a state dict, in place of the one that
@@ -88,24 +89,18 @@ class Quantization:
         Returns:
             Names of the weights that have the form's values.
         """
-        changes, self._changes = self._changes, []
-        read, dequantized = WideWeights(self._model, source), []
-        for change in changes:
-            module, attribute = change.holders[0]
-            weight: Any = module._parameters.get(attribute)
-            if not isinstance(weight, QuantizedTensor):  # replaced since
-                continue
-            values = read(change.name, change.dtype)
-            if values is None or checksum(values) != change.checksum:
-                values = weight.dense()
-                dequantized.append(change.name)
-            put_everywhere(
-                change.holders, values.to(weight.device, weight.dtype), change.requires_grad
-            )
+        undone = self.take_back(source)
+        undone.warn(stacklevel=2)
+        return undone.missing + undone.written
+
+    def take_back(self, source: Source = None) -> Undone:
+        """As `undo`, without a warning."""
+        if self._model is None:
+            return Undone()
+        undone = widen(self._model, self._changes, self._names, source)
         self.weights.clear()
-        prepare_fused(self._model)
-        self._model = None
-        return dequantized
+        self._model, self._changes = None, []
+        return undone
 
     def __str__(self) -> str:
         if not self.weights:
@@ -123,32 +118,6 @@ class Quantization:
                 f"  {len(entries):4} x {form}, {' to '.join(sizes)}" + f": {reason}" * bool(reason)
             )
         return "\n".join(lines)
-
-
-def put_everywhere(
-    holders: list[tuple[nn.Module, str]], weight: Tensor, requires_grad: bool
-) -> nn.Parameter:
-    """Makes a weight the parameter of all its holders, one object."""
-    (first, name), *others = holders
-    parameter = put(first, name, weight, requires_grad)
-    for module, attribute in others:
-        if module._parameters[attribute] is not parameter:
-            module._parameters[attribute] = parameter
-        watch(module)
-    return parameter
-
-
-def prepare_fused(model: nn.Module | None) -> None:
-    """Lays the weights of neighbours below each other again, in modules that were fused before."""
-    for module in [] if model is None else model.modules():
-        if isinstance(module, FusedModule):
-            module.prepare()
-
-
-def checksum(values: Tensor) -> int:
-    """The sum of the bits of a weight, as integers."""
-    bits = {2: torch.int16, 4: torch.int32}[values.itemsize]
-    return int(values.contiguous().view(bits).sum(dtype=torch.int64))
 
 
 def _size(count: int) -> str:
