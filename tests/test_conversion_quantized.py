@@ -11,6 +11,8 @@ from tiny_engine import pictures
 from internvl_engine import InternVL, InternVLChat
 from internvl_engine.assets import nano_chat_directory, nano_directory
 from internvl_engine.cli import main
+from internvl_engine.conversion import convert
+from internvl_engine.schemes import Rule, Scheme
 from internvl_engine.verification import verify
 from internvl_engine.weights import QuantizedTensor
 
@@ -72,6 +74,38 @@ def test_verify_looks_into_forms(folders, tmp_path, name):
     save_file(state, tmp_path / WEIGHTS)
     report = verify(tmp_path)
     assert not report.ok and scales.removesuffix(".scales") in str(report)
+
+
+@pytest.mark.parametrize("name", ["nano", "chat"])
+def test_verify_compares_the_forms_with_the_scheme(folders, tmp_path, name):
+    for path in (folders / name / "int8").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    report = verify(tmp_path)
+    assert report.ok and "'int8' in config.json, " in str(report)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["scheme"] = "int4"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = verify(tmp_path)
+    assert not report.ok
+    [found] = [each for each in report.findings if each.passed is False]
+    assert found.check == "forms" and found.detail.startswith("'int4' in config.json, but ")
+    assert "is int8, not int4" in found.detail and "proj.weight in " in found.detail
+
+
+def test_verify_knows_schemes_of_ones_own(tmp_path):
+    """Groups count, and weights that the scheme leaves wide."""
+    scheme = Scheme("mine", (Rule("k_proj", "int4", 128), Rule("fc1", "int8")))
+    convert(nano_directory(), tmp_path / "out", quantize=scheme)
+    assert verify(tmp_path / "out").ok
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    for rules, wrong in {
+        (Rule("k_proj", "int4", 64), Rule("fc1", "int8")): "is int4, not int4 in groups of 64",
+        (Rule("k_proj", "int4", 128),): "is int8, not wide",
+    }.items():
+        config["quantization_config"] |= Scheme("mine", rules).to_dict()
+        path.write_text(json.dumps(config))
+        assert wrong in str(verify(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..schemes import Rule
 from .errors import CheckpointError
 from .files import SafetensorsFile, WeightFile
 from .forms import PACKED
@@ -133,6 +134,20 @@ class Quantized:
         except ValueError as error:
             raise CheckpointError(f"{self}: {error}") from error
         return replace(self, shape=shape)
+
+    @property
+    def form(self) -> str:
+        """The name of its form, of a weight that was `fitted`."""
+        return next(form for form, kind in forms().KINDS.items() if self._layout() in
+                    kind.inner_layouts(self.shape))  # fmt: skip
+
+    def is_in(self, rule: Rule) -> bool:
+        """Whether it is stored as a rule makes it."""
+        kind = forms().KINDS.get(rule.form)
+        return kind is not None and self._layout() == kind.inner_layout(self.shape, **rule.options)
+
+    def _layout(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        return {name: (tuple(each.shape), each.dtype) for name, each in self.inner.items()}
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its form, mapped, for products in a dtype."""

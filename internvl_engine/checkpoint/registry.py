@@ -6,7 +6,7 @@
 This file imports neither torch nor them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ Layout = Mapping[str, "tuple[tuple[int, ...], torch.dtype]"]
 
 class Kind(Protocol):
     """One form of a weight (F, C)."""
+
+    def inner_layouts(self, shape: tuple[int, ...]) -> Sequence[Layout]:
+        """Those that the inner tensors of such a weight may have."""
 
     def inner_layout(self, shape: tuple[int, ...], **options: Any) -> Layout:
         """The shapes and dtypes of the inner tensors, the packed one first."""

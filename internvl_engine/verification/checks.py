@@ -18,6 +18,7 @@ from ..checkpoint.entries import Quantized
 from ..checkpoint.errors import listed
 from ..checkpoint.files import read_json, size_of
 from ..checkpoint.fill import track
+from ..checkpoint.forms import rule_of
 from ..checkpoint.locate import Source
 from ..checkpoint.plan import Plan
 from ..checkpoint.pretrained import prepare, take_context_id
@@ -71,6 +72,7 @@ def verify(
     report.add("names and shapes", True, counts)
     if plan.contents.leftovers:
         report.add("leftovers", None, f"ignored {listed(plan.contents.leftovers)}")
+    _check_forms(report, plan, model)
     is_chat = isinstance(model, VisionLanguageModel)
     if is_chat:
         take_context_id(model, found)
@@ -88,6 +90,28 @@ def verify(
     elif images is not None and report.ok:
         _check_example(report, found, images, texts, options)
     return report
+
+
+def _check_forms(report: Report, plan: Plan, model: Any) -> None:
+    """Every quantized weight is in the form that the scheme of the configuration says.
+
+    Wide ones may be others than the scheme's: a form that was slower on a device was not taken.
+    """
+    scheme = plan.contents.scheme
+    if scheme is None:
+        return
+    entries = {name: plan.entry(name) for name in plan.names}
+    stored = {name: entry for name, entry in entries.items() if isinstance(entry, Quantized)}
+    others = []
+    for name, entry in stored.items():
+        rule = rule_of(scheme, model, name, entry.shape)
+        if rule is None:
+            others.append(f"{entry} is {entry.form}, not wide")
+        elif not entry.is_in(rule):
+            groups = f" in groups of {rule.group}" if rule.form == entry.form else ""
+            others.append(f"{entry} is {entry.form}, not {rule.form}{groups}")
+    found = f"but {listed(others)}" if others else f"{len(stored):,} weights are so"
+    report.add("forms", not others, f"{scheme.name!r} in config.json, {found}")
 
 
 def _processor(source: Source, options: Mapping[str, Any]) -> InternVLProcessor:
