@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointError, Origin, resolve_dtype
 from .checkpoint.arranging import Weights, arrange, arrange_quantized
-from .checkpoint.dtypes import dtype_name
+from .checkpoint.dtypes import check_quantized, dtype_name
 from .checkpoint.families import POSITIONS
 from .checkpoint.fill import track
 from .checkpoint.forms import rules_of
@@ -81,13 +81,14 @@ def convert(
     Raises:
         CheckpointError: source is damaged, was quantized before, or does not fit, or target has no
             room.
-        ValueError: the layout cannot hold the model.
+        ValueError: the layout cannot hold the model, or quantized weights do not compute in dtype.
         FileExistsError: target holds weights already.
     """
     target = Path(target)
     if target.is_dir() and any(path.suffix in SUFFIXES for path in target.iterdir()):
         raise FileExistsError(f"{target}: holds weights already; give another directory")
     scheme = None if quantize is None else scheme_of(quantize)
+    check_quantized(dtype, None if scheme is None else scheme.name)
     model_class = model_class or whole_class(source, **options)
     model, plan, found = prepare(
         model_class, source, parts=parts, merge_lora=merge_lora, lora_alpha=lora_alpha, **options
@@ -116,7 +117,7 @@ def convert(
     if layout is not None:
         raise ValueError(f"layout={layout!r}: only chat models have several")
     rules = {} if scheme is None else rules_of(scheme, model, planned)
-    files = Quantizing(planned, read, rules)
+    files = Quantizing(planned, read, rules, place=found.path)
     read_shown = _shown(files, progress)
     written = write_weights(target, files.planned, read_shown, max_shard_size, files.alignment)
     model.config.architectures = [model_class.__name__]
@@ -154,7 +155,7 @@ def _convert_chat(
     rules = {} if scheme is None else rules_of(scheme, model, arranged.planned)
     if scheme is not None:
         arranged.values[FIELD] = stated(scheme, arranged.values["torch_dtype"])
-    files = Quantizing(arranged.planned, arranged.read, rules)
+    files = Quantizing(arranged.planned, arranged.read, rules, place=found.path)
     read = _shown(files, progress)
     written = write_checkpoint(
         target, arranged.values, files.planned, read, max_shard_size, files.alignment

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def pointer(x: Tensor) -> tuple[int, int, int, int]:
-    """x (B, H, S, D) with adjacent elements, as csrc/cpu/heads.h takes it."""
+    """x (B, H, S, D) with adjacent elements, as csrc/heads.h takes it."""
     batch, head, token, _ = x.stride()
     return x.data_ptr(), batch, head, token
 

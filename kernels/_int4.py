@@ -11,6 +11,8 @@ A weight (F, C) is two tensors:
 value = (n - 8) * scale. 4.25 bits a weight in groups of 64, 4.125 in groups of 128.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,7 @@ PANEL_ROWS, STEP_COLUMNS = 32, 8
 GROUPS = (64, 128)
 ROUNDINGS = ("search", "nearest")
 SLICE = 32768  # values that are rounded together
+LARGEST = 8 * 65504  # levels below zero times the largest number of float16
 
 
 def quantize_int4(
@@ -48,8 +51,8 @@ def quantize_int4(
         packed, uint8 (P, S, 32, 4), and scales, float16 (P, G, 32); see this file's head.
 
     Raises:
-        ValueError: another group or rounding, a weight that is not a floating matrix or has values
-            that are not finite in float16, or an importance of another shape.
+        ValueError: another group or rounding, a weight that is not a floating matrix or has NaN,
+            infinity or values too large for scales in float16, or an importance of another shape.
     """
     _check("quantize_int4", weight, group)
     rows, columns = weight.shape
@@ -70,7 +73,7 @@ def quantize_int4(
         levels = levels.view(PANEL_ROWS, -1)
         packed[panel : panel + 1] = pack_int4(levels[:, : packed.shape[1] * STEP_COLUMNS])
         scales[panel] = stored.view(PANEL_ROWS, -1).t()
-    return packed, _finite("quantize_int4", scales)
+    return packed, _finite("quantize_int4", scales, weight)
 
 
 def quantize_int4_calibrated(
@@ -105,7 +108,7 @@ def quantize_int4_calibrated(
     levels, steps = round_with_feedback(padded, factor, group, torch.float16)
     levels = levels[:, : -(-columns // STEP_COLUMNS) * STEP_COLUMNS]
     scales = steps.unflatten(0, (-1, PANEL_ROWS)).transpose(1, 2).contiguous()
-    return pack_int4(levels), _finite("quantize_int4_calibrated", scales)
+    return pack_int4(levels), _finite("quantize_int4_calibrated", scales, weight)
 
 
 def _rounded(
@@ -138,9 +141,15 @@ def _check(function: str, weight: Tensor, group: int) -> None:
         )
 
 
-def _finite(function: str, scales: Tensor) -> Tensor:
+def _finite(function: str, scales: Tensor, weight: Tensor) -> Tensor:
     if not bool(scales.isfinite().all()):
-        raise ValueError(f"{function}: the weight has values that are not finite in float16")
+        largest = float(weight.detach().abs().max())
+        if not math.isfinite(largest):
+            raise ValueError(f"{function}: the weight has NaN or infinite values")
+        raise ValueError(
+            f"{function}: the weight has values up to {largest:.4g}, too large for a scale in "
+            f"float16, which holds weights to about {LARGEST:,}; int8 and fp8 hold larger ones"
+        )
     return scales
 
 

@@ -30,6 +30,8 @@ from ._invariance import is_batch_invariant
 from ._library import contiguous, define, triton_launcher
 from ._panels import panel_of, panel_product, to_panels
 
+COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def linear_blas(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, epilogue: str = "none",
@@ -180,6 +182,15 @@ def linear(
     if epilogue != "none" and needs_gradient:  # keeps the product for the activation's gradient
         return apply_epilogue(_linear(x, weight, bias), epilogue, residual)
     return _linear(x, weight, bias, epilogue, residual)
+
+
+def check_computed_in(operator: str, x: Tensor) -> None:
+    """Raises ValueError where x is no row, or not of a dtype that quantized weights compute in."""
+    if x.dim() == 0 or x.dtype not in COMPUTED_IN:
+        raise ValueError(
+            f"{operator}: x must be (..., C) in float32, bfloat16 or float16, got {x.dtype} of "
+            f"shape {tuple(x.shape)}"
+        )
 
 
 def check_operands(

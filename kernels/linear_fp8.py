@@ -27,7 +27,7 @@ from . import _cuda
 from ._epilogue import apply_epilogue, output_shape
 from ._invariance import is_batch_invariant
 from ._library import contiguous, define
-from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
+from .linear import check_computed_in, check_operands, inputs_needing_gradient, linear_backward_blas
 
 FP8 = torch.float8_e4m3fn
 
@@ -165,7 +165,7 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
         packed * scales.
 
     Raises:
-        ValueError: weight is not a matrix of a floating-point dtype.
+        ValueError: weight is not a matrix of a floating-point dtype, or has NaN or infinity.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
@@ -173,6 +173,8 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(weight.shape)}"
         )
     packed, scales = reference.quantize_rows(weight.detach(), FP8)
+    if not bool(scales.isfinite().all()):
+        raise ValueError("quantize_fp8: the weight has NaN or infinite values")
     return packed.contiguous(), scales
 
 
@@ -190,7 +192,8 @@ def linear_fp8(
     The weight is a constant: x, bias and residual have gradients, it has none.
 
     Args:
-        x: (..., C), any strides; cast to autocast's dtype under autocast.
+        x: (..., C), float32, bfloat16 or float16, any strides; cast to autocast's dtype under
+            autocast.
         packed: (F, C) float8_e4m3fn, as `quantize_fp8` returned it.
         scales: (F,) float32.
         bias: (F,), the dtype of x, or None.
@@ -204,6 +207,7 @@ def linear_fp8(
     Raises:
         ValueError: shapes or dtypes that do not go together, or an unknown epilogue.
     """
+    check_computed_in("linear_fp8", x)
     _check_weight("linear_fp8", packed, scales)
     check_operands("linear_fp8", x, packed.shape, x.dtype, bias, epilogue, residual)
     if torch.is_autocast_enabled(x.device.type):

@@ -26,7 +26,7 @@ from ._int4 import PANEL_ROWS, dequantize_int4, group_of
 from ._invariance import is_batch_invariant
 from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
 from ._rows import as_rows
-from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
+from .linear import check_computed_in, check_operands, inputs_needing_gradient, linear_backward_blas
 
 
 def linear_int4_reference(
@@ -167,6 +167,7 @@ def linear_int4(
     Raises:
         ValueError: shapes or dtypes that do not go together, or an unknown epilogue.
     """
+    check_computed_in("linear_int4", x)
     group_of(packed, scales, x.shape[-1])
     if packed.shape[0] != -(-features // PANEL_ROWS):
         raise ValueError(

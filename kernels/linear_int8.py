@@ -31,7 +31,7 @@ from ._int8 import PANEL_ROWS, check_int8, dequantize_int8, rows_of_int8
 from ._invariance import is_batch_invariant
 from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
 from ._rows import as_rows
-from .linear import check_operands, inputs_needing_gradient, linear_backward_blas
+from .linear import check_computed_in, check_operands, inputs_needing_gradient, linear_backward_blas
 
 MAX_COLUMNS = 65536  # of which int32 holds the sum of products: 255 * 127 each
 
@@ -184,7 +184,8 @@ def linear_int8(
     The weight is a constant: x, bias and residual have gradients, it has none.
 
     Args:
-        x: (..., C), floating, any strides. Under autocast it is cast to autocast's dtype.
+        x: (..., C), float32, bfloat16 or float16, any strides; cast to autocast's dtype under
+            autocast.
         packed: int8 (P, S, 32, 4), as `quantize_int8` returns it.
         scales: float32 (F,).
         sums: int32 (F,).
@@ -199,6 +200,7 @@ def linear_int8(
     Raises:
         ValueError: shapes or dtypes that do not go together, or an unknown epilogue.
     """
+    check_computed_in("linear_int8", x)
     shape = torch.Size((scales.shape[0], x.shape[-1]))
     check_int8("linear_int8", packed, *shape)
     _check_rows(scales, sums)

@@ -121,14 +121,14 @@ inline void finish_vec(const Output<T>& out, const Gelu& gelu, const float* sums
   store(v, out.y + row * out.width + col, count);
 }
 
-// Writes a block of rows of the panel that starts at column `col`. sums, ups: (rows, kPanel).
-template <typename T>
+// Writes a block of rows of the panel that starts at column `col`. sums, ups: (rows, PANEL).
+template <int PANEL = kPanel, typename T>
 void finish_panel(const Output<T>& out, const float* sums, const float* ups, int64_t first_row,
                   int64_t rows, int64_t col) {
   const Gelu gelu = the_gelu();  // a copy, which no store can change: it stays in registers
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < kPanel && col + c < out.width; c += kWidth) {
-      const int64_t at = r * kPanel + c, left = out.width - col - c;
+    for (int64_t c = 0; c < PANEL && col + c < out.width; c += kWidth) {
+      const int64_t at = r * PANEL + c, left = out.width - col - c;
       if (left >= kWidth)
         finish_vec(out, gelu, sums + at, ups + at, first_row + r, col + c, Full{});
       else

@@ -162,21 +162,6 @@ inline void add_int4_outliers(const Int4Columns& columns, const Int4Outliers& ou
   }
 }
 
-// Writes a block of rows of the panel that starts at column `col`.
-template <typename T>
-void finish_int4_panel(const Output<T>& out, const float* sums, const float* ups, int64_t first_row,
-                       int64_t rows, int64_t col) {
-  const Gelu gelu = the_gelu();  // a copy, which no store can change: it stays in registers
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < kInt4Panel && col + c < out.width; c += kWidth) {
-      const int64_t at = r * kInt4Panel + c, left = out.width - col - c;
-      if (left >= kWidth)
-        finish_vec(out, gelu, sums + at, ups + at, first_row + r, col + c, Full{});
-      else
-        finish_vec(out, gelu, sums + at, ups + at, first_row + r, col + c, left);
-    }
-}
-
 // Rows `block` of the product with the panels of `group`, into the output.
 template <typename T>
 void linear_int4_task(const Int4Weight& weight, const Output<T>& out, const Int4Plan& plan, int64_t block,
@@ -196,7 +181,7 @@ void linear_int4_task(const Int4Weight& weight, const Output<T>& out, const Int4
       for (int64_t r = 0; r < rows; ++r)
         add_int4_outliers(plan.columns, outliers[first_row + r], panel, scales, to + r * kInt4Panel);
     }
-    finish_int4_panel(out, sums, ups, row_offset + first_row, rows, first * kInt4Panel);
+    finish_panel<kInt4Panel>(out, sums, ups, row_offset + first_row, rows, first * kInt4Panel);
   }
 }
 

@@ -56,6 +56,27 @@ def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
     return choose_dtype(dtype, device).dtype
 
 
+def computes_quantized(dtype: torch.dtype) -> bool:
+    """Whether weights in forms of ours compute in a dtype."""
+    return dtype in FLOATS and dtype != torch.float64
+
+
+def check_quantized(dtype: Any, scheme: str | None) -> None:
+    """Raises ValueError where weights of a scheme, None for wide ones, do not compute in a dtype.
+
+    Args:
+        dtype: a torch dtype, its name, "auto" or None.
+        scheme: its name.
+    """
+    if dtype in (None, "auto") or scheme is None:
+        return
+    if not computes_quantized(resolve_dtype(dtype, torch.device("cpu"))):
+        raise ValueError(
+            f"dtype={dtype!r}: weights that quantize={scheme!r} makes compute in float32, bfloat16 "
+            "or float16"
+        )
+
+
 def dtype_name(dtype: Any) -> str:
     """A dtype without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -44,7 +44,7 @@ def fill(
         if rule is None:
             tensor = plan.read(name, dtype)
         else:
-            tensor = quantize(rule, plan.read(name), dtype)
+            tensor = quantize(rule, plan.read(name), dtype, str(plan.entry(name)))
         if storage == DISK and rule is not None:
             raise ValueError(
                 f"{name} goes to disk, and quantize= leaves nothing there: write a quantized "

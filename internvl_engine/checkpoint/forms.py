@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..schemes import Rule, Scheme
+from .dtypes import computes_quantized
+from .errors import CheckpointError
 from .families import NEIGHBOURS
 from .names import LORA, canonical
 from .registry import forms
@@ -56,12 +58,16 @@ def rules_of(scheme: Scheme, model: nn.Module, weights: Iterable[Planned]) -> di
     return found
 
 
-def quantize(rule: Rule, weight: Tensor, dtype: torch.dtype) -> Any:
+def quantize(rule: Rule, weight: Tensor, dtype: torch.dtype, place: str) -> Any:
     """A weight in the form of a rule, a range of rows at a time: temporaries stay small.
 
     Args:
         weight: (F, C), wide.
         dtype: that it will compute in.
+        place: what messages call the weight and its file.
+
+    Raises:
+        CheckpointError: the form has no such values: NaN, infinity, or of int4 too large ones.
     """
     kind = forms().KINDS[rule.form]
     shape = tuple(weight.shape)
@@ -71,7 +77,12 @@ def quantize(rule: Rule, weight: Tensor, dtype: torch.dtype) -> Any:
     }
     filled = dict.fromkeys(inner, 0)
     for rows in weight.split(max(RANGE // shape[1] // PANEL, 1) * PANEL):
-        for name, part in kind.quantize(rows, **rule.options).inner_tensors().items():
+        try:
+            known = rows if computes_quantized(rows.dtype) else rows.float()
+            quantized = kind.quantize(known, **rule.options)
+        except ValueError as error:
+            raise CheckpointError(f"{place}: {error}") from error
+        for name, part in quantized.inner_tensors().items():
             inner[name].narrow(0, filled[name], len(part)).copy_(part)
             filled[name] += len(part)
     return forms().assemble(inner, shape, dtype)

@@ -21,7 +21,7 @@ from .arranging import PUBLISHED
 from .building import build
 from .configs import Reading, fields_of, read_config
 from .contents import Contents
-from .dtypes import resolve_dtype
+from .dtypes import check_quantized, resolve_dtype
 from .fill import fill
 from .grouping import heads_of
 from .hub import hub_options
@@ -99,12 +99,14 @@ def load_pretrained(
         CheckpointNotFoundError: something is missing (a FileNotFoundError also).
         TypeError, ValueError: an argument is unknown, not supported, or contradicts another.
     """
+    dtype = dtype if torch_dtype is None else torch_dtype
+    check_quantized(dtype, None if quantize is None else scheme_of(quantize).name)
     with _own_settings():
         model, plan, found = prepare(
             model_class, source, config=config, parts=parts, merge_lora=merge_lora,
             lora_alpha=lora_alpha, strict=strict, **options,
         )  # fmt: skip
-        dtype = dtype if torch_dtype is None else torch_dtype
+        check_quantized(dtype, plan.contents.scheme and plan.contents.scheme.name)
         placement = place(model, device, device_map, max_memory, dtype)
         dtype = resolve_dtype(dtype, placement.main)
         scheme = _scheme(quantize, plan.contents)

@@ -8,10 +8,12 @@ are beside each other too.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from ..schemes import Rule
+from .dtypes import computes_quantized, dtype_name
 from .forms import neighbours, quantize, stored_name
 from .registry import Layout, forms
 from .rewriting import Read
@@ -26,6 +28,10 @@ class Quantizing:
         read: gives one of them.
         rules: name of a weight to the rule of its form; the others stay wide.
         make: gives the inner tensors of one that has a rule; None quantizes what `read` gives.
+        place: what messages call the checkpoint that the weights come from.
+
+    Raises:
+        ValueError: a weight that has a rule is of a dtype that forms do not compute in.
     """
 
     def __init__(
@@ -34,11 +40,19 @@ class Quantizing:
         read: Read,
         rules: Mapping[str, Rule],
         make: Callable[[str], Mapping[str, Tensor]] | None = None,
+        place: str | Path = "",
     ) -> None:
         self.rules, self._read, self._make = rules, read, make or self._quantized
+        self._place = place
         self._owners: dict[str, str] = {}  # stored name of an inner tensor to its weight
         self._made: dict[str, Tensor] = {}
         of_name = {each.name: each for each in planned}
+        for name in rules:
+            if not computes_quantized(of_name[name].dtype):
+                raise ValueError(
+                    f"{name} in {place}: quantize= needs weights in float32, bfloat16 or float16, "
+                    f"and it is {dtype_name(of_name[name].dtype)}: give dtype= also"
+                )
         layouts = {
             name: forms().KINDS[rule.form].inner_layout(of_name[name].shape, **rule.options)
             for name, rule in rules.items()
@@ -74,4 +88,5 @@ class Quantizing:
 
     def _quantized(self, name: str) -> Mapping[str, Tensor]:
         weight = self._read(name)
-        return quantize(self.rules[name], weight, weight.dtype).inner_tensors()
+        place = f"{name} in {self._place}"
+        return quantize(self.rules[name], weight, weight.dtype, place).inner_tensors()

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAYER_NORM_EPS = 1e-5
-
 
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to a second sequence, each with its own projection.

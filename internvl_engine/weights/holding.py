@@ -81,12 +81,18 @@ def _take_bits(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
     parameters: Any = module._parameters
     for name, parameter in parameters.items():
         full = prefix + name
-        if isinstance(parameter, QuantizedTensor) and f"{full}.scales" in state:
-            others = [key for key in state if key.startswith(f"{full}.")]
-            inner = {key.removeprefix(f"{full}."): state.pop(key) for key in others}
-            state[full] = assemble(
-                {"packed": state[full], **inner}, tuple(parameter.shape), parameter.dtype
-            )
+        if not isinstance(parameter, QuantizedTensor):
+            continue
+        others = [key for key in state if key.startswith(f"{full}.")]
+        if not others and (full not in state or state[full].dtype not in _BY_BITS):
+            continue
+        inner = {key.removeprefix(f"{full}."): state.pop(key) for key in others}
+        if full in state:
+            inner["packed"] = state[full]
+        try:
+            state[full] = assemble(inner, tuple(parameter.shape), parameter.dtype)
+        except ValueError as error:
+            raise ValueError(f"{full}: {error}") from error
 
 
 def quantized_entries(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
@@ -98,7 +104,7 @@ def quantized_entries(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
 def assemble(
     inner: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> QuantizedTensor:
-    """The weight that inner tensors are; which form it is their dtype says.
+    """The weight that inner tensors are; which form it is the dtype of the packed one says.
 
     Args:
         inner: "packed", "scales" and so on, by name; taken as they are, mapped ones too.
@@ -108,10 +114,19 @@ def assemble(
     Raises:
         ValueError: the tensors are no weight of that shape in any form.
     """
-    kind = _BY_BITS.get(inner["packed"].dtype)
-    if kind is None or set(inner) != set(kind.INNER):
+    packed = inner.get("packed")
+    kind = None if packed is None else _BY_BITS.get(packed.dtype)
+    if kind is None:
         raise ValueError(
-            f"a quantized weight has packed values of {', '.join(map(str, _BY_BITS))} and what its "
-            f"form needs beside, got {inner['packed'].dtype} and {', '.join(inner)}"
+            f"a quantized weight has packed values of {', '.join(map(str, _BY_BITS))}, got "
+            f"{', '.join(inner)}" + (": missing packed" if packed is None else f", {packed.dtype}")
+        )
+    missing = [key for key in kind.INNER if key not in inner]
+    beyond = [key for key in inner if key not in kind.INNER]
+    if missing or beyond:
+        raise ValueError(
+            f"a quantized weight in {kind.FORM} is {', '.join(kind.INNER)}, got "
+            f"{', '.join(inner)}: missing {', '.join(missing) or 'nothing'}, "
+            f"too many {', '.join(beyond) or 'nothing'}"
         )
     return kind(*(inner[key] for key in kind.INNER), shape, dtype)

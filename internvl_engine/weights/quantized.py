@@ -106,8 +106,16 @@ class QuantizedTensor(WeightTensor):
         raise NotImplementedError
 
     def rows(self, places: Tensor) -> Tensor:
-        """The values of rows: places of any shape to (*places, C)."""
+        """The values of rows: places of any shape to (*places, C).
+
+        Raises:
+            IndexError: a place that is negative or no row; on a GPU the device asserts.
+        """
         flat = places.reshape(-1)
+        # Panels have rows beyond those of the weight, and negative places would count from the
+        # end: PyTorch's own check, which reads no value back from a device and can be compiled.
+        no_offsets = flat.new_zeros(1).expand(self.shape[0])
+        flat = flat + no_offsets.index_select(0, flat)
         values = self.gathered(flat).dense() if flat.numel() else self.new_values(0)
         return values.view(*places.shape, self.shape[1])
 

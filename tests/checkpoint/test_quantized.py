@@ -206,11 +206,12 @@ def test_chats(tmp_path, case):
 
 DAMAGE = {
     "scales are missing": (
-        {f"{PACKED}.scales": None}, f"{PACKED} in .*{WEIGHTS}: a quantized weight has packed",
+        {f"{PACKED}.scales": None},
+        f"{PACKED} in .*{WEIGHTS}: a quantized weight in int8 .*got packed, sums: missing scales",
     ),
     "all beside it is missing": (
         {f"{PACKED}.scales": None, f"{PACKED}.sums": None},
-        f"{PACKED} in .*{WEIGHTS}: a quantized weight",
+        f"{PACKED} in .*{WEIGHTS}: a quantized weight in int8 .*: missing scales, sums",
     ),
     "scales of other rows": (
         {f"{PACKED}.scales": torch.ones(7)}, f"{PACKED} in .*{WEIGHTS}: Int8Tensor: a weight",

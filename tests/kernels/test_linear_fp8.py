@@ -227,6 +227,13 @@ def test_no_bit_of_a_row_depends_on_the_batch_with_the_switch():
     [
         ({"packed": torch.zeros(6, 8)}, "packed must be float8_e4m3fn"),
         ({"scales": torch.ones(8)}, r"scales must be float32 of shape \(6,\)"),
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "linear_fp8: x must be .*got torch.int64"),
+        (
+            {"x": torch.zeros(3, 8, dtype=torch.bool)},
+            "float32, bfloat16 or float16, got torch.bool",
+        ),
+        ({"x": torch.zeros(3, 8, dtype=torch.float64), "bias": None}, "got torch.float64"),
+        ({"x": torch.zeros(())}, r"linear_fp8: x must be \(..., C\) .* of shape \(\)"),
         ({"x": torch.zeros(3, 9)}, r"x must be torch.float32 of shape \(\.\.\., 8\)"),
         ({"bias": torch.zeros(5)}, r"bias must be torch.float32 of shape \(6,\)"),
         ({"epilogue": "relu"}, "epilogue must be in"),
@@ -243,6 +250,14 @@ def test_says_what_does_not_fit(change, message):
 @pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(2, 2, dtype=torch.int8)])
 def test_quantizes_matrices_only(weight):
     with pytest.raises(ValueError, match=r"quantize_fp8: weight must be \(F, C\)"):
+        quantize_fp8(weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_quantizes_finite_weights_only(value):
+    weight = torch.randn(3, 8)
+    weight[1, 2] = value
+    with pytest.raises(ValueError, match="quantize_fp8: the weight has NaN or infinite values"):
         quantize_fp8(weight)
 
 

@@ -323,3 +323,12 @@ def test_rejects_what_does_not_fit():
         linear_int4(x, packed, scales, 33, bias, "swiglu")
     with pytest.raises(ValueError, match=r"shape of the output, \(2, 5, 33\)"):
         linear_int4(x, packed, scales, 33, residual=x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
+def test_rejects_x_of_a_dtype_that_it_does_not_compute_in(dtype):
+    form = quantize_int4(torch.randn(33, 64))
+    with pytest.raises(ValueError, match=f"linear_int4: x must be .* float16, got {dtype}"):
+        linear_int4(torch.ones(2, 64, dtype=dtype), *form, 33)
+    with pytest.raises(ValueError, match=r"x must be \(..., C\) .* of shape \(\)"):
+        linear_int4(torch.tensor(1.0), *form, 33)

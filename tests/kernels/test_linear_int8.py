@@ -326,3 +326,12 @@ def test_rejects_what_does_not_fit():
         linear_int8(x, packed, scales, sums, residual=x)
     with pytest.raises(ValueError, match="dequantize_int8: a weight"):
         dequantize_int8(packed, scales, 60, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
+def test_rejects_x_of_a_dtype_that_it_does_not_compute_in(dtype):
+    form = quantize_int8(torch.randn(33, 64))
+    with pytest.raises(ValueError, match=f"linear_int8: x must be .* float16, got {dtype}"):
+        linear_int8(torch.ones(2, 64, dtype=dtype), *form)
+    with pytest.raises(ValueError, match=r"x must be \(..., C\) .* of shape \(\)"):
+        linear_int8(torch.tensor(1.0), *form)

@@ -223,6 +223,22 @@ def test_a_state_dict_is_wide_and_the_entries_are_the_bits(weight, values):
     assert same_bits(copied[0].weight, weight)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "given, missing", [([""], "scales"), (["", ".sums"], "scales"), ([".scales"], "packed")]
+)
+def test_entries_that_are_incomplete_say_what_is_missing(kind, given, missing):
+    """Also fp8's alone, which have the shape of wide values."""
+    module = nn.Sequential(nn.Linear(64, 64, bias=False))
+    put(module[0], "weight", KINDS[kind].quantize(module[0].weight))
+    weight = module[0].weight.detach().copied()
+    names = [f"0.weight{each}" for each in given]
+    entries = quantized_entries("0.weight", weight)
+    with pytest.raises(ValueError, match=f"^0.weight: a quantized weight .*: missing {missing}"):
+        module.load_state_dict({name: entries[name] for name in names if name in entries})
+    assert same_bits(module[0].weight, weight)
+
+
 def test_inner_tensors_become_the_weight_that_they_are(weight, form):
     inner = weight.inner_tensors()
     found = assemble(inner, SHAPE, torch.bfloat16)
@@ -271,6 +287,17 @@ def test_neighbours_that_do_not_fit_stay_apart(kind):
     assert merge(parts((64, 128), (64, 128), dtypes=(torch.float32, torch.bfloat16))) is None
     mixed = parts((64, 128), (64, 128))
     assert merge([mixed[0], nn.Parameter(torch.randn(64, 128))]) is None
+
+
+@pytest.mark.parametrize("wrong", [-1, -200, 70, 95, 10**6])
+def test_rows_that_are_not_there_are_refused_as_a_wide_table_refuses_them(weight, wrong):
+    """Also those that panels have beyond the last one."""
+    for ids in (torch.tensor([[0, wrong]]), torch.tensor([wrong], dtype=torch.int32)):
+        for table in (weight.dense(), weight):
+            with pytest.raises(IndexError, match="index out of range in self"):
+                F.embedding(ids, table)
+    ids = torch.tensor([[0, 69]], dtype=torch.int32)
+    assert torch.equal(F.embedding(ids, weight), weight.dense()[ids])
 
 
 @pytest.mark.parametrize("kind", KINDS)
