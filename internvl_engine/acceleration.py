@@ -6,16 +6,15 @@ object that it is (fused/base.py); foreign loops, masks and caches stay what the
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from .checkpoint.parts import AbsentModule
 from .fused import FusedModule
-from .quantization import Quantization, Run, Scheme, Undone, WeightEntry, scheme_of, widen
+from .quantization import Quantization, Run, Scheme, Source, Undone, WeightEntry, scheme_of, widen
 from .quantization import quantize as quantize_weights
 from .recognition import LAYERS, LOOPS, Recognition, is_expected
 from .weights import QuantizedTensor, has_own_forward
@@ -61,7 +60,7 @@ class Report:
         nothing was to be quantized."""
         return self.quantization.weights if self.quantization is not None else []
 
-    def undo(self, source: str | Path | Mapping[str, Tensor] | None = None) -> None:
+    def undo(self, source: Source = None) -> None:
         """Makes every module that this call fused eager again, with the bits of every weight as
         they were.
 
@@ -73,7 +72,7 @@ class Report:
         """
         self._take_back(source).warn(stacklevel=2)
 
-    def _take_back(self, source: str | Path | Mapping[str, Tensor] | None = None) -> Undone:
+    def _take_back(self, source: Source = None) -> Undone:
         for module in reversed(self._fused):
             if isinstance(module, FusedModule):
                 module.restore()

@@ -10,7 +10,7 @@ from torch import nn
 from internvl_engine import InternVL, accelerate
 from internvl_engine.assets import nano_directory
 from internvl_engine.modeling import InternVL_G
-from internvl_engine.quantization import quantize
+from internvl_engine.quantization import Rule, Scheme, quantize
 from internvl_engine.quantization.changes import checksum
 from internvl_engine.weights import QuantizedTensor
 
@@ -123,6 +123,19 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_changes(call, valu
         torch.equal(now.nan_to_num(), before[name].nan_to_num())
         for name, now in built.state_dict().items()
     )
+
+
+@torch.no_grad()
+def test_a_weight_that_is_too_large_for_int4_is_named_before_anything_changes():
+    built = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    scheme, before = Scheme("all", (Rule("", "int4"),)), built[0].weight.clone()
+    built[1].weight[3, 4] = 5.2e5
+    undone(quantize(built, scheme))
+    built[0].weight.copy_(before)
+    built[1].weight[3, 4] = -5.3e5
+    with pytest.raises(ValueError, match=r"quantize: 1\.weight has values above 522240"):
+        quantize(built, scheme)
+    assert torch.equal(built[0].weight, before)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ the wide weight on a device is not used there (`slower_reason`).
 from ..schemes import FORMS, SCHEMES, Rule, Scheme, scheme_of
 from .apply import quantize, quantized_state_dict
 from .calibration import Run
-from .changes import Undone, widen
+from .changes import Source, Undone, widen
 from .plan import slower_reason
 from .report import Quantization, WeightEntry
 
@@ -23,6 +23,7 @@ __all__ = [
     "Rule",
     "Run",
     "Scheme",
+    "Source",
     "Undone",
     "WeightEntry",
     "quantize",

@@ -11,6 +11,9 @@ from .changes import Change, checksum, form_checksum, prepare_fused, put_everywh
 from .plan import Found, is_in_form, parameters, rule_of
 from .report import Quantization, WeightEntry
 
+# -8 times the largest float16 that has 8 bits, as steps of int4 have.
+LARGEST_INT4 = 8 * 65280.0
+
 
 def quantize(
     model: nn.Module,
@@ -39,8 +42,8 @@ def quantize(
         Which weights are in which form, and what stayed wide and why.
 
     Raises:
-        ValueError: there is no such scheme, or a weight has NaN or infinite values; the model is
-            as it was.
+        ValueError: there is no such scheme, or a weight has values that its form cannot have (NaN,
+            infinite); the model is as it was.
         TypeError: calibration is neither.
     """
     report = Quantization(scheme_of(scheme), _model=model)
@@ -88,13 +91,16 @@ def _check_finite(plan: list[tuple[Found, Rule, str]]) -> None:
     rounded for another weight's fault.
 
     Raises:
-        ValueError: a weight that is to be quantized has NaN or infinite values.
+        ValueError: a weight that is to be quantized has values that its form cannot have.
     """
     for found, rule, _ in plan:
         if rule.form != "wide" and found.parameter.numel():
-            least, most = _dense(found.parameter).aminmax()  # NaN where any is
+            least, most = map(float, _dense(found.parameter).aminmax())  # NaN where any is
             if not (isfinite(least) and isfinite(most)):
                 raise ValueError(f"quantize: {found.name} has NaN or infinite values")
+            if rule.form == "int4" and max(-least, most) > LARGEST_INT4:
+                raise ValueError(f"quantize: {found.name} has values above {LARGEST_INT4:.0f}, "
+                                 "which float16 scales of int4 do not reach")  # fmt: skip
 
 
 def quantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
