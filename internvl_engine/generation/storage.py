@@ -68,7 +68,7 @@ class Storage:
                 if rows is None:
                     to.copy_(states)
                 else:
-                    to.index_copy_(0, rows, states)
+                    to.index_copy_(0, rows, states.to(to.dtype))
 
     def pack(self, mask: Tensor) -> None:
         """Moves the tokens of every row to its first slots, in place; mask as in `load`."""
@@ -145,8 +145,9 @@ class StaticCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Writes (B, H, 1, D) states to the slots of the step; returns all slots."""
         slots = self.slots[:, :, None, None].expand_as(key_states)
-        self.keys.scatter_(2, slots, key_states)
-        self.values.scatter_(2, slots, value_states)
+        # Under autocast the rotated keys are wider than the values; the storage holds either.
+        self.keys.scatter_(2, slots, key_states.to(self.keys.dtype))
+        self.values.scatter_(2, slots, value_states.to(self.values.dtype))
         return self.keys, self.values
 
     def get_seq_length(self, *args: Any) -> int:

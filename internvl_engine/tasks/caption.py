@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..embedding import Embedder, Outcome
 from ..embedding.batches import checked_batch_size, image_batches
@@ -20,9 +21,11 @@ from ..generation import generate as static_generate
 from ..processing.images import is_one_image
 from ..processing.text import CAPTION_PROMPT
 from .caption_queue import CaptionQueue, prompt_cache, vision_states
+from .settings import check_whole, completed, merged
 from .streaming import stream_text
 
 QUESTION = "Question: {} Answer:"
+MAX_NEW_TOKENS = 30
 
 
 def caption(
@@ -167,20 +170,29 @@ def _stream(
     return stream_text(generate, tokenizer, stop)
 
 
-def checked_settings(
-    num_beams: int = 1, max_new_tokens: int = 30, min_new_tokens: int = 0, **others: Any
-) -> dict[str, Any]:
-    """Arguments of transformers' `generate`."""
-    for name in ("num_return_sequences", "return_dict_in_generate", "stopping_criteria"):
-        if others.get(name):
-            raise ValueError(f"caption: {name} is not for texts; call model.generate for it")
-    if num_beams < 1 or max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
+def checked_settings(**given: Any) -> dict[str, Any]:
+    """Arguments of transformers' `generate`; lengths as `InternVLModel.generate` counts them."""
+    settings, config = merged("caption", **given)
+    longest = settings.pop("max_length", None)
+    if (
+        longest is None
+        and config is not None
+        and config.max_length != GenerationConfig().max_length
+    ):
+        longest = config.max_length
+    usual = MAX_NEW_TOKENS
+    if longest is not None:
+        check_whole("caption", "max_length", longest, 2)
+        usual = longest - 1  # it counts the BOS
+    settings = completed("caption", settings, config, num_beams=1, max_new_tokens=usual)
+    least = settings.get("min_new_tokens") or getattr(config, "min_new_tokens", None) or 0
+    check_whole("caption", "min_new_tokens", least, 0)
+    if least > settings["max_new_tokens"]:
         raise ValueError(
-            "caption: needs num_beams and max_new_tokens of 1 or more, and min_new_tokens between "
-            f"0 and max_new_tokens, got {num_beams}, {max_new_tokens} and {min_new_tokens}"
+            f"caption: needs min_new_tokens between 0 and max_new_tokens, got {least} and "
+            f"{settings['max_new_tokens']}"
         )
-    settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, **others}
-    return settings | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
+    return settings
 
 
 def checked_texts(name: str, texts: Any) -> list[str]:

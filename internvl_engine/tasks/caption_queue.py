@@ -11,6 +11,7 @@ from torch import Tensor
 from ..embedding import Embedder, Outcome
 from ..embedding.batches import ImageBatch
 from ..generation import KVCache, admit, continue_many
+from ..generation.step import first_slots
 from ..generation.support import goes_elsewhere
 from .streaming import StopAtText, cut
 
@@ -52,7 +53,8 @@ class CaptionQueue:
         self.batches = iter(batches)
         self.order: deque[Entry | Outcome] = deque()
         self.waiting: deque[Prompt] = deque()
-        self.read: list[Prompt] = []  # as the generator numbers them
+        self.read: dict[int, Prompt] = {}  # those that go on, as the generator numbers them
+        self.numbered = 0
 
     def outcomes(self, seats: int) -> Iterator[Outcome]:
         """The texts of each image, in order, as soon as they and all before them are there.
@@ -80,7 +82,8 @@ class CaptionQueue:
                 return None
             self._open(batch)
         prompts = [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
-        self.read += prompts
+        self.read |= enumerate(prompts, self.numbered)
+        self.numbered += len(prompts)
         tokenizer, device = self.engine.processor.tokenizer, self.engine.device
         ids, mask = (
             t.to(device) for t in tokenizer.encode_prompt([prompt.text for prompt in prompts])
@@ -121,10 +124,9 @@ class CaptionQueue:
         return prompt_cache(self.engine, ids, self.settings)
 
     def _take(self, index: int, ids: Tensor) -> None:
-        prompt = self.read[index]
+        prompt = self.read.pop(index)
         text = self.engine.processor.tokenizer.decode(ids)
         prompt.entry.texts[prompt.place] = cut(text, self.stop).strip()
-        self.read[index] = prompt._replace(features=None)
 
 
 @torch.inference_mode()
@@ -134,10 +136,11 @@ def vision_states(engine: Embedder, pixels: Tensor) -> Tensor:
 
 
 def prompt_cache(engine: Embedder, ids: Tensor, settings: dict[str, Any]) -> KVCache:
-    """A cache for the queries, the prompts ids (B, L) and what is to come."""
+    """A cache for the queries, the prompts ids (B, L) and the beginning of what is to come."""
     config = engine.model.config
-    length = config.num_query_token + ids.shape[1] + settings["max_new_tokens"]
-    return KVCache(config.qllama_config, length, disposable=True)
+    length = config.num_query_token + ids.shape[1]
+    slots = first_slots(length, length + settings["max_new_tokens"])
+    return KVCache(config.qllama_config, slots, disposable=True)
 
 
 def _is_complete(entry: Entry | Outcome) -> bool:

@@ -7,7 +7,7 @@ padded on the left and may or may not have pictures.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ..processing.images import is_one_image
 from ..processing.message_parts import Message, counted
 from ..processing.messages import is_conversation, pictures_of, tiles_of
 from ..processing.picture_reading import conversations, of_rows, with_question
+from .settings import check_whole, completed, merged
 from .streaming import StopAtText, stream_text
 
 MAX_NEW_TOKENS = 1024
@@ -214,28 +215,11 @@ def _of_questions(count: int, images: Any, videos: Any, history: Any) -> tuple[A
     return tuple(of_rows(given, count, name) for given, name in named)  # type: ignore[return-value]
 
 
-def _checked(batch_size: Any, generation_config: Any = None, **given: Any) -> dict[str, Any]:
+def _checked(batch_size: Any, **given: Any) -> dict[str, Any]:
     """Arguments of transformers' `generate`."""
-    if isinstance(generation_config, Mapping):  # as the published `chat` takes it
-        given = {**generation_config, **{k: v for k, v in given.items() if v is not None}}
-        generation_config = None
-    settings = {name: value for name, value in given.items() if value is not None}
-    for name in (
-        "num_return_sequences",
-        "return_dict_in_generate",
-        "stopping_criteria",
-        "streamer",
-    ):
-        if settings.get(name) not in (None, False, 1):
-            raise ValueError(f"chat: {name} is not for texts; call model.generate for it")
-    for name, usual in (("max_new_tokens", MAX_NEW_TOKENS), ("num_beams", 1)):
-        settings.setdefault(name, getattr(generation_config, name, None) or usual)
-    for name in ("max_new_tokens", "num_beams", "batch_size"):
-        value = batch_size if name == "batch_size" else settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"chat: {name} must be a whole number of 1 or more, got {value!r}")
+    given, config = merged("chat", **given)
+    settings = completed("chat", given, config, max_new_tokens=MAX_NEW_TOKENS, num_beams=1)
+    check_whole("chat", "batch_size", batch_size)
     if isinstance(settings.get("eos_token_id"), int):
         settings["eos_token_id"] = [settings["eos_token_id"]]
-    if generation_config is None:
-        return {"do_sample": False, **settings}
-    return {"generation_config": generation_config, **settings}
+    return settings if config is not None else {"do_sample": False, **settings}

@@ -83,9 +83,9 @@ class Tasks(Embedder):
         images: Any,
         prompt: str | Iterable[str] | None = None,
         *,
-        num_beams: int = 1,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
         stop: Iterable[str] = (),
         stream: bool = False,
         batch_size: int = 8,
@@ -97,12 +97,13 @@ class Tasks(Embedder):
             images: as `encode_image` takes them.
             prompt: what the description continues; None is "English caption:". Several prompts are
                 continued for every image, which is read once.
-            num_beams: beams of the search; 1 is greedy.
-            max_new_tokens, min_new_tokens: of every description.
+            num_beams: beams of the search; None is 1, greedy.
+            max_new_tokens, min_new_tokens: of every description; None is 30 and 0.
             stop: a description ends before the first of these texts.
             stream: yield the description of one image in pieces, as it is made.
             batch_size: descriptions at a time.
-            generate_kwargs: any of transformers' `generate`, such as do_sample and temperature.
+            generate_kwargs: any of transformers' `generate`, such as do_sample and temperature;
+                generation_config may be a dict, and says what is None here.
 
         Returns:
             A list with one text for each image, also for a single one; for several prompts one list
@@ -125,9 +126,9 @@ class Tasks(Embedder):
         images: Any,
         prompt: str | Iterable[str] | None = None,
         *,
-        num_beams: int = 1,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
         stop: Iterable[str] = (),
         batch_size: int = 8,
         **generate_kwargs: Any,
@@ -150,9 +151,9 @@ class Tasks(Embedder):
         images: Any,
         prompt: str | Iterable[str] | None = None,
         *,
-        num_beams: int = 1,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
         stop: Iterable[str] = (),
         normalize: bool = True,
         batch_size: int = 8,
@@ -187,9 +188,9 @@ class Tasks(Embedder):
         questions: str | Iterable[str] | Iterable[Iterable[str]],
         *,
         template: str = "Question: {} Answer:",
-        num_beams: int = 1,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
         stop: Iterable[str] = (),
         stream: bool = False,
         batch_size: int = 8,

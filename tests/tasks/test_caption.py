@@ -138,7 +138,7 @@ def test_one_after_another_as_they_come(engine, seen):
     prompts = ["English caption:", "x"]
     (one,) = engine.caption_each(IMAGES[0], prompts, **TOKENS)
     assert one.value == [by_hand(engine, IMAGES[0], p) for p in prompts] and one.error is None
-    with pytest.raises(ValueError, match="max_new_tokens of 1 or more"):
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number of 1 or more"):
         engine.caption_each(IMAGES[0], max_new_tokens=0)  # at once, before anything is read
 
 
@@ -174,7 +174,7 @@ def test_prompts_in_every_form(engine):
         (lambda e: e.caption(IMAGES, stream=True), "exactly one image"),
         (lambda e: e.caption(IMAGES[0], ["a", "b"], stream=True), "only one prompt"),
         (lambda e: e.caption(IMAGES[0], stream=True, num_beams=2), "num_beams=1"),
-        (lambda e: e.caption(IMAGES[0], max_new_tokens=0), "max_new_tokens of 1 or more"),
+        (lambda e: e.caption(IMAGES[0], max_new_tokens=0), "max_new_tokens must be a whole number"),
         (lambda e: e.caption(IMAGES[0], min_new_tokens=31), "min_new_tokens between 0"),
         (lambda e: e.caption(IMAGES[0], num_return_sequences=2), "num_return_sequences"),
         (lambda e: e.answer(IMAGES[:2], ["a", "b", "c"]), "2 images came with 3 questions"),
