@@ -74,8 +74,8 @@ def check_quantized(dtype: Any, scheme: Scheme | None) -> None:
         return
     if not computes_quantized(resolve_dtype(dtype, torch.device("cpu"))):
         raise ValueError(
-            f"dtype={dtype!r}: weights that quantize={scheme.name!r} makes compute in float32, bfloat16 "
-            "or float16"
+            f"dtype={dtype!r}: weights that quantize={scheme.name!r} makes compute in float32, "
+            "bfloat16 or float16"
         )
 
 
