@@ -88,7 +88,7 @@ def convert(
     if target.is_dir() and any(path.suffix in SUFFIXES for path in target.iterdir()):
         raise FileExistsError(f"{target}: holds weights already; give another directory")
     scheme = None if quantize is None else scheme_of(quantize)
-    check_quantized(dtype, None if scheme is None else scheme.name)
+    check_quantized(dtype, scheme)
     model_class = model_class or whole_class(source, **options)
     model, plan, found = prepare(
         model_class, source, parts=parts, merge_lora=merge_lora, lora_alpha=lora_alpha, **options

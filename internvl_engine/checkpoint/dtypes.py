@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..schemes import Scheme
+
 _UNITS = {  # what it takes to multiply bfloat16
     "cpu": "AVX512-BF16, AMX, or bf16 on Arm",
     "cuda": "compute capability 8.0",
@@ -61,19 +63,19 @@ def computes_quantized(dtype: torch.dtype) -> bool:
     return dtype in FLOATS and dtype != torch.float64
 
 
-def check_quantized(dtype: Any, scheme: str | None) -> None:
+def check_quantized(dtype: Any, scheme: Scheme | None) -> None:
     """Raises ValueError where weights of a scheme, None for wide ones, do not compute in a dtype.
 
     Args:
         dtype: a torch dtype, its name, "auto" or None.
-        scheme: its name.
+        scheme: that weights are quantized by, or were.
     """
     if dtype in (None, "auto") or scheme is None:
         return
     if not computes_quantized(resolve_dtype(dtype, torch.device("cpu"))):
         raise ValueError(
-            f"dtype={dtype!r}: weights that quantize={scheme!r} makes compute in float32, bfloat16 "
-            "or float16"
+            f"dtype={dtype!r}: weights that quantize={scheme.name!r} makes compute in float32, "
+            "bfloat16 or float16"
         )
 
 

@@ -100,13 +100,13 @@ def load_pretrained(
         TypeError, ValueError: an argument is unknown, not supported, or contradicts another.
     """
     dtype = dtype if torch_dtype is None else torch_dtype
-    check_quantized(dtype, None if quantize is None else scheme_of(quantize).name)
+    check_quantized(dtype, None if quantize is None else scheme_of(quantize))
     with _own_settings():
         model, plan, found = prepare(
             model_class, source, config=config, parts=parts, merge_lora=merge_lora,
             lora_alpha=lora_alpha, strict=strict, **options,
         )  # fmt: skip
-        check_quantized(dtype, plan.contents.scheme and plan.contents.scheme.name)
+        check_quantized(dtype, plan.contents.scheme)
         placement = place(model, device, device_map, max_memory, dtype)
         dtype = resolve_dtype(dtype, placement.main)
         scheme = _scheme(quantize, plan.contents)
