@@ -52,13 +52,15 @@ def classifier(
     key = _key(engine, names, chosen)
     weights = engine.remembered.get((key, engine.device))
     if weights is None:
+        engine.require("embeddings of texts")
         files, shape = ClassifierFiles.at(cache), (len(names), engine.model.config.clip_embed_dim)
-        weights = files.read(key, shape) if files else None
+        place = _of_every_row(key, engine) if files else ""
+        weights = files.read(place, shape) if files else None
         if weights is None:
             start = time.monotonic()
             weights = _made(engine, names, chosen, progress)
             if files and time.monotonic() - start >= SLOW:
-                files.write(key, weights)
+                files.write(place, weights)
         weights = weights.to(engine.device)
         engine.remember((key, engine.device), weights)
     return weights
@@ -70,7 +72,6 @@ def _made(
     """The weights, chunk by chunk: whole labels, so that no order of sums depends on a chunk."""
     from ..modeling.internvl import unit
 
-    engine.require("embeddings of texts")
     count, chunk = len(templates), max(CHUNK // len(templates), 1)
     weights: list[Tensor] = []
     for start in range(0, len(names), chunk):
@@ -104,4 +105,19 @@ def _key(engine: Embedder, names: Sequence[str], templates: Sequence[Template]) 
             add("template", template)
         else:
             add("function", *(fill(template, name) for name in names))
+    return digest.hexdigest()
+
+
+def _of_every_row(key: str, engine: Embedder) -> str:
+    """A key with every bit of the token embeddings, for what other processes find.
+
+    `fingerprint` reads samples of large tensors, which training always changes; one new row of this
+    table (an added token, textual inversion) changes nothing else.
+    """
+    table = engine.model.get_input_embeddings().weight
+    names = table.__tensor_flatten__()[0] if hasattr(table, "__tensor_flatten__") else ()
+    digest = hashlib.sha256(key.encode())
+    for tensor in [getattr(table, name) for name in names] or [table]:
+        held = tensor.detach().cpu().contiguous()
+        digest.update(held.view(torch.uint8).numpy().data)
     return digest.hexdigest()

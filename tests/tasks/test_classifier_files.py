@@ -7,16 +7,19 @@ import stat
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_engine import tiny_engine
+from torch import nn
 
 from internvl_engine import kernels
 from internvl_engine.tasks import classifier as module
 from internvl_engine.tasks import classifier_files
 from internvl_engine.tasks.classifier import classifier
 from internvl_engine.tasks.classifier_files import ClassifierFiles, user_folder
+from internvl_engine.weights import Int8Tensor
 
 LABELS = ["cat", "dog", "red panda"]
 KEY, OTHER = "a" * 64, "b" * 64
@@ -125,6 +128,23 @@ def test_files_stay_within_the_limit(tmp_path):
     os.utime(old, (1, 1))
     files.write(KEY, weights)
     assert not old.exists() and young.exists() and (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+def test_one_changed_row_of_the_embeddings_is_in_the_key(form):
+    """`fingerprint` reads samples of a table as large as this."""
+    torch.manual_seed(0)
+    values = torch.randn(3000, 64)
+
+    def key(values):
+        weight = Int8Tensor.quantize(values) if form == "int8" else values.to(getattr(torch, form))
+        table = SimpleNamespace(weight=nn.Parameter(weight, False))
+        model = SimpleNamespace(get_input_embeddings=lambda: table)
+        return module._of_every_row(KEY, SimpleNamespace(model=model))
+
+    changed = values.clone()
+    changed[1234, 5] += 1
+    assert key(values) == key(values.clone()) != key(changed)
 
 
 def test_a_shape_that_is_not_asked_for_is_none(tmp_path):
