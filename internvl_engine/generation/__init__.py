@@ -10,8 +10,11 @@ decode.py    the door: what transformers' `generate` calls in place of its own l
 batching.py  many prompts, of which a few are decoded at a time
 """
 
-from .batching import admit, continue_many
-from .cache import KVCache, KVCacheLayer
-from .decode import decode, generate
+from transformers.utils.versions import require_version
+
+require_version("transformers>=4.57", "KVCache is built of its cache layers")
+from .batching import admit, continue_many  # noqa: E402
+from .cache import KVCache, KVCacheLayer  # noqa: E402
+from .decode import decode, generate  # noqa: E402
 
 __all__ = ["KVCache", "KVCacheLayer", "admit", "continue_many", "decode", "generate"]

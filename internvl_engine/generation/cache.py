@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.utils.versions import require_version
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-require_version("transformers>=4.57", "KVCache is built of its cache layers")
-from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: E402
-
-from .. import kernels  # noqa: E402
+from .. import kernels
 
 
 class KVCache(Cache):
