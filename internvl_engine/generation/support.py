@@ -103,11 +103,14 @@ def unsupported_cache(cache: Any, length: int) -> str | None:
     if length == 0:
         return None
     first = layers[0].keys
+    # Under autocast rotated keys may be wider than values; attention casts both.
+    mixed = torch.is_autocast_enabled(first.device.type)
     for layer in layers:
         for states in (layer.keys, layer.values):
-            if states is None or (states.shape, states.dtype, states.device) != (
-                first.shape, first.dtype, first.device,
-            ):  # fmt: skip
+            alike = states is not None and (states.shape, states.device) == (
+                first.shape, first.device,
+            )  # fmt: skip
+            if not alike or not (mixed or states.dtype == first.dtype):
                 return "its layers differ"
     return None if first.shape[2] == length else "it does not hold every token"
 
