@@ -16,18 +16,17 @@ PyTorch, aten/src/ATen/native/cuda/ScaledBlas.cpp.
 x is (M, C); (C, F) as in linear.py. A quarter of the bytes of fp32, half of those of bf16.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from internvl_engine import reference
 
 from . import _cuda
+from ._constant_weight import define_linear
 from ._epilogue import apply_epilogue, output_shape
 from ._invariance import is_batch_invariant
 from ._library import contiguous, define
-from .linear import check_computed_in, check_operands, inputs_needing_gradient, linear_backward_blas
+from .linear import check_computed_in, check_operands
 
 FP8 = torch.float8_e4m3fn
 
@@ -83,63 +82,13 @@ def _scaled_mm_serves(x: Tensor, packed: Tensor) -> bool:
     return sixteens and not is_batch_invariant() and _cuda.has_fp8(x.device)
 
 
-def linear_fp8_backward_reference(
-    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, epilogue: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and bias, with the weight widened for the time of the call."""
-    weight = dequantize_fp8(packed, scales, x.dtype)
-    wanted = (wanted[0], False, wanted[1])
-    dx, _, dbias = linear_backward_blas(grad, x, weight, bias, epilogue, wanted)
-    return dx, dbias
-
-
-def _linear_fp8_fake(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, epilogue: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(output_shape(x, packed.shape[0], epilogue), dtype=dtype)
-
-
-def _linear_fp8_backward_fake(
-    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, epilogue: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dbias = packed.shape[:1] if wanted[1] else 0
-    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(dbias)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, packed, scales, bias, ctx.epilogue, residual = inputs
-    ctx.save_for_backward(x, packed, scales, bias)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _backward(ctx, grad: Tensor):
-    needs = inputs_needing_gradient(ctx, 6)
-    wanted = [needs[0], needs[3]]
-    x, packed, scales, bias = ctx.saved_tensors
-    dx, dbias = _linear_fp8_backward(grad, x, packed, scales, bias, ctx.epilogue, wanted)
-    dresidual = grad.to(ctx.residual_dtype) if needs[5] else None
-    gradients = (dx if needs[0] else None, None, None, dbias if needs[3] else None, None, dresidual)
-    return gradients[: len(ctx.needs_input_grad)]
-
-
-_linear_fp8 = define(
-    "linear_fp8(Tensor x, Tensor packed, Tensor scales, Tensor? bias=None, str epilogue='none', "
-    "Tensor? residual=None) -> Tensor",
-    reference=contiguous(linear_fp8_reference),
-    fake=_linear_fp8_fake,
+_linear_fp8 = define_linear(
+    "linear_fp8",
+    "Tensor packed, Tensor scales",
+    features=lambda packed, scales: packed.shape[0],
+    dense=lambda packed, scales, columns, dtype: dequantize_fp8(packed, scales, dtype),
+    reference=linear_fp8_reference,
     cuda={"scaled_mm": linear_fp8_scaled_mm},
-    backward=(_backward, _save),
-)
-
-_linear_fp8_backward = define(
-    "linear_fp8_backward(Tensor grad, Tensor x, Tensor packed, Tensor scales, Tensor? bias, "
-    "str epilogue, bool[2] wanted) -> (Tensor, Tensor)",
-    reference=linear_fp8_backward_reference,
-    fake=_linear_fp8_backward_fake,
 )
 
 _linear_fp8_rows = define(

@@ -13,31 +13,16 @@ in a layer of QLLaMA. Decoding a few rows is bound by reading the weight, 0.27 o
 from about 8 rows on by 2 * M * C * F operations.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from internvl_engine import reference
-
 from . import _gemv
+from ._constant_weight import define_linear
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int4 import PANEL_ROWS, dequantize_int4, group_of
-from ._invariance import is_batch_invariant
-from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
+from ._library import NATIVE_TYPES, address, native, triton_launcher
 from ._rows import as_rows
-from .linear import check_computed_in, check_operands, inputs_needing_gradient, linear_backward_blas
-
-
-def linear_int4_reference(
-    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
-    epilogue: str = "none", residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Widens the weight and computes with it."""
-    weight = dequantize_int4(packed, scales, features, x.shape[-1], x.dtype)
-    # The operator keeps its own promise; without it, the reference is plain PyTorch.
-    linear = torch.ops.internvl.linear.default if is_batch_invariant() else reference.linear
-    return linear(x, weight, bias, epilogue, residual)
+from .linear import check_computed_in, check_operands
 
 
 def linear_int4_native(
@@ -82,65 +67,13 @@ def linear_int4_cuda(
     return _gemv.linear_cuda(x, held, bias, epilogue, residual)
 
 
-def _linear_int4_fake(
-    x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None = None,
-    epilogue: str = "none", residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(output_shape(x, features, epilogue), dtype=dtype)
-
-
-def linear_int4_backward_reference(
-    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None,
-    epilogue: str, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and bias, with the weight widened for the time of the call."""
-    weight = dequantize_int4(packed, scales, features, x.shape[-1], x.dtype)
-    wanted = (wanted[0], False, wanted[1])
-    dx, _, dbias = linear_backward_blas(grad, x, weight, bias, epilogue, wanted)
-    return dx, dbias
-
-
-def _linear_int4_backward_fake(
-    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, features: int, bias: Tensor | None,
-    epilogue: str, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dbias = features if wanted[1] else 0
-    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(dbias)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, packed, scales, ctx.features, bias, ctx.epilogue, residual = inputs
-    ctx.save_for_backward(x, packed, scales, bias)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _backward(ctx, grad: Tensor):
-    needs = inputs_needing_gradient(ctx, 7)
-    x, packed, scales, bias = ctx.saved_tensors
-    dx, dbias = _linear_int4_backward(
-        grad, x, packed, scales, ctx.features, bias, ctx.epilogue, [needs[0], needs[4]]
-    )
-    dresidual = grad.to(ctx.residual_dtype) if needs[6] else None
-    found = (dx if needs[0] else None, None, None, None, dbias if needs[4] else None, None)
-    return (*found, dresidual)[: len(ctx.needs_input_grad)]
-
-
-_linear_int4 = define(
-    "linear_int4(Tensor x, Tensor packed, Tensor scales, int features, Tensor? bias=None, "
-    "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=contiguous(linear_int4_reference),
-    fake=_linear_int4_fake,
+_linear_int4 = define_linear(
+    "linear_int4",
+    "Tensor packed, Tensor scales, int features",
+    features=lambda packed, scales, features: features,
+    dense=dequantize_int4,
     cpu={"native": linear_int4_native},
     cuda={"triton": triton_launcher("linear_int4"), "cuda": linear_int4_cuda},
-    backward=(_backward, _save),
-)
-
-_linear_int4_backward = define(
-    "linear_int4_backward(Tensor grad, Tensor x, Tensor packed, Tensor scales, int features, "
-    "Tensor? bias, str epilogue, bool[2] wanted) -> (Tensor, Tensor)",
-    reference=linear_int4_backward_reference,
-    fake=_linear_int4_backward_fake,
 )
 
 

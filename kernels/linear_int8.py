@@ -18,33 +18,19 @@ a layer of the vision tower, with M = 257 rows an image, and (4096, 4096), (4096
 half of bfloat16's bytes.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from internvl_engine import reference
-
 from . import _gemv
+from ._constant_weight import define_linear
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int8 import PANEL_ROWS, check_int8, dequantize_int8, rows_of_int8
 from ._invariance import is_batch_invariant
-from ._library import NATIVE_TYPES, address, contiguous, define, native, triton_launcher
+from ._library import NATIVE_TYPES, address, native, triton_launcher
 from ._rows import as_rows
-from .linear import check_computed_in, check_operands, inputs_needing_gradient, linear_backward_blas
+from .linear import check_computed_in, check_operands
 
 MAX_COLUMNS = 65536  # of which int32 holds the sum of products: 255 * 127 each
-
-
-def linear_int8_reference(
-    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
-    epilogue: str = "none", residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Widens the weight and computes with it."""
-    weight = dequantize_int8(packed, scales, x.shape[-1], x.dtype)
-    # The operator keeps its own promise; without it, the reference is plain PyTorch.
-    linear = torch.ops.internvl.linear.default if is_batch_invariant() else reference.linear
-    return linear(x, weight, bias, epilogue, residual)
 
 
 def linear_int8_native(
@@ -108,70 +94,19 @@ def linear_int8_cuda(
     return _gemv.linear_cuda(x, held, bias, epilogue, residual)
 
 
-def _linear_int8_fake(
-    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None,
-    epilogue: str = "none", residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(output_shape(x, scales.shape[0], epilogue), dtype=dtype)
-
-
-def linear_int8_backward_reference(
-    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, epilogue: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and bias, with the weight widened for the time of the call."""
-    weight = dequantize_int8(packed, scales, x.shape[-1], x.dtype)
-    wanted = (wanted[0], False, wanted[1])
-    dx, _, dbias = linear_backward_blas(grad, x, weight, bias, epilogue, wanted)
-    return dx, dbias
-
-
-def _linear_int8_backward_fake(
-    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, epilogue: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dbias = bias.shape if wanted[1] and bias is not None else 0
-    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(dbias)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, packed, scales, _, bias, ctx.epilogue, residual = inputs
-    ctx.save_for_backward(x, packed, scales, bias)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _backward(ctx, grad: Tensor):
-    needs = inputs_needing_gradient(ctx, 7)
-    wanted = [needs[0], needs[4]]
-    x, packed, scales, bias = ctx.saved_tensors
-    dx, dbias = _linear_int8_backward(grad, x, packed, scales, bias, ctx.epilogue, wanted)
-    dresidual = grad.to(ctx.residual_dtype) if needs[6] else None
-    gradients = (
-        dx if needs[0] else None, None, None, None, dbias if needs[4] else None, None, dresidual,
-    )  # fmt: skip
-    return gradients[: len(ctx.needs_input_grad)]
-
-
-_linear_int8 = define(
-    "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias=None, "
-    "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=contiguous(linear_int8_reference),
-    fake=_linear_int8_fake,
+_linear_int8 = define_linear(
+    "linear_int8",
+    "Tensor packed, Tensor scales, Tensor sums",
+    features=lambda packed, scales, sums: scales.shape[0],
+    dense=lambda packed, scales, sums, columns, dtype: dequantize_int8(
+        packed, scales, columns, dtype
+    ),
     cpu={"native": linear_int8_native},
     cuda={
         "triton": triton_launcher("linear_int8"),
         "int_mm": linear_int8_int_mm,
         "cuda": linear_int8_cuda,
     },
-    backward=(_backward, _save),
-)
-
-_linear_int8_backward = define(
-    "linear_int8_backward(Tensor grad, Tensor x, Tensor packed, Tensor scales, Tensor? bias, "
-    "str epilogue, bool[2] wanted) -> (Tensor, Tensor)",
-    reference=linear_int8_backward_reference,
-    fake=_linear_int8_backward_fake,
 )
 
 

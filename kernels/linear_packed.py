@@ -23,23 +23,16 @@ The epilogue sees the fp32 sums; the result is rounded once, where eager rounds 
 Source of the oneDNN calls: what Inductor's freezing uses, torch/_inductor/mkldnn_lowerings.py.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from internvl_engine import reference
-
-from ._epilogue import apply_epilogue, output_shape
+from ._constant_weight import define_linear
+from ._epilogue import apply_epilogue
 from ._invariance import is_batch_invariant
-from ._library import contiguous, define, serve_too
+from ._library import serve_too
 from ._packing import unpack
 from ._panels import check_panels, panel_of, panel_product
-from .linear import (
-    check_operands,
-    inputs_needing_gradient,
-    linear_backward_blas,
-)
+from .linear import check_operands
 
 ONEDNN_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # oneDNN's names of its approximations
 
@@ -55,17 +48,6 @@ def _packed_shape(packed: Tensor, features: int) -> torch.Size:
             f"rows, got a packed weight of {panels}"
         )
     return torch.Size((features, steps * depth))
-
-
-def linear_packed_reference(
-    x: Tensor, packed: Tensor, features: int, bias: Tensor | None = None, epilogue: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Unpacks the weight and computes with it."""
-    weight = unpack(packed, features, x.shape[-1])
-    # The operator keeps its own promise; without it, the reference is plain PyTorch.
-    linear = torch.ops.internvl.linear.default if is_batch_invariant() else reference.linear
-    return linear(x, weight, bias, epilogue, residual)
 
 
 def linear_packed_native(
@@ -95,68 +77,12 @@ def linear_packed_onednn(
     return y if residual is None else y + residual
 
 
-def _linear_packed_fake(
-    x: Tensor, packed: Tensor, features: int, bias: Tensor | None = None, epilogue: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(output_shape(x, features, epilogue), dtype=dtype)
-
-
-def linear_packed_backward_reference(
-    grad: Tensor, x: Tensor, packed: Tensor, features: int, bias: Tensor | None, epilogue: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and bias, with the weight unpacked for the time of the call."""
-    dx, _, dbias = linear_backward_blas(
-        grad,
-        x,
-        unpack(packed, features, x.shape[-1]),
-        bias,
-        epilogue,
-        wanted=(wanted[0], False, wanted[1]),
-    )
-    return dx, dbias
-
-
-def _linear_packed_backward_fake(
-    grad: Tensor, x: Tensor, packed: Tensor, features: int, bias: Tensor | None, epilogue: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dbias = bias.shape if wanted[1] and bias is not None else 0
-    return x.new_empty(x.shape if wanted[0] else 0), x.new_empty(dbias)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, packed, ctx.features, bias, ctx.epilogue, residual = inputs
-    ctx.save_for_backward(x, packed, bias)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _backward(ctx, grad: Tensor):
-    needs = inputs_needing_gradient(ctx, 6)
-    wanted = [needs[0], needs[3]]
-    x, packed, bias = ctx.saved_tensors
-    dx, dbias = _linear_packed_backward(grad, x, packed, ctx.features, bias, ctx.epilogue, wanted)
-    dresidual = grad.to(ctx.residual_dtype) if needs[5] else None
-    gradients = (dx if needs[0] else None, None, None, dbias if needs[3] else None, None, dresidual)
-    return gradients[: len(ctx.needs_input_grad)]
-
-
-_linear_packed = define(
-    "linear_packed(Tensor x, Tensor packed, int features, Tensor? bias=None, "
-    "str epilogue='none', Tensor? residual=None) -> Tensor",
-    reference=contiguous(linear_packed_reference),
-    fake=_linear_packed_fake,
+_linear_packed = define_linear(
+    "linear_packed",
+    "Tensor packed, int features",
+    features=lambda packed, features: features,
+    dense=lambda packed, features, columns, dtype: unpack(packed, features, columns),
     cpu={"native": linear_packed_native, "onednn": linear_packed_onednn},
-    backward=(_backward, _save),
-)
-
-_linear_packed_backward = define(
-    "linear_packed_backward(Tensor grad, Tensor x, Tensor packed, int features, Tensor? bias, "
-    "str epilogue, bool[2] wanted) -> (Tensor, Tensor)",
-    reference=linear_packed_backward_reference,
-    fake=_linear_packed_backward_fake,
 )
 
 # An opaque oneDNN tensor has a dispatch key of its own, which comes before that of the CPU.

@@ -12,6 +12,20 @@ from torch import Tensor
 GOLDEN = Path(__file__).parent / "golden"
 FP32_TOLERANCE = 2e-5  # of unit-scale tensors: GEMMs of another build sum in another order
 MIN_COSINE = 0.9999  # of 16-bit outputs against those of the same dtype
+# By case "generate_<name>": what else was asked of `generate`, beside its inputs.
+GENERATE = {
+    "greedy": {"max_new_tokens": 8},
+    "greedy_batch": {"max_new_tokens": 8},
+    "greedy_min_new": {"max_new_tokens": 10, "min_new_tokens": 10},
+    "left_padded_batch": {"max_new_tokens": 6},
+    "right_padded_quirk": {"max_new_tokens": 4, "align_prompts": False},
+    "beam5": {"num_beams": 5},
+    "beam5_fp16": {"num_beams": 5},
+    "beam3_batch": {"num_beams": 3},
+    "repetition_ngram": {
+        "max_new_tokens": 8, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2,
+    },
+}  # fmt: skip
 
 
 @dataclass

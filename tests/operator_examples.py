@@ -90,7 +90,7 @@ def examples() -> dict[str, tuple]:
     found["linear_int4_backward"] = backward
     eighths = kernels.quantize_int8(weight)
     found["linear_int8"] = (x, *eighths, bias, "gelu", torch.randn(3, 6))
-    backward = (torch.randn(3, 6), x, *eighths[:2], bias, "none", [True, True])
+    backward = (torch.randn(3, 6), x, *eighths, bias, "none", [True, True])
     found["linear_int8_backward"] = backward
     if kernels.layout_of(weight):
         packed = kernels.pack(weight)

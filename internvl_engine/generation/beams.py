@@ -76,10 +76,7 @@ class _Search:
         ends = config._eos_token_tensor
         self.candidates = max(2, 1 + (0 if ends is None else len(ends))) * self.beams
         count = len(ids) // self.beams
-        running = torch.full(
-            (count, self.beams, config.max_length), _filler(rules), dtype=torch.int64,
-            device=ids.device,
-        )  # fmt: skip
+        running = ids.new_full((count, self.beams, config.max_length), _filler(rules))
         running[:, :, : self.length] = ids.unflatten(0, (count, self.beams))
         scores = torch.full((count, self.beams), LOWEST, dtype=torch.float32, device=ids.device)
         lengths = torch.zeros_like(scores, dtype=torch.int64)

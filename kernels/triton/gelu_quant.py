@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .._rows import as_rows
 from ._cross_compile import Case
+from ._linear import EPILOGUES, SWIGLU, activate
 from ._quantize import CANDIDATES, KINDS, block, defaults, serves, store_quantized
 from ._rows import row_offsets
 from ._tuning import Config, launch_config, size_class
-from .linear import EPILOGUES, SWIGLU, activate
 
 
 @triton.jit(do_not_specialize=["x_inner"])

@@ -12,48 +12,42 @@ from torch import Tensor
 
 from .._int4 import group_of
 from ._cross_compile import Case
-from ._panels import (
-    PANEL_ROWS,
-    STEP_BYTES,
-    launch_panels,
-    panel_bytes,
-    panel_cases,
-    panel_config,
-    panel_starts,
-)
+from ._linear import SWIGLU, Tables, launch_linear, linear_cases, store_tile, tile_of, tiles
+from ._panels import PANEL_ROWS, STEP_BYTES, panel_bytes, panel_starts
 from ._rows import row_offsets
 from ._tuning import ARCHITECTURES, Config
-from .linear import SWIGLU, store_tile, tile_of
 
 # BLOCK_K: columns; at most 64, so that a tile has one scale a row. Not yet measured on a GPU.
 DEFAULTS: dict[str, Config] = {
-    "sm80": panel_config(64, 64, 64, 4, 3),
-    "sm90": panel_config(128, 64, 64, 4, 3),
-    "sm100": panel_config(64, 64, 64, 4, 3),
-    "gfx942": panel_config(64, 64, 64, 4, 2),
+    "sm80": tiles(64, 64, 64, 4, 3),
+    "sm90": tiles(128, 64, 64, 4, 3),
+    "sm100": tiles(64, 64, 64, 4, 3),
+    "gfx942": tiles(64, 64, 64, 4, 2),
 }
 DEFAULTS_FEW: dict[str, Config] = {
-    architecture: panel_config(16, 32, 64, 2, 2 if architecture == "gfx942" else 5)
+    architecture: tiles(16, 32, 64, 2, 2 if architecture == "gfx942" else 5)
     for architecture in ARCHITECTURES
 }
 DEFAULTS_FP32: dict[str, Config] = {
-    architecture: panel_config(32, 32, 32, 4, 2) for architecture in ARCHITECTURES
+    architecture: tiles(32, 32, 32, 4, 2) for architecture in ARCHITECTURES
 }
 DEFAULTS_SWIGLU: dict[str, Config] = {  # two accumulators
     name: {**DEFAULTS["sm80"], "num_stages": config["num_stages"]}
     for name, config in DEFAULTS.items()
 }
-TABLES = (DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32, DEFAULTS_SWIGLU)
 CANDIDATES: list[Config] = [
-    panel_config(m, n, 64, warps, stages)
+    tiles(m, n, 64, warps, stages)
     for m, n, warps in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 8))
     for stages in (2, 3, 4)
 ]
 CANDIDATES_FEW: list[Config] = [
-    panel_config(16, n, 64, warps, stages)
+    tiles(16, n, 64, warps, stages)
     for n, warps in ((16, 1), (32, 1), (32, 2), (64, 4))
     for stages in (3, 5, 7)
 ]
+TABLES = Tables(
+    DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32, DEFAULTS_SWIGLU, (CANDIDATES, CANDIDATES_FEW)
+)
 
 
 @triton.jit
@@ -146,9 +140,9 @@ def linear_int4_triton(
         "S": packed.shape[1], "groups": scales.shape[1],
         "GROUP": group_of(packed, scales, x.shape[-1]),
     }  # fmt: skip
-    return launch_panels(
+    return launch_linear(
         "linear_int4", _linear_int4_kernel, x, weight, features, bias, epilogue, residual,
-        TABLES, (CANDIDATES, CANDIDATES_FEW), config,
+        TABLES, config,
         lambda config: linear_int4_triton(
             x, packed, scales, features, bias, epilogue, residual, config
         ),
@@ -160,4 +154,4 @@ def cross_compile_cases(architecture: str) -> Iterator[Case]:
     weight = {
         "packed_ptr": "*u8", "scales_ptr": "*fp16", "S": "i32:16", "groups": "i32", "GROUP": 64,
     }  # fmt: skip
-    return panel_cases("linear_int4", _linear_int4_kernel, weight, architecture, TABLES)
+    return linear_cases("linear_int4", _linear_int4_kernel, weight, architecture, TABLES)

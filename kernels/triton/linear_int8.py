@@ -13,41 +13,40 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cross_compile import Case
-from ._panels import launch_panels, panel_bytes, panel_cases, panel_config, panel_starts
+from ._linear import SWIGLU, Tables, launch_linear, linear_cases, store_tile, tile_of, tiles
+from ._panels import panel_bytes, panel_starts
 from ._rows import row_offsets
 from ._tuning import ARCHITECTURES, Config
-from .linear import SWIGLU, store_tile, tile_of
 
 # Not yet measured on a GPU.
 DEFAULTS: dict[str, Config] = {
-    "sm80": panel_config(64, 64, 64, 4, 3),
-    "sm90": panel_config(128, 64, 64, 4, 3),
-    "sm100": panel_config(128, 64, 64, 4, 3),
-    "gfx942": panel_config(64, 64, 64, 4, 2),
+    "sm80": tiles(64, 64, 64, 4, 3),
+    "sm90": tiles(128, 64, 64, 4, 3),
+    "sm100": tiles(128, 64, 64, 4, 3),
+    "gfx942": tiles(64, 64, 64, 4, 2),
 }
 DEFAULTS_FEW: dict[str, Config] = {
-    architecture: panel_config(16, 32, 256, 4, 2 if architecture == "gfx942" else 4)
+    architecture: tiles(16, 32, 256, 4, 2 if architecture == "gfx942" else 4)
     for architecture in ARCHITECTURES
 }
 DEFAULTS_FP32: dict[str, Config] = {
-    architecture: panel_config(32, 64, 16, 4, 2) for architecture in ARCHITECTURES
+    architecture: tiles(32, 64, 16, 4, 2) for architecture in ARCHITECTURES
 }
 DEFAULTS_SWIGLU: dict[str, Config] = {  # two accumulators
     name: {**DEFAULTS["sm80"], "num_stages": config["num_stages"]}
     for name, config in DEFAULTS.items()
 }
-TABLES = (DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32, DEFAULTS_SWIGLU)
 CANDIDATES: list[Config] = [
-    panel_config(m, n, k, warps, stages)
+    tiles(m, n, k, warps, stages)
     for m, n, warps in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 8))
     for k, stages in ((64, 3), (64, 4), (128, 2))
 ]
 CANDIDATES_FEW: list[Config] = [
-    panel_config(16, n, k, 4, stages)
-    for n in (32, 64, 128)
-    for k in (128, 256)
-    for stages in (3, 4, 5)
+    tiles(16, n, k, 4, stages) for n in (32, 64, 128) for k in (128, 256) for stages in (3, 4, 5)
 ]
+TABLES = Tables(
+    DEFAULTS, DEFAULTS_FEW, DEFAULTS_FP32, DEFAULTS_SWIGLU, (CANDIDATES, CANDIDATES_FEW)
+)
 
 
 @triton.jit
@@ -109,9 +108,9 @@ def linear_int8_triton(
 ) -> Tensor:  # fmt: skip
     """Launches the kernel; takes CPU tensors too under TRITON_INTERPRET=1. sums: not needed."""
     weight = {"packed_ptr": packed.contiguous(), "scales_ptr": scales.contiguous()}
-    return launch_panels(
+    return launch_linear(
         "linear_int8", _linear_int8_kernel, x, {**weight, "S": packed.shape[1]}, scales.shape[0],
-        bias, epilogue, residual, TABLES, (CANDIDATES, CANDIDATES_FEW), config,
+        bias, epilogue, residual, TABLES, config,
         lambda config: linear_int8_triton(
             x, packed, scales, sums, bias, epilogue, residual, config
         ),
@@ -121,4 +120,4 @@ def linear_int8_triton(
 def cross_compile_cases(architecture: str) -> Iterator[Case]:
     """The layers of linear.py's cases."""
     weight = {"packed_ptr": "*i8", "scales_ptr": "*fp32", "S": "i32:16"}
-    return panel_cases("linear_int8", _linear_int8_kernel, weight, architecture, TABLES)
+    return linear_cases("linear_int8", _linear_int8_kernel, weight, architecture, TABLES)

@@ -7,22 +7,9 @@ from internvl_engine import InternVL_G, InternVLConfig, accelerate
 from internvl_engine.generation import KVCache, decode, step
 
 from chat_goldens import CASES, assert_same_answers, load_chat
-from golden_vectors import load_golden
+from golden_vectors import GENERATE, load_golden
 
 pytestmark = pytest.mark.golden
-GENERATE = {
-    "greedy": {"max_new_tokens": 8},
-    "greedy_batch": {"max_new_tokens": 8},
-    "greedy_min_new": {"max_new_tokens": 10, "min_new_tokens": 10},
-    "left_padded_batch": {"max_new_tokens": 6},
-    "right_padded_quirk": {"max_new_tokens": 4, "align_prompts": False},
-    "beam5": {"num_beams": 5},
-    "beam5_fp16": {"num_beams": 5},
-    "beam3_batch": {"num_beams": 3},
-    "repetition_ngram": {
-        "max_new_tokens": 8, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2,
-    },
-}  # fmt: skip
 OURS_ONLY = {"internlm2_300m_dynamic", "phi3_300m_su_long"}  # rotary angles that follow the length
 
 

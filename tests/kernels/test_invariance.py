@@ -52,7 +52,7 @@ def test_triton_splits_keys_by_the_batch_only_without_the_switch(operator):
 @interpreted
 def test_triton_takes_one_configuration_for_any_number_of_rows(monkeypatch):
     """Interpreted tiles all sum alike, so what is launched is compared."""
-    module = pytest.importorskip("internvl_engine.kernels.triton.linear")
+    module = pytest.importorskip("internvl_engine.kernels.triton._linear")
     launched = []
     choose = module.launch_config
 

@@ -304,9 +304,12 @@ MUTATIONS = {
         (check_swiglu, GATE, GATE.replace(" + F", "")),
         (check_swiglu_backward, "(1 + gate * (1 - sigmoid))", "(gate * (1 - sigmoid))"),
     ],
-    "linear": [
+    "_linear": [
         (check_linear, "bias_ptr + F + features", "bias_ptr + features"),
         (check_linear, "index % (GROUP_M * tiles_n) // group", "index // group"),
+    ],
+    "linear": [
+        (check_linear, "tl.cast(F, tl.int64) * C", "tl.cast(F, tl.int64)"),
     ],
     "linear_int8": [
         (check_linear_int8, "scales_ptr + F + inside", "scales_ptr + inside"),

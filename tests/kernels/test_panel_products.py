@@ -45,7 +45,8 @@ def small_tiles(monkeypatch):
     """Several tiles of rows, of features and of columns, in both directions."""
     for stem in FORMS:
         module = pytest.importorskip(f"internvl_engine.kernels.triton.{stem}")
-        monkeypatch.setattr(module, "TABLES", ({"sm90": TILES},) * 4)
+        tables = module.Tables(*({"sm90": TILES},) * 4, candidates=([], []))
+        monkeypatch.setattr(module, "TABLES", tables)
 
 
 def inputs(operator, features, channels, dtype=torch.float32, rows=(2, 5)):

@@ -158,7 +158,7 @@ LAUNCHES = {
 }  # fmt: skip
 SHARED = {
     "rms_norm": "_norm", "add_rms_norm": "_add_norm",
-    "linear_int8": "_panels", "linear_int4": "_panels",
+    "linear": "_linear", "linear_int8": "_linear", "linear_int4": "_linear",
 }  # fmt: skip
 
 

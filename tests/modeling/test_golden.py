@@ -10,7 +10,7 @@ from internvl_engine.modeling import InternVisionModel, InternVL_C, InternVL_G, 
 from internvl_engine.modeling.masks import stage2_mask
 from internvl_engine.modeling.pooling import AttentionPoolingBlock
 
-from golden_vectors import GOLDEN, assert_golden, load_golden
+from golden_vectors import GENERATE, GOLDEN, assert_golden, load_golden
 
 pytestmark = pytest.mark.golden
 
@@ -227,21 +227,6 @@ def test_prefill_cache_and_decoding(build):
     for step, column in enumerate(golden.inputs["continuation"].t()):
         outputs = decoder(input_ids=column[:, None], past_key_values=cache, use_cache=True)
         assert_golden(outputs.logits, golden.outputs[f"decode_logits.{step}"])
-
-
-GENERATE = {
-    "greedy": {"max_new_tokens": 8},
-    "greedy_batch": {"max_new_tokens": 8},
-    "greedy_min_new": {"max_new_tokens": 10, "min_new_tokens": 10},
-    "left_padded_batch": {"max_new_tokens": 6},
-    "right_padded_quirk": {"max_new_tokens": 4, "align_prompts": False},
-    "beam5": {"num_beams": 5},
-    "beam5_fp16": {"num_beams": 5},
-    "beam3_batch": {"num_beams": 3},
-    "repetition_ngram": {
-        "max_new_tokens": 8, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2,
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", GENERATE)
