@@ -27,7 +27,7 @@ from internvl_engine.modeling import VisionLanguageModel
 
 from .cases import Case, Provider, rival
 from .decoder import SDPA, qwen2_05b
-from .encoder import NAMES, counted
+from .encoder import NAMES, counted, randomise
 from .layers import TILES, internvit_300m
 
 QUESTION, ANSWER = 20, 16  # tokens
@@ -121,13 +121,7 @@ def randomised(config: VisionLanguageConfig, dtype: torch.dtype, device: str) ->
     """Our model with weights that keep activations at unit scale."""
     torch.manual_seed(0)
     model = _built(VisionLanguageModel, config, dtype, device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=max(parameter[0].numel(), 100) ** -0.5)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    return model
+    return randomise(model)
 
 
 def transformers_model(

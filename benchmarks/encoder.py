@@ -119,6 +119,17 @@ def random_state(config: InternVisionConfig, device: str, dtype: torch.dtype = D
     return state
 
 
+@torch.no_grad()
+def randomise(model: Any) -> Any:
+    """Gives a model weights that keep activations at unit scale, in place; returns it."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=max(parameter[0].numel(), 100) ** -0.5)
+        else:
+            parameter.uniform_(0.5, 1.5)
+    return model
+
+
 def loaded(kind: type, config: object, state: State) -> Any:
     """A model of this class whose parameters are the tensors of the state, not copies."""
     with torch.device("meta"):

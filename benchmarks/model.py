@@ -30,7 +30,7 @@ from internvl_engine.verification.fidelity import fidelity
 
 from . import decode, loading, quantized, text
 from .cases import Case, Finding, Provider, rival
-from .encoder import counted
+from .encoder import counted, randomise
 from .quantized import ERRORS
 from .report import Suites
 
@@ -228,12 +228,7 @@ def randomised(config: InternVLConfig, dtype: torch.dtype, device: str) -> Inter
     with torch.device("meta"):
         model = InternVL_G(config)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=max(parameter[0].numel(), 100) ** -0.5)
-        else:
-            parameter.uniform_(0.5, 1.5)
-    return model
+    return randomise(model)
 
 
 def accelerated(model: InternVL_G, scheme: str | None = None) -> InternVL_G:

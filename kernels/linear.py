@@ -25,9 +25,10 @@ from torch import Tensor
 from internvl_engine import reference
 
 from . import _gemv
-from ._epilogue import EPILOGUES, apply_epilogue, epilogue_backward, output_shape
+from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._invariance import is_batch_invariant
 from ._library import contiguous, define, triton_launcher
+from ._linear import inputs_needing_gradient, linear_backward_blas
 from ._panels import panel_of, panel_product, to_panels
 
 COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,24 +75,6 @@ def linear_invariant(
     return y if residual is None else y + residual
 
 
-def linear_backward_blas(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, weight and bias that are wanted; empty tensors for the others."""
-    if epilogue != "none":  # the product again: only direct calls of the operator come here
-        y = F.linear(x, weight, bias)
-        grad = epilogue_backward(grad.to(y.dtype), y, epilogue)
-    rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    rows = rows.to(x.dtype)
-    empty = x.new_empty(0)
-    return (
-        (rows @ weight).view(x.shape) if wanted[0] else empty,
-        rows.t() @ x_rows if wanted[1] else empty,
-        rows.sum(0) if wanted[2] else empty,
-    )
-
-
 def _linear_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, epilogue: str = "none",
     residual: Tensor | None = None,
@@ -127,12 +110,6 @@ def _backward(ctx, grad: Tensor):
     )
     dresidual = grad.to(ctx.residual_dtype) if needs[4] else None
     return (dx, dweight, dbias, None, dresidual)[: len(ctx.needs_input_grad)]
-
-
-def inputs_needing_gradient(ctx, count: int) -> list[bool]:
-    """ctx.needs_input_grad for all `count` inputs: torch leaves out trailing defaults."""
-    needs = list(ctx.needs_input_grad)
-    return needs + [False] * (count - len(needs))
 
 
 _linear = define(

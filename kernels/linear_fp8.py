@@ -22,10 +22,10 @@ from torch import Tensor
 from internvl_engine import reference
 
 from . import _cuda
-from ._constant_weight import define_linear
 from ._epilogue import apply_epilogue, output_shape
 from ._invariance import is_batch_invariant
 from ._library import contiguous, define
+from ._linear import define_linear
 from .linear import check_computed_in, check_operands
 
 FP8 = torch.float8_e4m3fn

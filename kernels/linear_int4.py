@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import _gemv
-from ._constant_weight import define_linear
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int4 import PANEL_ROWS, dequantize_int4, group_of
 from ._library import NATIVE_TYPES, address, native, triton_launcher
+from ._linear import define_linear
 from ._rows import as_rows
 from .linear import check_computed_in, check_operands
 

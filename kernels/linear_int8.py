@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from . import _gemv
-from ._constant_weight import define_linear
 from ._epilogue import EPILOGUES, apply_epilogue, output_shape
 from ._int8 import PANEL_ROWS, check_int8, dequantize_int8, rows_of_int8
 from ._invariance import is_batch_invariant
 from ._library import NATIVE_TYPES, address, native, triton_launcher
+from ._linear import define_linear
 from ._rows import as_rows
 from .linear import check_computed_in, check_operands
 

@@ -26,10 +26,10 @@ Source of the oneDNN calls: what Inductor's freezing uses, torch/_inductor/mkldn
 import torch
 from torch import Tensor
 
-from ._constant_weight import define_linear
 from ._epilogue import apply_epilogue
 from ._invariance import is_batch_invariant
 from ._library import serve_too
+from ._linear import define_linear
 from ._packing import unpack
 from ._panels import check_panels, panel_of, panel_product
 from .linear import check_operands

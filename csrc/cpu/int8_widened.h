@@ -111,7 +111,9 @@ struct Int8Form {
       for (int chain = 0; chain < CHAINS; ++chain) {
         const Int8* weights = step + chain * count * kInt8Rows;
         const float* values = x + (chain * count + column) * ROWS;
-        ask(weights + kAhead);
+        // Behind the first of two chains lies the second: what comes then is the next pair's second.
+        const bool ends = CHAINS == 2 && chain == 0 && column * kInt8Rows + kAhead >= count * kInt8Rows;
+        ask(weights + kAhead + (ends ? 2 * count * kInt8Rows : 0));
 #pragma GCC unroll 8
         for (int j = 0; j < kVecs; ++j)
           widen(weights + j * kWidth * kInt8Columns, [&](int i, Vec v) __attribute__((always_inline)) {
